@@ -1,0 +1,81 @@
+"""One attention layer of one sequence under a pipeline: select, then attend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hipexp_kernels import attend_blocks
+from hipexp_kernels.rope import AttendRotation
+from torch import Tensor
+
+from hipexp.attention.blocks import QueryBlocks
+from hipexp.attention.methods import METHODS
+from hipexp.attention.refresh import Memory
+from hipexp.attention.rope import RopeTables
+from hipexp.attention.selection import Selection
+from hipexp.config.schema import AttendRope, LayerPlan
+
+QUERY_BLOCK_TOK = 64  # of pipelines without stages
+
+
+@dataclass
+class LayerAttention:
+    """The attention of one layer.
+
+    ``tables`` None: the layer has no RoPE. ``softcap``: as in Gemma-2. ``pruned_blocks`` counts the query blocks that did not see all their keys.
+    """
+
+    plan: LayerPlan
+    method: str
+    tables: RopeTables | None
+    scale: float
+    softcap: float | None = None
+    pruned_blocks: int = 0
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, begin: int, memory: Memory | None = None) -> Tensor:
+        """Return ``[H, Q, D]``: queries ``q`` ``[H, Q, D]`` at positions ``begin`` … over raw keys and values ``[K, T, D]``.
+
+        With ``memory`` (decode) ``Q`` must be 1 and the layer's decode stages and refresh schedule apply.
+        """
+        stages = self.plan.decode if memory else self.plan.stages
+        size = 1 if memory else stages[0].query_block_tok if stages else QUERY_BLOCK_TOK
+        block_tok = stages[-1].chunk_tok if stages else 1
+        queries = QueryBlocks.cut(q, begin, size)
+        attended = queries if memory or not stages else queries.split(stages[-1].query_block_tok)
+        exact = attended.last < self.plan.sink_tok + self.plan.window_tok + (stages[-1].keep_tok if stages else 0)
+        selection = self._select(queries, attended, exact, k, memory)
+        if memory:
+            memory.step += 1
+        out, _ = attend_blocks(
+            attended.q, k, v, selection.blocks, selection.counts, attended.first, exact,
+            block_tok=block_tok, sink_tok=self.plan.sink_tok, window_tok=self.plan.window_tok, scale=self.scale,
+            rotation=self._attend_rotation(k.shape[1], queries), softcap=self.softcap,
+        )  # fmt: skip
+        return attended.rows(out)
+
+    def _select(self, queries: QueryBlocks, attended: QueryBlocks, exact: Tensor, k: Tensor, memory: Memory | None) -> Selection:
+        """The selection for every attended block; blocks that see everything (a prefix of them) have none."""
+        stages = self.plan.decode if memory else self.plan.stages
+        n_exact = int(exact.sum())
+        self.pruned_blocks += len(exact) - n_exact
+        if n_exact == len(exact):
+            return Selection.empty(n_exact, k.device)
+        parts = queries.size // attended.size
+        skipped = n_exact // parts
+        select = METHODS[self.method]
+        tables = self.tables or RopeTables(_no_rope, 0)
+        chosen = select(self.plan, stages, queries.from_block(skipped), k, tables, self.scale, memory)
+        return chosen.after_none(skipped * parts)
+
+    def _attend_rotation(self, n_keys: int, queries: QueryBlocks) -> AttendRotation | None:
+        if self.tables is None:
+            return None
+        kept = max((stages[-1].keep_tok for stages in (self.plan.stages, self.plan.decode) if stages), default=0)
+        rows = self.plan.sink_tok + self.plan.window_tok + kept + 2 * queries.size
+        if self.plan.attend in (AttendRope.native, AttendRope.dynamic):
+            rows = max(rows, n_keys + queries.size)
+        return AttendRotation(self.plan.attend.value, self.tables.upto(rows), self.tables.trained_tok)
+
+
+def _no_rope(positions: Tensor) -> tuple[Tensor, Tensor]:
+    raise AssertionError("a layer without RoPE has strategy none and asks for no table")

@@ -1,0 +1,89 @@
+"""Modular hierarchical pruning (InfiniteHiP, arXiv 2502.08910, algorithms 1 to 3).
+
+All tokens between the sinks and the window are candidates. Every stage cuts the candidates into chunks, scores each chunk
+against a block of queries by a few of its keys, and keeps the best chunks; the next stage cuts the survivors finer.
+"""
+
+from __future__ import annotations
+
+import torch
+from hipexp_kernels import keep_top, score_chunks
+from torch import Tensor
+
+from hipexp.attention.blocks import QueryBlocks
+from hipexp.attention.refresh import Candidates, Memory
+from hipexp.attention.rope import RopeTables, score_rotation
+from hipexp.attention.selection import Selection
+from hipexp.config.schema import Heads, LayerPlan, Stage
+
+
+def select(plan: LayerPlan, stages: list[Stage], queries: QueryBlocks, keys: Tensor, tables: RopeTables, scale: float, memory: Memory | None) -> Selection:
+    """Select blocks of ``stages[-1].chunk_tok`` tokens for every block of ``queries`` from raw ``keys`` ``[K, T, D]``.
+
+    ``memory`` (decode: one block, one query) lets stages that are not due be skipped; without it every stage runs.
+    """
+    due = memory.first_stage_due(stages) if memory else 0
+    if memory and due == len(stages) and memory.selection is not None:
+        return memory.selection
+    scan_window_tok = max(0, plan.window_tok - stages[0].chunk_tok)
+    lists = keys.shape[0] if plan.heads is Heads.per_kv else 1
+    if memory and due:
+        starts, counts = memory.candidates[due]
+    else:
+        starts, counts = first_candidates(queries, plan.sink_tok, scan_window_tok, stages[0].chunk_tok)
+    limits = queries.first
+    for i in range(due, len(stages)):
+        stage = stages[i]
+        if stage.query_block_tok < queries.size:
+            starts, counts, limits = (_repeat(x, queries.size // stage.query_block_tok, dim) for x, dim in ((starts, 1), (counts, 1), (limits, 0)))
+            queries = queries.split(stage.query_block_tok)
+        if memory:
+            memory.candidates[i] = (starts, counts)
+        scores = _score(stage, queries, keys, starts, counts, limits, scan_window_tok, tables, scale)
+        scores = scores.unflatten(0, (lists, -1)).amax(1)
+        index, kept = keep_top(scores, counts.expand(lists, -1), stage.keep_tok // stage.chunk_tok)
+        starts = starts.expand(lists, index.shape[1], -1).gather(2, index.clamp(min=0)).masked_fill(index < 0, -1)
+        counts = kept
+        if i + 1 < len(stages):
+            starts, counts = subdivide(starts, counts, limits, stage.chunk_tok, stages[i + 1].chunk_tok)
+    selection = Selection(starts, counts)
+    if memory:
+        memory.selection = selection
+    return selection
+
+
+def first_candidates(queries: QueryBlocks, sink_tok: int, scan_window_tok: int, chunk_tok: int) -> Candidates:
+    """Starts ``[1, 1, C]`` of the chunks between sinks and scan window, shared by all blocks, and how many each block has ``[1, N]``.
+
+    A chunk takes part if it starts no later than ``scan_window_tok`` before the block. The scan window is one chunk shorter than
+    the attention window, so that tokens which leave the window while a selection is reused had a chance to be in it.
+    """
+    bound = (queries.first - scan_window_tok - sink_tok).clamp(min=-1)
+    counts = torch.div(bound, chunk_tok, rounding_mode="floor") + 1
+    counts = torch.minimum(counts, torch.div(queries.first - sink_tok + chunk_tok - 1, chunk_tok, rounding_mode="floor").clamp(min=0))
+    starts = sink_tok + chunk_tok * torch.arange(int(counts.max()), device=queries.first.device)
+    return starts[None, None], counts[None]
+
+
+def subdivide(starts: Tensor, counts: Tensor, limits: Tensor, chunk_tok: int, next_tok: int) -> Candidates:
+    """Cut every chunk ``[S, N, M]`` into pieces of ``next_tok``, dropping pieces at or past the block's limit; the order stays ascending."""
+    pieces = torch.arange(0, chunk_tok, next_tok, device=starts.device)
+    fine = (starts[..., None] + pieces).flatten(2)
+    rank = torch.arange(fine.shape[2], device=starts.device)
+    valid = (rank < counts[..., None] * len(pieces)) & (fine < limits[:, None])
+    return fine.masked_fill(~valid, -1), valid.sum(-1)
+
+
+def _score(stage: Stage, queries: QueryBlocks, keys: Tensor, starts: Tensor, counts: Tensor, limits: Tensor, scan_window_tok: int, tables: RopeTables, scale: float) -> Tensor:
+    pooled, position = queries.pool(stage.query_stride_tok if queries.size > 1 else 1)
+    assert stage.rope is not None, "LayerPlan resolves it"
+    q_left, q_right, rotation = score_rotation(
+        stage.rope, tables, pooled * scale, position, counts.amax(0), queries.first, queries.last, scan_window_tok, keys.shape[1]
+    )
+    return score_chunks(
+        q_left, q_right, keys, starts, counts, limits, chunk_tok=stage.chunk_tok, representative=stage.representative.value, rotation=rotation
+    )
+
+
+def _repeat(x: Tensor, times: int, dim: int) -> Tensor:
+    return x if x.shape[dim] == 1 and dim == 1 and x.ndim == 3 else x.repeat_interleave(times, dim)

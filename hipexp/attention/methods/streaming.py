@@ -1,0 +1,16 @@
+"""Sinks and window only (StreamingLLM, arXiv 2309.17453): the selection is always empty."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hipexp.attention.blocks import QueryBlocks
+from hipexp.attention.refresh import Memory
+from hipexp.attention.rope import RopeTables
+from hipexp.attention.selection import Selection
+from hipexp.config.schema import LayerPlan, Stage
+
+
+def select(plan: LayerPlan, stages: list[Stage], queries: QueryBlocks, keys: Tensor, tables: RopeTables, scale: float, memory: Memory | None) -> Selection:
+    """Select nothing for every block of ``queries``."""
+    return Selection.empty(queries.q.shape[1], keys.device)

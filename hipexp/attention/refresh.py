@@ -1,0 +1,30 @@
+"""When a stage is run again in decode, and what is kept between two runs. Belongs to one sequence and one layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from hipexp.attention.selection import Selection
+from hipexp.config.schema import Stage
+
+Candidates = tuple[Tensor, Tensor]  # starts [S, 1, C] and counts [S, 1]
+
+
+@dataclass
+class Memory:
+    """Refresh state of one sequence in one layer: decode steps done, each stage's candidates, the final selection."""
+
+    step: int = 0
+    candidates: dict[int, Candidates] = field(default_factory=dict)
+    selection: Selection | None = None
+
+    def first_stage_due(self, stages: list[Stage]) -> int:
+        """The first stage that this decode step runs again (later ones follow); ``len(stages)`` if the selection is reused.
+
+        A stage is due every ``refresh_steps`` steps, all are due at step 0 and as long as nothing is remembered.
+        """
+        if self.selection is None:
+            return 0
+        return next((i for i, stage in enumerate(stages) if self.step % stage.refresh_steps == 0), len(stages))

@@ -1,0 +1,1 @@
+"""Configuration: schema, checks, overrides, composition, run key."""

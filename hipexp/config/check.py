@@ -1,0 +1,270 @@
+"""Refuse an experiment that cannot be right, before anything loads.
+
+``check_experiment`` needs the configuration only, ``check_model`` adds what depends on the model: its layers and its
+trained length, read from ``config.json`` without loading it. Every message names key, value, rule and repair.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from hipexp.config.schema import ConfigError, Experiment, LayerPlan, Model, Pipeline, Stage, Task, range_parts
+
+PACKAGE = Path(__file__).parents[1]
+METHODS = ("hip", "streaming")
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+TASKS = ("infbench", "passkey", "latency")
+PROTOCOLS = ("hipexp",)
+OFFLOADS = ("none",)
+TRACKERS = ("local", "wandb")
+TRACK_MODES = ("offline", "online", "disabled")
+
+Key = Callable[[int, str], str]  # (stage number, field) -> the key that set it
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the checks need to know of a model: ``layers`` and the trained length ``trained_tok``."""
+
+    layers: int
+    trained_tok: int
+
+
+def check_experiment(experiment: Experiment) -> None:
+    """Refuse what is wrong whatever the model; raises ConfigError."""
+    _one_of("offload", experiment.offload.name, OFFLOADS)
+    _one_of("track", experiment.track.name, TRACKERS)
+    _one_of("track.mode", experiment.track.mode, TRACK_MODES)
+    _at_least("seed", experiment.seed, 0)
+    _check_model_fields(experiment.model)
+    _check_task(experiment.task)
+    if experiment.pipeline is not None:
+        check_pipeline(experiment.pipeline)
+        _check_prefill_chunk(experiment.model, experiment.pipeline)
+
+
+def check_model(experiment: Experiment) -> ModelFacts | None:
+    """Refuse what is wrong for this model, reading its ``config.json``; None if it is on a hub and not here yet.
+
+    Raises ConfigError, also where the folder holds no model. Call ``check_layers`` once a hub's model is here.
+    """
+    facts = read_facts(experiment.model)
+    if facts is not None:
+        check_layers(experiment, facts)
+    return facts
+
+
+def check_layers(experiment: Experiment, facts: ModelFacts) -> None:
+    """Refuse a pipeline one of whose layers breaks a rule in a model with these facts; raises ConfigError."""
+    if experiment.pipeline is None:
+        return
+    for plan in experiment.pipeline.plan(facts.layers):
+        _check_plan(experiment.pipeline, plan)
+
+
+def check_pipeline(pipeline: Pipeline) -> None:
+    """Refuse a pipeline that breaks a rule by itself or under one of its layer groups; raises ConfigError."""
+    _one_of("pipeline.method", pipeline.method, METHODS)
+    _check_stage_count(pipeline)
+    _check_plan(pipeline, pipeline.plan_layer(0, []))
+    for name, group in pipeline.layers.items():
+        if not name.isidentifier():
+            raise ConfigError(f"pipeline.layers has a group {name!r}; its name must be letters, digits and '_', not beginning with a digit")
+        if range_parts(group.range, f"pipeline.layers.{name}.range"):
+            _check_plan(pipeline, pipeline.plan_layer(0, [name]))
+
+
+def model_folder(model: Model) -> Path | None:
+    """The folder of a model that is on this machine, or None for a hub id.
+
+    ``hipexp/…`` lies inside this package, wherever it is installed; anything else is a folder if it exists, else a hub
+    id if it looks like one. Raises ConfigError if it is neither.
+    """
+    if model.path.startswith("hipexp/"):
+        return PACKAGE / model.path.removeprefix("hipexp/")
+    folder = Path(model.path).expanduser()
+    if folder.is_dir():
+        return folder
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", model.path):
+        return None
+    raise ConfigError(f"model.path={model.path} is no folder here and no hub id like 'org/model'; check the path")
+
+
+def read_facts(model: Model) -> ModelFacts | None:
+    """Layers and trained length from the model's ``config.json``; None for a hub id. Raises ConfigError if it cannot be read."""
+    folder = model_folder(model)
+    if folder is None:
+        return None
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path={model.path} must hold a model, but {folder / 'config.json'} cannot be read ({error})") from error
+    config = config.get("text_config", config)
+    layers, trained_tok = config.get("num_hidden_layers"), model.trained_tok or config.get("max_position_embeddings")
+    if not layers or not trained_tok:
+        raise ConfigError(
+            f"model.path={model.path}: config.json must give num_hidden_layers and max_position_embeddings; "
+            "for a missing trained length set model.trained_tok"
+        )
+    return ModelFacts(layers, trained_tok)
+
+
+def _check_model_fields(model: Model) -> None:
+    _one_of("model.dtype", model.dtype, DTYPES)
+    _at_least("model.prefill_chunk_tok", model.prefill_chunk_tok, 1)
+    if model.trained_tok is not None:
+        _at_least("model.trained_tok", model.trained_tok, 1)
+
+
+def _check_prefill_chunk(model: Model, pipeline: Pipeline) -> None:
+    for number, stage in enumerate(pipeline.stages):
+        if model.prefill_chunk_tok % stage.query_block_tok:
+            repair = -(-model.prefill_chunk_tok // stage.query_block_tok) * stage.query_block_tok
+            raise ConfigError(
+                f"model.prefill_chunk_tok={model.prefill_chunk_tok} must be a multiple of "
+                f"pipeline.stages[{number}].query_block_tok={stage.query_block_tok}; try {repair}"
+            )
+
+
+def _check_task(task: Task) -> None:
+    _one_of("task", task.name, TASKS)
+    _one_of("task.protocol", task.protocol, PROTOCOLS)
+    for name in ("samples", "decode_steps", "batch"):
+        _at_least(f"task.{name}", getattr(task, name), 1)
+    if task.length_tok is not None:
+        _at_least("task.length_tok", task.length_tok, 1)
+    if task.lengths_tok is not None:
+        _all("task.lengths_tok", task.lengths_tok, lambda length: length >= 1, "hold lengths of at least 1 token; try [8192,16384]")
+    if task.depths is not None:
+        _all("task.depths", task.depths, lambda depth: 0 <= depth <= 1, "hold depths from 0 to 1; try [0,0.5,1]")
+    if task.name != "latency":
+        from hipexp.suites import check_task
+
+        check_task(task)
+
+
+def _check_stage_count(pipeline: Pipeline) -> None:
+    stages, decode = len(pipeline.stages), pipeline.decode
+    if pipeline.method == "streaming" and (stages or decode):
+        raise ConfigError(f"pipeline.method=streaming must have no stages, but there are {stages or len(decode or [])}; try pipeline.method=hip")
+    if pipeline.method == "hip" and (not stages or decode == []):
+        key = "pipeline.decode" if stages else "pipeline.stages"
+        raise ConfigError(f"{key}=[] must hold at least one stage for pipeline.method=hip; try +pipeline=streaming for sink and window only")
+
+
+def _check_plan(pipeline: Pipeline, plan: LayerPlan) -> None:
+    _at_least("pipeline.sink_tok", plan.sink_tok, 0)
+    window_key = _window_key(pipeline, plan)
+    _at_least(window_key, plan.window_tok, 1)
+    lists: list[tuple[list[Stage], Key]] = [(plan.stages, _stage_key(pipeline, plan))]
+    if pipeline.decode is not None:
+        lists.append((plan.decode, lambda number, name: f"pipeline.decode[{number}].{name}"))
+    for stages, key in lists:
+        _check_stages(stages, key)
+        _check_borders(stages, key, plan, window_key)
+
+
+def _check_borders(stages: list[Stage], key: Key, plan: LayerPlan, window_key: str) -> None:
+    if not stages:
+        return
+    first, last = stages[0].chunk_tok, stages[-1].chunk_tok
+    if plan.window_tok < first:
+        raise ConfigError(f"{window_key}={plan.window_tok} must be at least {_short(key(0, 'chunk_tok'))}={first}; try {first}")
+    if plan.sink_tok % last:
+        tries = f"{plan.sink_tok // last * last} or {-(-plan.sink_tok // last) * last}"
+        raise ConfigError(
+            f"pipeline.sink_tok={plan.sink_tok} must be a multiple of {_short(key(len(stages) - 1, 'chunk_tok'))}={last}; try {tries}"
+        )
+
+
+def _check_stages(stages: list[Stage], key: Key) -> None:
+    for number, stage in enumerate(stages):
+        for name in ("chunk_tok", "keep_tok", "query_block_tok", "query_stride_tok", "refresh_steps"):
+            _at_least(key(number, name), getattr(stage, name), 1)
+        _check_stage(stage, lambda name, number=number: key(number, name))  # type: ignore[misc]
+        if number:
+            _check_pair(stages[number - 1], stage, number, key)
+
+
+def _check_stage(stage: Stage, key: Callable[[str], str]) -> None:
+    chunk = stage.chunk_tok
+    if chunk & (chunk - 1):
+        lower = 1 << (chunk.bit_length() - 1)
+        raise ConfigError(f"{key('chunk_tok')}={chunk} must be a power of two; try {lower} or {2 * lower}")
+    if stage.keep_tok % chunk:
+        tries = " or ".join(str(keep) for keep in (stage.keep_tok // chunk * chunk, -(-stage.keep_tok // chunk) * chunk) if keep)
+        raise ConfigError(f"{key('keep_tok')}={stage.keep_tok} must be a multiple of {_short(key('chunk_tok'))}={chunk}; try {tries}")
+    if stage.query_block_tok % stage.query_stride_tok:
+        tries = _divisors(stage.query_block_tok, stage.query_stride_tok)
+        raise ConfigError(
+            f"{key('query_stride_tok')}={stage.query_stride_tok} must divide "
+            f"{_short(key('query_block_tok'))}={stage.query_block_tok}; try {tries}"
+        )
+
+
+def _check_pair(before: Stage, stage: Stage, number: int, key: Key) -> None:
+    def refuse(name: str, rule: str, repair: str) -> None:
+        value, other = getattr(stage, name), getattr(before, name)
+        raise ConfigError(f"{key(number, name)}={value} must {rule} {_short(key(number - 1, name))}={other}; try {repair}")
+
+    if before.chunk_tok % stage.chunk_tok:
+        refuse("chunk_tok", "divide", _divisors(before.chunk_tok, stage.chunk_tok))
+    if stage.keep_tok > before.keep_tok:
+        refuse("keep_tok", "be at most", str(before.keep_tok))
+    if before.query_block_tok % stage.query_block_tok:
+        refuse("query_block_tok", "divide", _divisors(before.query_block_tok, stage.query_block_tok))
+    if before.refresh_steps % stage.refresh_steps:
+        earlier, later = key(number - 1, "refresh_steps"), key(number, "refresh_steps")
+        raise ConfigError(
+            f"{earlier}={before.refresh_steps} must be a multiple of {_short(later)}={stage.refresh_steps}; "
+            f"try {-(-before.refresh_steps // stage.refresh_steps) * stage.refresh_steps}"
+        )
+
+
+def _divisors(number: int, near: int) -> str:
+    """The divisors of ``number`` next to ``near``, as in ``32 or 64``."""
+    divisors = [n for n in range(1, number + 1) if number % n == 0]
+    below, above = [n for n in divisors if n < near], [n for n in divisors if n > near]
+    return " or ".join(str(n) for n in below[-1:] + above[:1])
+
+
+def _stage_key(pipeline: Pipeline, plan: LayerPlan) -> Key:
+    """Names the key that set a stage's field in this layer: the last group that overrides it, else the stage itself."""
+
+    def key(number: int, name: str) -> str:
+        for group in reversed(plan.groups):
+            override = pipeline.layers[group].stages.get(str(number))
+            if override is not None and getattr(override, name) is not None:
+                return f"pipeline.layers.{group}.stages.{number}.{name}"
+        return f"pipeline.stages[{number}].{name}"
+
+    return key
+
+
+def _window_key(pipeline: Pipeline, plan: LayerPlan) -> str:
+    groups = [name for name in plan.groups if pipeline.layers[name].window_tok is not None]
+    return f"pipeline.layers.{groups[-1]}.window_tok" if groups else "pipeline.window_tok"
+
+
+def _short(key: str) -> str:
+    return key.removeprefix("pipeline.")
+
+
+def _at_least(key: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(f"{key}={value} must be at least {least}; try {max(least, 1)}")
+
+
+def _one_of(key: str, value: str, known: Iterable[str]) -> None:
+    known = tuple(known)
+    if value not in known:
+        raise ConfigError(f"{key}={value or repr(value)} is unknown; use {' or '.join(known)}")
+
+
+def _all(key: str, values: list, rule: Callable[[float], bool], words: str) -> None:
+    if not values or not all(map(rule, values)):
+        raise ConfigError(f"{key}={values} must {words}")

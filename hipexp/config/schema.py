@@ -1,0 +1,306 @@
+"""The vocabulary of an experiment: ordinary dataclasses that nothing mutates after composition.
+
+Units are suffixes (``_tok`` tokens, ``_steps`` decode steps). Only the standard library is imported here, so that
+every part of hipexp, also where Hydra is missing, can build a configuration by hand. The cross-field rules are in
+``hipexp.config.check``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Optional
+
+
+class ConfigError(ValueError):
+    """A mistake in what the user asked for. The message names the key, its value, the rule and the repair."""
+
+
+class Representative(str, Enum):
+    """How one number is found for a chunk of keys."""
+
+    descent = "descent"  # binary descent, two probes per level (InfiniteHiP)
+    exact = "exact"  # best of all keys of the chunk
+
+
+class PruneRope(str, Enum):
+    """Positions that queries and keys get while chunks are scored."""
+
+    relative = "relative"
+    chunk_indexed = "chunk_indexed"
+    infllm = "infllm"
+    dynamic = "dynamic"
+    self_extend = "self_extend"
+    native = "native"
+    none = "none"
+
+
+class AttendRope(str, Enum):
+    """Positions that queries and keys get in the final attention."""
+
+    streaming = "streaming"
+    infllm = "infllm"
+    dynamic = "dynamic"
+    native = "native"
+
+
+class Heads(str, Enum):
+    """Who shares a selection: all heads of a layer, or the query heads of one key/value head."""
+
+    shared = "shared"
+    per_kv = "per_kv"
+
+
+@dataclass
+class Stage:
+    """One pruning stage: cut the candidates into chunks, score them, keep the best.
+
+    ``chunk_tok``        tokens per chunk (the paper's c_i)
+    ``keep_tok``         tokens kept after the stage (the paper's K_i)
+    ``query_block_tok``  neighbouring queries that share one selection
+    ``query_stride_tok`` neighbouring queries averaged into one before scoring
+    ``refresh_steps``    decode steps between two runs of the stage
+    ``representative``   how a chunk is scored
+    ``rope``             positions while scoring; None takes ``Rope.prune``
+    """
+
+    chunk_tok: int
+    keep_tok: int
+    query_block_tok: int = 64
+    query_stride_tok: int = 1
+    refresh_steps: int = 1
+    representative: Representative = Representative.descent
+    rope: Optional[PruneRope] = None
+
+
+@dataclass
+class StageOverride:
+    """What a layer group changes in one stage; None leaves a field as it is."""
+
+    chunk_tok: Optional[int] = None
+    keep_tok: Optional[int] = None
+    query_block_tok: Optional[int] = None
+    query_stride_tok: Optional[int] = None
+    refresh_steps: Optional[int] = None
+    representative: Optional[Representative] = None
+    rope: Optional[PruneRope] = None
+
+
+@dataclass
+class Rope:
+    """RoPE strategy of a pipeline: while pruning and in the final attention."""
+
+    prune: PruneRope = PruneRope.relative
+    attend: AttendRope = AttendRope.streaming
+
+
+@dataclass
+class RopeOverride:
+    """What a layer group changes in the RoPE strategy; None leaves it as it is."""
+
+    prune: Optional[PruneRope] = None
+    attend: Optional[AttendRope] = None
+
+
+@dataclass
+class LayerGroup:
+    """A named set of layers and what is different there.
+
+    ``range``   layers as in ``"0-2"``, ``"0,3,31"``, ``"3-"`` (to the last) or ``"-1"`` (from the end); empty switches the group off
+    ``stages``  overrides by stage number (``"2"``); they apply in decode too, unless the pipeline has its own decode stages
+    """
+
+    range: str
+    rope: RopeOverride = field(default_factory=RopeOverride)
+    stages: dict[str, StageOverride] = field(default_factory=dict)
+    window_tok: Optional[int] = None
+
+
+@dataclass
+class LayerPlan:
+    """What one layer does, with every override applied; ``rope`` of each stage is set."""
+
+    layer: int
+    stages: list[Stage]
+    decode: list[Stage]
+    sink_tok: int
+    window_tok: int
+    heads: Heads
+    attend: AttendRope
+    groups: list[str]
+
+
+@dataclass
+class Pipeline:
+    """An attention pipeline.
+
+    ``name``    preset it came from, for people only
+    ``method``  ``hip`` (prune in stages) or ``streaming`` (sink and window only, no stages)
+    ``decode``  other stages for decode; None uses ``stages``
+    ``layers``  named groups of overrides; a later group wins over an earlier one
+    """
+
+    name: str = ""
+    method: str = "hip"
+    stages: list[Stage] = field(default_factory=list)
+    decode: Optional[list[Stage]] = None
+    sink_tok: int = 256
+    window_tok: int = 1024
+    heads: Heads = Heads.shared
+    rope: Rope = field(default_factory=Rope)
+    layers: dict[str, LayerGroup] = field(default_factory=dict)
+
+    def plan(self, n_layers: int) -> list[LayerPlan]:
+        """Resolve the pipeline for a model of ``n_layers`` layers: one plan per layer.
+
+        Groups are applied in order, so a later one wins; inside a group a stage's own ``rope`` wins over the group's
+        ``rope.prune``, which wins over everything the pipeline says. Raises ConfigError for a range that is malformed
+        or selects no layer of this model, and for an override of a stage that does not exist.
+        """
+        selected = {name: select_layers(group.range, n_layers, f"pipeline.layers.{name}.range") for name, group in self.layers.items()}
+        return [self.plan_layer(layer, [n for n, chosen in selected.items() if layer in chosen]) for layer in range(n_layers)]
+
+    def plan_layer(self, layer: int, groups: list[str]) -> LayerPlan:
+        """The plan of one layer to which ``groups`` apply, in this order."""
+        stages = [_with_rope(stage, self.rope.prune) for stage in self.stages]
+        decode = stages if self.decode is None else [_with_rope(stage, self.rope.prune) for stage in self.decode]
+        window_tok, attend = self.window_tok, self.rope.attend
+        for name in groups:
+            group = self.layers[name]
+            stages = _override(stages, group, f"pipeline.layers.{name}.stages")
+            decode = stages if self.decode is None else [_change(stage, rope=group.rope.prune) for stage in decode]
+            window_tok = window_tok if group.window_tok is None else group.window_tok
+            attend = group.rope.attend or attend
+        return LayerPlan(layer, stages, list(decode), self.sink_tok, window_tok, self.heads, attend, groups)
+
+
+@dataclass
+class Offload:
+    """Where keys and values live. ``none`` keeps all of them on the device."""
+
+    name: str = "none"
+
+
+@dataclass
+class Model:
+    """A model to load.
+
+    ``path``              ``hipexp/…`` for a folder inside this package, a local folder, or a hub id such as ``org/model``
+    ``revision``          commit, tag or branch of a hub id
+    ``dtype``             ``float32``, ``float16``, ``bfloat16`` or ``auto``
+    ``prefill_chunk_tok`` tokens given to the model at once during prefill
+    ``trained_tok``       trained length; None takes ``max_position_embeddings`` from the model's ``config.json``
+    """
+
+    path: str
+    name: str = ""
+    revision: Optional[str] = None
+    dtype: str = "auto"
+    prefill_chunk_tok: int = 8192
+    trained_tok: Optional[int] = None
+
+
+@dataclass
+class Task:
+    """What is measured.
+
+    ``subtasks``     None runs all that the model can do
+    ``samples``      samples per subtask (in a grid: per cell)
+    ``length_tok``   prompt length; None is twice the trained length
+    ``lengths_tok``  prompt lengths of a grid or of a latency table; None leaves the choice to the task
+    ``depths``       needle depths of a grid, 0.0 (start) to 1.0 (end); None leaves the choice to the task
+    ``decode_steps`` decode steps timed by the latency task
+    ``protocol``     whose prompts: ``hipexp`` are our own words, never an official score
+    ``wording``      ``default``, or ``heldout``: a noise text and a wording that the embedded model never saw in training
+    ``batch``        samples per forward pass
+    """
+
+    name: str = ""
+    subtasks: Optional[list[str]] = None
+    samples: int = 5
+    length_tok: Optional[int] = None
+    lengths_tok: Optional[list[int]] = None
+    depths: Optional[list[float]] = None
+    decode_steps: int = 48
+    protocol: str = "hipexp"
+    wording: str = "default"
+    batch: int = 1
+
+
+@dataclass
+class Track:
+    """Who is told about a run besides its folder: nobody (``local``) or ``wandb``."""
+
+    name: str = "local"
+    project: str = "hipexp"
+    entity: Optional[str] = None
+    mode: str = "offline"
+
+
+@dataclass
+class Experiment:
+    """One experiment point. ``pipeline`` None is dense attention. ``hipexp.config.runkey.run_key`` gives its key."""
+
+    model: Model
+    task: Task
+    pipeline: Optional[Pipeline] = None
+    offload: Offload = field(default_factory=Offload)
+    track: Track = field(default_factory=Track)
+    seed: int = 0
+
+
+_RANGE = re.compile(r"(-?\d+)(?:(-)(-?\d+)?)?")
+
+
+def select_layers(text: str, n_layers: int, key: str = "range") -> set[int]:
+    """Layers named by a range such as ``"0-2"``, ``"0,3,31"``, ``"3-"``, ``"-1"`` or ``"-2--1"``; empty text selects none.
+
+    Negative numbers count from the end. Numbers beyond the model are left out as long as some layer remains, so that
+    a preset for 32 layers serves a small model too. Raises ConfigError, naming ``key``, for anything else.
+    """
+    layers: set[int] = set()
+    for part in range_parts(text, key):
+        first, last = _bounds(part, n_layers)
+        if last < first:
+            raise ConfigError(f"{key}={text!r} runs backwards in {part[0]!r} for a model of {n_layers} layers; swap the two numbers")
+        layers.update(layer for layer in range(first, last + 1) if 0 <= layer < n_layers)
+    if text.strip() and not layers:
+        raise ConfigError(
+            f"{key}={text!r} selects no layer: the model has layers 0 to {n_layers - 1}; change the range, or empty it to switch the group off"
+        )
+    return layers
+
+
+def range_parts(text: str, key: str = "range") -> list[re.Match[str]]:
+    """The parts of a layer range, or ConfigError if one of them is malformed; needs no model."""
+    parts = [_RANGE.fullmatch(part.strip()) for part in text.split(",")] if text.strip() else []
+    if None in parts:
+        raise ConfigError(f"{key}={text!r} must list layers; write it like '0-2', '0,3,31', '3-' or '-1', or '' for none")
+    return [part for part in parts if part is not None]
+
+
+def _bounds(match: re.Match[str], n_layers: int) -> tuple[int, int]:
+    first = int(match[1])
+    last = first if match[2] is None else int(match[3]) if match[3] else n_layers - 1
+    first, last = (number + n_layers if number < 0 else number for number in (first, last))
+    return first, max(first, last) if match[3] is None else last
+
+
+def _with_rope(stage: Stage, prune: PruneRope) -> Stage:
+    return dataclasses.replace(stage, rope=stage.rope or prune)
+
+
+def _change(stage: Stage, **values: object) -> Stage:
+    return dataclasses.replace(stage, **{name: value for name, value in values.items() if value is not None})
+
+
+def _override(stages: list[Stage], group: LayerGroup, key: str) -> list[Stage]:
+    """A copy of ``stages`` with a group's overrides applied: the group's RoPE first, then what it says of single stages."""
+    changed = [_change(stage, rope=group.rope.prune) for stage in stages]
+    for number, override in group.stages.items():
+        if not (number.isdecimal() and int(number) < len(stages)):
+            raise ConfigError(f"{key}.{number} names a stage that does not exist; the pipeline has {len(stages)} stages, numbered from 0")
+        changed[int(number)] = _change(changed[int(number)], **vars(override))
+    return changed

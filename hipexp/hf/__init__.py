@@ -1,0 +1,7 @@
+"""The only importer of transformers: loading, installing a pipeline into a model, generating with it."""
+
+from hipexp.hf.install import install
+from hipexp.hf.load import Loaded, load
+from hipexp.hf.loop import Generation, generate
+
+__all__ = ["Generation", "Loaded", "generate", "install", "load"]

@@ -1,0 +1,75 @@
+"""The cache that a model sees while hipexp is installed: stores and refresh state, keyed by sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from hipexp.attention import Memory
+from hipexp.cache import ResidentStore
+
+
+@dataclass
+class SequenceState:
+    """What one sequence keeps in one layer: keys and values, the refresh state, and how many leading tokens are padding."""
+
+    store: ResidentStore = field(default_factory=ResidentStore)
+    memory: Memory = field(default_factory=Memory)
+    padding: int = 0
+
+
+class SequenceLayer(CacheLayerMixin):
+    """One layer's states, one per batch row. ``update`` hands *itself* to the attention function in place of key and value tensors."""
+
+    is_sliding = False
+
+    def __init__(self, rows: list[SequenceState] | None = None, reserve_tok: int = 0):
+        super().__init__()
+        self.rows = rows or []
+        self.reserve_tok = reserve_tok
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        if not self.rows:
+            self.rows = [SequenceState() for _ in range(key_states.shape[0])]
+            for row, key in zip(self.rows, key_states, strict=True):
+                row.store.reserve(self.reserve_tok, key)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):  # type: ignore[override]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        for row, key, value in zip(self.rows, key_states, value_states, strict=True):
+            row.store.append(key, value)
+        return self, self
+
+    def get_seq_length(self) -> int:
+        return max((row.store.length for row in self.rows), default=0)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class SequenceCache(Cache):
+    """A cache of :class:`SequenceLayer`; room for ``reserve_tok`` tokens is allocated at once."""
+
+    def __init__(self, n_layers: int, reserve_tok: int = 0):
+        super().__init__(layers=[SequenceLayer(reserve_tok=reserve_tok) for _ in range(n_layers)])
+
+    @classmethod
+    def of(cls, caches: list[SequenceCache]) -> SequenceCache:
+        """One cache whose batch rows are the sequences of ``caches``, sharing their state."""
+        merged = cls(len(caches[0].layers))
+        for i, layer in enumerate(merged.layers):
+            layer.rows = [row for cache in caches for row in cache.layers[i].rows]
+            layer.is_initialized = True
+        return merged
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of keys and values."""
+        return sum(row.store.bytes for layer in self.layers for row in layer.rows)

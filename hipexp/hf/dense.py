@@ -1,0 +1,27 @@
+"""Dense causal attention by torch's fastest path on this device: the baseline every speed figure is measured against."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from hipexp_kernels import merge_lse
+from hipexp_kernels.attend_blocks.vectorized import attend_all
+from torch import Tensor
+
+
+def attend_dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Return ``[H, Q, D]``: the last ``Q`` queries ``[H, Q, D]`` over rotated keys and values ``[K, T, D]``.
+
+    A whole prompt is one causal flash attention. A later chunk is two, over the prefix and over itself, merged by their
+    log-sum-exp, so no mask is ever materialised. The query heads of a key/value head are rows of one product over the prefix:
+    keys are read once per key/value head.
+    """
+    H, Q, D = q.shape
+    K, T, _ = k.shape
+    if Q == 1:
+        return attend_all(q.reshape(K, H // K, D), k, v, scale)[0].reshape(H, 1, D)
+    own_k, own_v = (x[:, T - Q :].repeat_interleave(H // K, 0) for x in (k, v))
+    if T == Q:
+        return F.scaled_dot_product_attention(q[None], own_k[None], own_v[None], is_causal=True, scale=scale)[0]
+    own, own_lse = attend_all(q, own_k, own_v, scale, causal=True)
+    far, far_lse = attend_all(q.reshape(K, -1, D), k[:, : T - Q], v[:, : T - Q], scale)
+    return merge_lse([far.reshape(H, Q, D), own], [far_lse.reshape(H, Q), own_lse])[0]

@@ -1,0 +1,109 @@
+"""The generation loop: chunked prefill, greedy decode, timers per phase."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hipexp.hf.cache import SequenceCache
+from hipexp.hf.load import Loaded
+from hipexp.hf.memory import PeakMemory
+
+
+@dataclass
+class Generation:
+    """What a prompt produced: new tokens (without the stop token) and what they cost.
+
+    ``prefill_ms`` of this prompt; ``decode_ms`` of every decode step (shared by the batch); ``peak_bytes`` above the loaded model;
+    ``cache_bytes`` of keys and values; ``exact``: every query block saw all its keys.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    prefill_ms: float = 0.0
+    decode_ms: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+    cache_bytes: int = 0
+    traffic: dict[str, float] = field(default_factory=dict)
+    exact: bool = True
+    stopped: bool = False
+
+
+@torch.inference_mode()
+def generate(
+    loaded: Loaded,
+    prompts: list[list[int]],
+    *,
+    max_new_tok: int,
+    prefill_chunk_tok: int,
+    stop_ids: Collection[int] = (),
+    progress: Callable[[int], None] | None = None,
+    pruned_blocks: Callable[[], int] = lambda: 0,
+) -> list[Generation]:
+    """Continue each prompt greedily by at most ``max_new_tok`` tokens, inside :func:`hipexp.hf.install`.
+
+    Prompts are prefilled one by one, ``prefill_chunk_tok`` tokens at a time (``progress`` is told how many), and decoded together;
+    so a prompt gives the same tokens alone and in a batch. ``pruned_blocks`` counts pruned query blocks so far.
+    Raises ValueError for an empty prompt and FloatingPointError if the model's logits are not finite.
+    """
+    if any(not prompt for prompt in prompts):
+        raise ValueError("every prompt needs at least one token")
+    memory, pruned = PeakMemory(), pruned_blocks()
+    memory.start()
+    out, caches, last = [Generation() for _ in prompts], [], []
+    for result, prompt in zip(out, prompts, strict=True):
+        cache = SequenceCache(loaded.n_layers, reserve_tok=len(prompt) + max_new_tok)
+        started = time.perf_counter()
+        last.append(prefill(loaded.model, cache, prompt, prefill_chunk_tok, progress))
+        result.prefill_ms = (time.perf_counter() - started) * 1e3
+        caches.append(cache)
+    decode(loaded.model, caches, last, out, max_new_tok, set(stop_ids))
+    for result, cache in zip(out, caches, strict=True):
+        result.peak_bytes, result.cache_bytes = memory.peak(), cache.bytes
+        result.exact = pruned_blocks() == pruned
+    return out
+
+
+def prefill(model: PreTrainedModel, cache: SequenceCache, prompt: list[int], chunk_tok: int, progress: Callable[[int], None] | None = None) -> int:
+    """Feed a prompt chunk by chunk; return the first new token."""
+    ids = torch.tensor([prompt], device=model.device)
+    token = 0
+    for start in range(0, len(prompt), chunk_tok):
+        chunk = ids[:, start : start + chunk_tok]
+        token = _step(model, cache, chunk, torch.arange(start, start + chunk.shape[1], device=ids.device)[None])[0]
+        if progress:
+            progress(chunk.shape[1])
+    return token
+
+
+def decode(model: PreTrainedModel, caches: list[SequenceCache], last: list[int], out: list[Generation], max_new_tok: int, stop_ids: set[int]) -> None:
+    """Extend every sequence, whose first new token is ``last[i]``, until it stops; fills ``tokens``, ``decode_ms``, ``stopped``."""
+    live = list(range(len(out)))
+    for _ in range(max_new_tok):
+        for i in live:
+            out[i].stopped = last[i] in stop_ids
+            if not out[i].stopped:
+                out[i].tokens.append(last[i])
+        live = [i for i in live if not out[i].stopped and len(out[i].tokens) < max_new_tok]
+        if not live:
+            return
+        started = time.perf_counter()
+        ids = torch.tensor([[last[i]] for i in live], device=model.device)
+        positions = torch.tensor([[caches[i].get_seq_length()] for i in live], device=model.device)
+        for i, token in zip(live, _step(model, SequenceCache.of([caches[i] for i in live]), ids, positions), strict=True):
+            last[i] = token
+        elapsed = (time.perf_counter() - started) * 1e3
+        for i in live:
+            out[i].decode_ms.append(elapsed)
+
+
+def _step(model: PreTrainedModel, cache: SequenceCache, ids: Tensor, positions: Tensor) -> list[int]:
+    """One forward pass; the most likely next token of every row."""
+    logits = model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+    if not bool(torch.isfinite(logits).all()):
+        raise FloatingPointError(f"the model's logits are not finite at position {int(positions[0, -1])}; no token can be chosen from them")
+    return logits.argmax(-1).tolist()

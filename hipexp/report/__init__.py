@@ -1,0 +1,1 @@
+"""Reading results: tables, pictures, lists of runs. Nothing here imports torch."""

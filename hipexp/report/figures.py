@@ -1,0 +1,70 @@
+"""Pictures of results, drawn without a display. Colours stay apart for colour-blind readers and in grey."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+INK, FAINT, EMPTY = "#222222", "#8a8a8a", "#efefef"
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """Scores (0 to 100) by row and column; a cell that is not in ``scores`` was not run."""
+
+    title: str
+    scores: dict[tuple[str, str], float]
+
+
+def draw_heat_maps(path: Path, heading: str, maps: Sequence[HeatMap], rows: Sequence[str], columns: Sequence[str], axes: tuple[str, str], note: str = "") -> None:
+    """Write heat maps that share rows, columns and one colour scale, side by side, as a picture at ``path``.
+
+    ``axes`` are the names of the vertical and the horizontal axis. Every cell carries its number, so no value is told by
+    colour alone; cells that were not run are hatched.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    wide = max(8.0, 1.0 + len(maps) * (1.1 * len(columns) + 0.5))
+    figure, plots = plt.subplots(1, len(maps), figsize=(wide, 2.3 + 0.62 * len(rows)), sharey=True, squeeze=False, layout="constrained")
+    for plot, one in zip(plots[0], maps, strict=True):
+        image = _draw(plot, one, rows, columns)
+        plot.set_xlabel(axes[1], color=INK)
+    plots[0][0].set_ylabel(axes[0], color=INK)
+    bar = figure.colorbar(image, ax=plots[0].tolist(), shrink=0.9, pad=0.02, ticks=[0, 25, 50, 75, 100])
+    bar.set_label("score", color=INK)
+    bar.outline.set_visible(False)
+    figure.suptitle(heading, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
+    if note:
+        figure.supxlabel(note, x=0.01, ha="left", fontsize=8, color=FAINT)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _draw(plot: Any, one: HeatMap, rows: Sequence[str], columns: Sequence[str]) -> Any:
+    from matplotlib.patches import Rectangle
+
+    grid = [[one.scores.get((row, column), float("nan")) for column in columns] for row in rows]
+    image = plot.imshow(grid, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+    for y, values in enumerate(grid):
+        for x, value in enumerate(values):
+            if value != value:
+                plot.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=EMPTY, edgecolor="#c9c9c9", hatch="///", linewidth=0))
+                plot.text(x, y, "not run", ha="center", va="center", fontsize=8, color=FAINT, bbox={"facecolor": EMPTY, "edgecolor": "none", "pad": 1.5})
+            else:
+                plot.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=11, color="white" if value < 55 else INK)
+    plot.set_title(one.title, loc="left", fontsize=11, color=INK)
+    plot.set_xticks(range(len(columns)), columns, color=INK)
+    plot.set_yticks(range(len(rows)), rows, color=INK)
+    plot.set_xticks([x - 0.5 for x in range(1, len(columns))], minor=True)
+    plot.set_yticks([y - 0.5 for y in range(1, len(rows))], minor=True)
+    plot.grid(which="minor", color="white", linewidth=2)
+    plot.tick_params(which="both", length=0)
+    for edge in plot.spines.values():
+        edge.set_visible(False)
+    return image

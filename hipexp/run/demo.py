@@ -1,0 +1,109 @@
+"""``python -m hipexp demo``: dense attention against ``3stage`` on the embedded model, ending with a table and a picture."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from hipexp.config.compose import compose
+from hipexp.report.figures import HeatMap, draw_heat_maps
+from hipexp.report.tables import duration, text_table
+from hipexp.run.ledger import runs_root, write_text
+from hipexp.run.point import mib
+from hipexp.run.several import Named, run_all, trained_length
+
+METHODS = ("dense", "3stage")
+TIMES = (1, 2, 4, 8)
+DENSE_TIMES = 4  # beyond, dense takes minutes on two cores; `python -m hipexp table` has it
+RETRIEVAL_TIMES = (1, 4)
+DEPTHS = (0.0, 0.5, 1.0)
+
+
+def points(overrides: list[str]) -> dict[tuple[str, int, str], Named]:
+    """Every run of the demo by method, multiple of the trained length and task, cheap ones first."""
+    trained_tok = trained_length(compose(["task=passkey", *overrides]).model)
+    found = {}
+    for times in TIMES:
+        for method in METHODS:
+            if method == "dense" and times > DENSE_TIMES:
+                continue
+            length, chosen = times * trained_tok, [] if method == "dense" else [f"+pipeline={method}"]
+            tasks = {"passkey": [f"task.lengths_tok=[{length}]", f"task.depths=[{','.join(map(str, DEPTHS))}]", "task.samples=1"]}
+            if times in RETRIEVAL_TIMES:
+                tasks["infbench"] = [f"task.length_tok={length}", "task.subtasks=[number_string,kv_retrieval]", "task.samples=2"]
+            for task, words in tasks.items():
+                name = f"{method}, {task}, {times} × the trained length ({length} tokens)"
+                found[method, times, task] = Named(name, compose([f"task={task}", *words, *chosen, *overrides]))
+    return found
+
+
+def table(runs: dict[tuple[str, int, str], Named], trained_tok: int) -> str:
+    """Score, times and memory per length and method."""
+    header = ["context", "× trained", "attention", "passkey", "number_string", "kv_retrieval", "prefill s", "decode ms/step", "peak MiB"]
+    lines = []
+    for times in TIMES:
+        for method in METHODS:
+            rows = [row for (m, t, _), run in runs.items() if (m, t) == (method, times) for row in run.rows()]
+            lines.append([times * trained_tok, f"{times}×", method, *(cells(rows) if rows else ["not run"] + [None] * 5)])
+    return text_table(header, lines, left=0)
+
+
+def cells(rows: list[dict[str, Any]]) -> list[Any]:
+    """The mean score of each subtask, then the medians of the times and the largest memory."""
+    scores = []
+    for name in ("passkey", "number_string", "kv_retrieval"):
+        mine = [row["score"] for row in rows if row["subtask"].startswith(name)]
+        scores.append(statistics.fmean(mine) if mine else None)
+    decode = [row["decode_ms"] for row in rows if row["decode_ms"] is not None]
+    cost = [statistics.median(row["prefill_ms"] for row in rows) / 1000, statistics.median(decode) if decode else None, mib(rows)]
+    return scores + cost
+
+
+def picture(path: Path, runs: dict[tuple[str, int, str], Named], trained_tok: int) -> None:
+    """Depth × length heat maps of the pass keys, dense and 3stage."""
+    maps = []
+    for method in METHODS:
+        scores: dict[tuple[str, str], float] = {}
+        for times in TIMES:
+            if (method, times, "passkey") in runs:
+                for row in runs[method, times, "passkey"].rows():
+                    scores[f"{row['depth']:.0%}", label(times, trained_tok)] = row["score"]
+        maps.append(HeatMap(method, scores))
+    draw_heat_maps(
+        path,
+        f"Pass key found? Trained on {trained_tok} tokens, asked at up to {TIMES[-1]} times that",
+        maps,
+        rows=[f"{depth:.0%}" for depth in DEPTHS],
+        columns=[label(times, trained_tok) for times in TIMES],
+        axes=("depth of the pass key", "context, in tokens"),
+        note=f"One sample per cell, score 0 to 100, hipexp's own prompts. Dense is run to {DENSE_TIMES} times the trained length only.",
+    )
+
+
+def label(times: int, trained_tok: int) -> str:
+    """A column of the picture."""
+    return f"{times * trained_tok:,}\n({times}×)"
+
+
+def main(argv: list[str]) -> int:
+    """Run the demo; ``argv`` are overrides for every point, such as ``model=...``. A second call only shows the results."""
+    started = time.monotonic()
+    runs = points(argv)
+    trained_tok = trained_length(next(iter(runs.values())).experiment.model)
+    run_all(list(runs.values()))
+    folder = runs_root() / "demo"
+    text = "\n".join(
+        [
+            table(runs, trained_tok),
+            f"Scores 0 to 100: protocol hipexp (own prompts, generated samples), not official ∞Bench. Dense is run to {DENSE_TIMES} × only.",
+        ]
+    )
+    picture(folder / "passkey.png", runs, trained_tok)
+    write_text(folder / "table.txt", text + "\n")
+    print(text)
+    print(f"took {duration(time.monotonic() - started)}; every run is under {runs_root()}/ (`python -m hipexp ls`)")
+    print(f"table:   {folder / 'table.txt'}")
+    print(f"picture: {folder / 'passkey.png'}")
+    return 0

@@ -1,0 +1,103 @@
+"""What a run records of its surroundings: versions, machine, source revision; and the tidy table of its samples."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from hipexp import __version__
+
+LOG = logging.getLogger("hipexp")
+PACKAGES = ("torch", "triton", "transformers", "tokenizers", "numpy", "hydra-core", "omegaconf", "pyarrow")
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, device, threads and source revision, as plain data. Imports torch."""
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+    return {
+        "hipexp": __version__,
+        "python": platform.python_version(),
+        "packages": {name: version_of(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "device": device,
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "git": git_revision(Path(__file__).parent),
+    }
+
+
+def version_of(package: str) -> str | None:
+    """The installed version of a package, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def processor() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def git_revision(folder: Path) -> str | None:
+    """The commit that ``folder`` is checked out at, with ``+`` if files differ from it; None outside a checkout."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def to_yaml(data: dict[str, Any]) -> str:
+    """``data`` as YAML, keys in their order."""
+    import yaml
+
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+
+
+def write_records(folder: Path, head: dict[str, Any], card: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Write ``records.parquet``: one tidy row per sample. Left out, with a line in the log, where pyarrow is missing."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        LOG.warning("pyarrow is not installed: no records.parquet; samples.jsonl holds the same rows")
+        return
+    schema = pa.schema(
+        [
+            *((name, pa.string()) for name in ("run_key", "suite", "protocol", "model", "pipeline", "subtask")),
+            ("sample", pa.int64()),
+            ("metric", pa.string()),
+            ("value", pa.float64()),
+            *((name, pa.int64()) for name in ("length_tok", "context_tok", "new_tok", "removed_tok")),
+            *((name, pa.float64()) for name in ("depth", "prefill_ms", "decode_ms")),
+            ("peak_bytes", pa.int64()),
+            ("traffic", pa.string()),
+            ("recall", pa.float64()),
+            ("status", pa.string()),
+        ]
+    )
+    same = {"run_key": head["run_key"], "suite": card["suite"], "protocol": card["protocol"], "model": head["model"], "pipeline": head["pipeline"]}
+
+    def record(row: dict[str, Any]) -> dict[str, Any]:
+        own = {"metric": card["metric"].get(row["subtask"], ""), "value": row["score"], "traffic": json.dumps(row.get("traffic", {}))}
+        return {name: (same | row | own).get(name) for name in schema.names}
+
+    scratch = folder / ".records.parquet"
+    pq.write_table(pa.Table.from_pylist([record(row) for row in rows], schema=schema), scratch)
+    scratch.replace(folder / "records.parquet")

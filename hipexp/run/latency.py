@@ -1,0 +1,217 @@
+"""``task=latency``: time of a whole-prompt prefill and of decode steps, dense and pipeline alternating in one run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import statistics
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from hipexp.config.schema import ConfigError, Experiment, Pipeline
+from hipexp.report.tables import text_table
+from hipexp.run.ledger import Ledger
+from hipexp.run.strategy import refresh_period, shortest_refresh
+from hipexp.suites import infbench
+from hipexp.suites.sample import LineEncoder, ProtocolCard, Sample
+from hipexp.track import Tracker
+
+if TYPE_CHECKING:
+    from hipexp.hf import Generation, Loaded
+
+WARM_TOK = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One measurement: ``impl`` is ``dense`` or the pipeline's name; ``repeat`` numbers the rounds."""
+
+    length_tok: int
+    impl: str
+    repeat: int
+
+    @property
+    def subtask(self) -> str:
+        return f"{self.impl}@{self.length_tok}"
+
+
+def lengths_of(experiment: Experiment, trained_tok: int) -> list[int]:
+    """The prompt lengths to measure, ascending; 1, 2 and 4 times the trained length unless the task names some."""
+    task = experiment.task
+    return sorted(task.lengths_tok or ([task.length_tok] if task.length_tok else [n * trained_tok for n in (1, 2, 4)]))
+
+
+def points(experiment: Experiment, trained_tok: int) -> list[Point]:
+    """Every measurement of the run: by length, then round by round, dense before the pipeline in each round."""
+    pipeline, limit = experiment.pipeline, experiment.task.dense_max_tok
+    impls = ["dense"] if pipeline is None else ["dense", pipeline.name or pipeline.method]
+    return [
+        Point(length, impl, repeat)
+        for length in lengths_of(experiment, trained_tok)
+        for repeat in range(experiment.task.repeats)
+        for impl in impls
+        if impl != "dense" or limit is None or length <= limit
+    ]
+
+
+def card(experiment: Experiment) -> ProtocolCard:
+    """The protocol of a latency run: what is timed, on what text."""
+    task = experiment.task
+    limit = "at every length" if task.dense_max_tok is None else f"up to {task.dense_max_tok} tokens only"
+    return ProtocolCard(
+        suite="latency",
+        protocol="hipexp",
+        edition=f"whole-prompt prefill, then {task.decode_steps} decode steps; {task.repeats} round(s), median; dense {limit}",
+        template={"passkey": infbench.template_id("passkey", "default")},
+        wording="default",
+        metric={},
+        scorer="none",
+        length_tok={},
+        samples={},
+        new_tok={"passkey": task.decode_steps + 1},
+        data=f"generated pass-key text, seed {experiment.seed}",
+        stops=[],
+    )
+
+
+def measure(experiment: Experiment, loaded: Loaded, ledger: Ledger, trackers: list[Tracker]) -> dict[str, Any]:
+    """Measure every point that is not in the ledger yet; returns the result part of the summary.
+
+    Raises ``ConfigError`` if the task asks for no decode step or no round.
+    """
+    from hipexp.run.point import token_bar
+
+    task = experiment.task
+    if task.decode_steps < 1 or task.repeats < 1:
+        raise ConfigError(f"task.decode_steps={task.decode_steps} and task.repeats={task.repeats} must be at least 1")
+    encode = LineEncoder(loaded.tokenizer)
+    todo = [p for p in points(experiment, loaded.trained_tok) if not ledger.has(p.subtask, p.repeat)]
+    with token_bar(sum(point.length_tok for point in todo)) as bar:
+        for impl in dict.fromkeys(point.impl for point in todo):
+            timed(experiment, loaded, impl, prompt(encode, WARM_TOK, 2, experiment.seed), 2)
+        for point in todo:
+            bar.set_description(f"latency {point.subtask}")
+            sample = prompt(encode, point.length_tok, task.decode_steps, experiment.seed)
+            made = timed(experiment, loaded, point.impl, sample, task.decode_steps, bar.update)
+            row = row_of(point, sample, made)
+            ledger.append(row)
+            for tracker in trackers:
+                tracker.log(row, {})
+            bar.advance_to(point.length_tok)
+    rows = latency_rows(ledger.rows, experiment.pipeline, loaded.n_layers)
+    memory = {"peak_bytes": max(row["peak_bytes"] for row in ledger.rows)}
+    empty = {"scores": {}, "average": None, "protocol": "hipexp", "note": "", "exact": False, "traffic": {}, "recall": {}}
+    return empty | {"latency": {"rows": rows}, "memory": memory}
+
+
+def prompt(encode: LineEncoder, length_tok: int, decode_steps: int, seed: int) -> Sample:
+    """A pass-key text that fills ``length_tok`` together with the decode steps."""
+    rng = infbench.seeded("latency", seed, length_tok)
+    return infbench.digits_sample("passkey", 0, 0.5, length_tok - decode_steps, encode, rng)
+
+
+@contextlib.contextmanager
+def installed(experiment: Experiment, loaded: Loaded, impl: str) -> Iterator[None]:
+    """The attention that ``impl`` names, in the model."""
+    from hipexp import hf
+
+    with hf.install(loaded.model, None if impl == "dense" else experiment.pipeline):
+        yield
+
+
+def timed(experiment: Experiment, loaded: Loaded, impl: str, sample: Sample, decode_steps: int, progress: Any = None) -> Generation:
+    """One prefill and ``decode_steps`` decode steps that nothing stops early."""
+    from hipexp import hf
+
+    with installed(experiment, loaded, impl):
+        chunk = experiment.model.prefill_chunk_tok
+        (made,) = hf.generate(
+            loaded, [sample.tokens], max_new_tok=decode_steps + 1, prefill_chunk_tok=chunk, stop_ids=set(), progress=progress
+        )
+    return made
+
+
+def row_of(point: Point, sample: Sample, made: Generation) -> dict[str, Any]:
+    """The line of ``samples.jsonl`` of a measurement; ``steps_ms`` holds every decode step."""
+    return {
+        "subtask": point.subtask,
+        "sample": point.repeat,
+        "prediction": "",
+        "references": [],
+        "score": None,
+        "context_tok": len(sample.tokens),
+        "new_tok": len(made.tokens),
+        "removed_tok": 0,
+        "prefill_ms": round(made.prefill_ms, 3),
+        "decode_ms": round(statistics.fmean(made.decode_ms), 3),
+        "status": "done",
+        "length_tok": point.length_tok,
+        "impl": point.impl,
+        "steps_ms": [round(ms, 3) for ms in made.decode_ms],
+        "peak_bytes": made.peak_bytes,
+        "traffic": made.traffic,
+    }
+
+
+def quantile(values: list[float], share: float) -> float:
+    """The ``share`` quantile of ``values``, linear between neighbours."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def latency_rows(rows: list[dict[str, Any]], pipeline: Pipeline | None, n_layers: int) -> list[dict[str, Any]]:
+    """One row per phase, length and implementation.
+
+    ``mean_ms``: prefill, the median over rounds; decode, the mean over as many steps as make whole refresh periods (all, if
+    there are fewer), first full refresh included, then the median over rounds. ``cached_ms``: median of the decode steps in which no
+    stage is due for a refresh; ``worst_ms``: the slowest. ``speedup``: dense ``mean_ms`` / ``mean_ms``; None without dense.
+    """
+    table = []
+    for name in dict.fromkeys(row["subtask"] for row in rows):
+        mine = [row for row in rows if row["subtask"] == name]
+        period, shortest = (1, 1) if mine[0]["impl"] == "dense" or pipeline is None else (refresh_period(pipeline, n_layers), shortest_refresh(pipeline, n_layers))
+        common = {"context_tok": mine[0]["length_tok"], "impl": mine[0]["impl"]}
+        memory = {"bytes": max(row["peak_bytes"] for row in mine)}
+        table.append({"phase": "prefill", **common, **prefill_times([row["prefill_ms"] for row in mine]), **memory})
+        table.append({"phase": "decode", **common, **decode_times([row["steps_ms"] for row in mine], period, shortest), **memory})
+    dense = {(row["phase"], row["context_tok"]): row["mean_ms"] for row in table if row["impl"] == "dense"}
+    for row in table:
+        base = dense.get((row["phase"], row["context_tok"]))
+        row["speedup"] = None if base is None else round(base / row["mean_ms"], 3)
+    return sorted(table, key=lambda row: (row["phase"] != "prefill", row["context_tok"], row["impl"] != "dense"))
+
+
+def prefill_times(times: list[float]) -> dict[str, float | None]:
+    """The times of one prompt's prefill over the rounds."""
+    spread = {"p10_ms": quantile(times, 0.1), "p90_ms": quantile(times, 0.9)}
+    return {"mean_ms": statistics.median(times), **spread, "cached_ms": None, "worst_ms": max(times)}
+
+
+def decode_times(rounds: list[list[float]], period: int, shortest: int) -> dict[str, float | None]:
+    """The times of decode steps over the rounds; see ``latency_rows``."""
+    whole = [steps[: len(steps) // period * period] or steps for steps in rounds]
+    every = [ms for steps in whole for ms in steps]
+    cached = [ms for steps in whole for i, ms in enumerate(steps) if i % shortest]
+    return {
+        "mean_ms": round(statistics.median(statistics.fmean(steps) for steps in whole), 3),
+        "p10_ms": round(quantile(every, 0.1), 3),
+        "p90_ms": round(quantile(every, 0.9), 3),
+        "cached_ms": round(statistics.median(cached), 3) if cached else None,
+        "worst_ms": max(every),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as a table, and a word on lengths at which dense was not measured."""
+    header = ["phase", "context", "attention", "mean ms", "p10", "p90", "no refresh", "worst", "× dense", "MiB"]
+    names = ["phase", "context_tok", "impl", "mean_ms", "p10_ms", "p90_ms", "cached_ms", "worst_ms"]
+    cells = []
+    for row in rows:
+        speedup = None if row["speedup"] is None else f"{row['speedup']:.2f}"
+        cells.append([*(row[name] for name in names), speedup, row["bytes"] / 2**20])
+    text = text_table(header, cells, left=1)
+    alone = sorted({row["context_tok"] for row in rows if row["speedup"] is None})
+    return text + (f"\ndense was not measured at {', '.join(map(str, alone))} tokens (task.dense_max_tok)" if alone else "")

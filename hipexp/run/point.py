@@ -1,0 +1,383 @@
+"""One experiment point: samples through the model, into the ledger, to a summary; ``run_point`` is what the command line calls."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hipexp.config.runkey import run_key
+from hipexp.config.schema import Experiment, Model, Task
+from hipexp.report.tables import text_table
+from hipexp.run import environment
+from hipexp.run.ledger import Ledger, Say, is_done, open_ledger, read_json, read_rows, run_folder
+from hipexp.run.strategy import describe
+from hipexp.suites.sample import Item, ProtocolCard, Sample, Suite
+from hipexp.track import Tracker, open_trackers
+
+if TYPE_CHECKING:
+    from hipexp.hf import Generation, Loaded
+
+LOG = logging.getLogger("hipexp")
+Load = Callable[[Model], "Loaded"]
+EXACT = "exact everywhere: nothing was pruned"
+
+
+def run_point(experiment: Experiment, overrides: Sequence[str] | None = None) -> Path:
+    """Run one point, or take its stored result, and print what came out; returns the run folder.
+
+    The last line on stdout is the folder, progress goes to stderr. ``overrides`` are those of the command line, for the hint
+    how to get the dense result. Raises ``ConfigError`` and ``DataMissing`` for bad input, ``Interrupted`` when stopped,
+    ``RunFailed`` and whatever else went wrong after recording it in ``status.json``.
+    """
+    known = stored(experiment)
+    folder = execute(experiment, say=print)
+    if known:
+        print(f"stored result of {folder}")
+        print("\n".join(read_json(folder / "card.json").get("strategy", [])))
+    print(report(experiment, overrides))
+    print(folder)
+    return folder
+
+
+def folder_of(experiment: Experiment) -> Path:
+    """The run folder of an experiment, whether it exists or not."""
+    pipeline = experiment.pipeline and (experiment.pipeline.name or experiment.pipeline.method)
+    return run_folder(experiment.task.name, experiment.model.name or experiment.model.path, pipeline, run_key(experiment))
+
+
+def stored(experiment: Experiment) -> bool:
+    """Whether the result of an experiment is there already."""
+    return is_done(folder_of(experiment), run_key(experiment))
+
+
+def execute(experiment: Experiment, load: Load | None = None, say: Say = lambda text: None) -> Path:
+    """Make sure that the result of a point exists and return its folder; a finished run costs nothing.
+
+    ``load`` replaces the loading of the model, for callers that run several points on one. Raises as ``run_point``.
+    """
+    key, folder = run_key(experiment), folder_of(experiment)
+    if is_done(folder, key):
+        _tell_sweep(experiment, folder)
+        return folder
+    with open_ledger(folder, key, say) as ledger:
+        if not ledger.done:
+            _run(experiment, ledger, load, say)
+    return folder
+
+
+def _tell_sweep(experiment: Experiment, folder: Path) -> None:
+    """A sweep agent waits for numbers even when the ledger has had them all along."""
+    if experiment.track.name == "local":
+        return
+    from hipexp.track.wandb import in_sweep
+
+    if in_sweep():
+        with following(experiment, folder, read_json(folder / "card.json")) as trackers:
+            summary = read_json(folder / "summary.json")
+            for tracker in trackers:
+                tracker.finish(summary, sorted(folder.glob("*.png")))
+
+
+def _run(experiment: Experiment, ledger: Ledger, load: Load | None, say: Say) -> None:
+    from hipexp.run import latency
+
+    ledger.status("running")
+    ledger.write("config.yaml", environment.to_yaml(resolved(experiment)))
+    if ledger.dropped:
+        say(f"{ledger.dropped} damaged line(s) left by an earlier stop: those samples are done again")
+    suite = None if experiment.task.name == "latency" else open_suite_for(experiment)
+    loaded = (load or load_model)(experiment.model)
+    strategy = describe(experiment.pipeline, loaded.n_layers)
+    say("\n".join(strategy))
+    if ledger.rows:
+        say(f"continuing after {len(ledger.rows)} finished sample(s)")
+    card = card_of(suite.card() if suite else latency.card(experiment), loaded) | {"strategy": strategy}
+    ledger.write("card.json", card)
+    ledger.write("env.json", environment.describe_environment())
+    with following(experiment, ledger.folder, card) as trackers:
+        if suite is None:
+            result = latency.measure(experiment, loaded, ledger, trackers)
+        else:
+            run_samples(experiment, suite, loaded, ledger, trackers)
+            card["truncation"]["removed_tok"] = removed_tok(ledger.rows)
+            ledger.write("card.json", card)
+            result = summarize(suite.card(), ledger.rows)
+        summary = head_of(experiment) | result
+        environment.write_records(ledger.folder, head_of(experiment), card, ledger.rows)
+        ledger.write("summary.json", summary)
+        for tracker in trackers:
+            tracker.finish(summary, sorted(ledger.folder.glob("*.png")))
+    ledger.status("done")
+
+
+def load_model(model: Model) -> Loaded:
+    """The model of a configuration, ready to generate."""
+    from hipexp import hf
+
+    return hf.load(model)
+
+
+def open_suite_for(experiment: Experiment) -> Suite:
+    """The suite of an experiment, opened with the tokenizer alone, so that bad lengths are refused before weights load."""
+    from hipexp import hf
+    from hipexp.suites import check_task, open_suite
+    from hipexp.suites.sample import LineEncoder
+
+    check_task(experiment.task)
+    encode = LineEncoder(hf.load_tokenizer(experiment.model))
+    return open_suite(experiment.task, encode, hf.trained_length(experiment.model), experiment.seed)
+
+
+@contextmanager
+def following(experiment: Experiment, folder: Path, card: dict[str, Any]) -> Iterator[list[Tracker]]:
+    """The trackers of a run, started; told to finish early if an error leaves the block."""
+    trackers = open_trackers(experiment.track)
+    config = resolved(experiment) | {"run_key": run_key(experiment)}
+    for tracker in trackers:
+        tracker.start(folder, config, card)
+    try:
+        yield trackers
+    except BaseException:
+        for tracker in trackers:
+            tracker.finish(None, [])
+        raise
+
+
+def resolved(experiment: Experiment) -> dict[str, Any]:
+    """The configuration as plain data. The schema has no field for a secret: wandb takes its own from its own settings."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(k): plain(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [plain(v) for v in value]
+        return value.value if isinstance(value, Enum) else value
+
+    return plain(dataclasses.asdict(experiment))
+
+
+def card_of(card: ProtocolCard, loaded: Loaded) -> dict[str, Any]:
+    """The protocol card with what only the loaded model can say."""
+    model = {"revision": loaded.revision, "dtype": loaded.dtype, "trained_tok": loaded.trained_tok, "n_layers": loaded.n_layers}
+    return dataclasses.replace(card, model=model).to_dict()
+
+
+def head_of(experiment: Experiment) -> dict[str, Any]:
+    """What every summary begins with."""
+    names = {"task": experiment.task.name, "model": experiment.model.name or experiment.model.path}
+    pipeline = experiment.pipeline and (experiment.pipeline.name or experiment.pipeline.method)
+    return {"run_key": run_key(experiment), **names, "pipeline": pipeline, "status": "done"}
+
+
+def run_samples(experiment: Experiment, suite: Suite, loaded: Loaded, ledger: Ledger, trackers: list[Tracker]) -> None:
+    """Do every sample that is not in the ledger yet, ``task.batch`` at a time."""
+    from hipexp import hf
+
+    todo = [item for item in suite.items() if not ledger.has(item.subtask, item.index)]
+    with hf.install(loaded.model, experiment.pipeline), token_bar(sum(item.length_tok for item in todo)) as bar:
+        for batch in batches(todo, experiment.task.batch):
+            bar.set_description(f"{experiment.task.name} {batch[0].subtask} {batch[0].index}")
+            samples = [suite.sample(item) for item in batch]
+            for sample, made in zip(samples, generate(experiment, loaded, samples, bar.update), strict=True):
+                row = row_of(suite, sample, made, loaded)
+                ledger.append(row)
+                for tracker in trackers:
+                    tracker.log(row, mean_scores(ledger.rows))
+            bar.advance_to(sum(item.length_tok for item in batch))
+
+
+def generate(experiment: Experiment, loaded: Loaded, samples: list[Sample], progress: Callable[[int], None]) -> list[Generation]:
+    """Greedy answers to ``samples``, as a batch."""
+    from hipexp import hf
+
+    return hf.generate(
+        loaded,
+        [sample.tokens for sample in samples],
+        max_new_tok=max(sample.max_new_tok for sample in samples),
+        prefill_chunk_tok=experiment.model.prefill_chunk_tok,
+        stop_ids=stop_ids(loaded),
+        progress=progress,
+    )
+
+
+def stop_ids(loaded: Loaded) -> set[int]:
+    """Token ids that end an answer: the tokenizer's end of text and those of the model's generation config."""
+    listed = loaded.model.generation_config.eos_token_id
+    ids = {*(listed if isinstance(listed, list) else [listed]), loaded.tokenizer.eos_token_id}
+    return {i for i in ids if i is not None}
+
+
+def batches(items: list[Item], size: int) -> Iterator[list[Item]]:
+    """Neighbours of the same subtask, at most ``size`` together."""
+    batch: list[Item] = []
+    for item in items:
+        if batch and (len(batch) >= size or batch[0].subtask != item.subtask):
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+def row_of(suite: Suite, sample: Sample, made: Generation, loaded: Loaded) -> dict[str, Any]:
+    """The line of ``samples.jsonl`` of a finished sample; scores are 0 to 100, ``decode_ms`` is the mean of a step."""
+    prediction = loaded.tokenizer.decode(made.tokens, skip_special_tokens=True)
+    return {
+        "subtask": sample.subtask,
+        "sample": sample.index,
+        "prediction": prediction,
+        "references": sample.references,
+        "score": suite.score(sample, prediction),
+        "context_tok": len(sample.tokens),
+        "new_tok": len(made.tokens),
+        "removed_tok": sample.removed_tok,
+        "prefill_ms": round(made.prefill_ms, 3),
+        "decode_ms": round(statistics.fmean(made.decode_ms), 3) if made.decode_ms else None,
+        "status": "done",
+        "length_tok": sample.length_tok,
+        "peak_bytes": made.peak_bytes,
+        "exact": made.exact,
+        "traffic": made.traffic,
+        **sample.meta,
+    }
+
+
+def mean_scores(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Mean score of each subtask, in the order of first appearance."""
+    scores: dict[str, list[float]] = {}
+    for row in rows:
+        scores.setdefault(row["subtask"], []).append(row["score"])
+    return {name: statistics.fmean(values) for name, values in scores.items()}
+
+
+def removed_tok(rows: Iterable[dict[str, Any]]) -> dict[str, int]:
+    """Tokens that truncation removed, per subtask."""
+    removed: dict[str, int] = {}
+    for row in rows:
+        removed[row["subtask"]] = removed.get(row["subtask"], 0) + row["removed_tok"]
+    return removed
+
+
+def summarize(card: ProtocolCard, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The scores, times and memory of a finished run; ``average`` is the plain mean of the subtasks."""
+    means = mean_scores(rows)
+    counts = {name: sum(row["subtask"] == name for row in rows) for name in means}
+    decode = [row["decode_ms"] for row in rows if row["decode_ms"] is not None]
+    traffic: dict[str, float] = {}
+    for row in rows:
+        for name, value in row["traffic"].items():
+            traffic[name] = traffic.get(name, 0) + value
+    return {
+        "scores": {name: {"metric": card.metric[name], "score": round(means[name], 2), "n": counts[name]} for name in card.metric},
+        "average": round(statistics.fmean(means.values()), 2),
+        "protocol": card.protocol,
+        "note": card.note,
+        "exact": all(row["exact"] for row in rows),
+        "latency": {
+            "prefill_ms": round(statistics.median(row["prefill_ms"] for row in rows), 3),
+            "decode_ms": round(statistics.median(decode), 3) if decode else None,
+        },
+        "memory": {"peak_bytes": max(row["peak_bytes"] for row in rows)},
+        "traffic": traffic,
+        "recall": {},
+    }
+
+
+class TokenBar:
+    """A progress bar over prompt tokens that cannot drift: ``advance_to`` corrects it after every batch."""
+
+    def __init__(self, bar: Any):
+        self._bar, self._reached = bar, 0
+
+    def set_description(self, text: str) -> None:
+        self._bar.set_description(text)
+
+    def update(self, tokens: int) -> None:
+        """``tokens`` more are done."""
+        self._bar.update(tokens)
+
+    def advance_to(self, tokens: int) -> None:
+        """The batch is done: it stood for ``tokens`` tokens in the total."""
+        self._reached += tokens
+        self._bar.update(self._reached - self._bar.n)
+
+
+@contextmanager
+def token_bar(total: int) -> Iterator[TokenBar]:
+    """A progress bar on stderr; where that is no terminal, a line every ten seconds."""
+    from tqdm import tqdm
+
+    every = 0.2 if sys.stderr.isatty() else 10.0
+    with tqdm(total=total, unit="tok", unit_scale=True, file=sys.stderr, mininterval=every, leave=False, disable=total == 0) as bar:
+        yield TokenBar(bar)
+
+
+def report(experiment: Experiment, overrides: Sequence[str] | None = None) -> str:
+    """What a finished run says on the terminal: its scores with the protocol beside each, and the dense ones."""
+    folder = folder_of(experiment)
+    summary = read_json(folder / "summary.json")
+    if experiment.task.name == "latency":
+        from hipexp.run import latency
+
+        return latency.table(summary["latency"]["rows"])
+    dense = None if experiment.pipeline is None else dataclasses.replace(experiment, pipeline=None)
+    dense_rows = read_rows(folder_of(dense)) if dense and stored(dense) else None
+    lines = [score_table(summary, read_rows(folder), dense_rows), summary["note"]]
+    if summary["exact"] and experiment.pipeline is not None:
+        lines.append(EXACT)
+    if dense and dense_rows is None:
+        lines.append(f"dense on the same samples: {dense_command(experiment, overrides)}")
+    return "\n".join(filter(None, lines))
+
+
+def score_table(summary: dict[str, Any], rows: list[dict[str, Any]], dense_rows: list[dict[str, Any]] | None) -> str:
+    """Scores, times and memory per subtask; with ``dense_rows`` also the dense score and how many answers changed."""
+    header = ["subtask", "protocol", "samples", "score", "dense", "better/worse", "prefill s", "decode ms/step", "peak MiB"]
+    dense = {(row["subtask"], row["sample"]): row["score"] for row in dense_rows or []}
+    table = []
+    for name, cell in summary["scores"].items():
+        mine = [row for row in rows if row["subtask"] == name]
+        pairs = [(row["score"], dense[name, row["sample"]]) for row in mine if (name, row["sample"]) in dense]
+        beside = [statistics.fmean(d for _, d in pairs), f"+{sum(s > d for s, d in pairs)}/−{sum(s < d for s, d in pairs)}"] if pairs else [None, None]
+        decode = [row["decode_ms"] for row in mine if row["decode_ms"] is not None]
+        cost = [statistics.median(r["prefill_ms"] for r in mine) / 1000, statistics.median(decode) if decode else None, mib(mine)]
+        table.append([name, summary["protocol"], cell["n"], cell["score"], *beside, *cost])
+    if not dense:
+        header, table = drop_columns(header, table, ("dense", "better/worse"))
+    return text_table(header, table, left=2)
+
+
+def drop_columns(header: list[str], rows: list[list[Any]], names: Sequence[str]) -> tuple[list[str], list[list[Any]]]:
+    """A table without the columns ``names``."""
+    keep = [i for i, name in enumerate(header) if name not in names]
+    return [header[i] for i in keep], [[row[i] for i in keep] for row in rows]
+
+
+def mib(rows: list[dict[str, Any]]) -> float:
+    """The largest memory high-water mark of some samples, in MiB above the loaded model."""
+    return max(row["peak_bytes"] for row in rows) / 2**20
+
+
+def dense_command(experiment: Experiment, overrides: Sequence[str] | None) -> str:
+    """The command that runs the same samples with dense attention."""
+    words = overrides_of(experiment) if overrides is None else overrides
+    kept = [word for word in words if not word.lstrip("+~-").startswith(("pipeline=", "pipeline.", "track", "offload"))]
+    return shlex.join(["python", "-m", "hipexp", *kept])
+
+
+def overrides_of(experiment: Experiment) -> list[str]:
+    """Overrides that give model, task and seed of an experiment, as far as they differ from the defaults."""
+    words = [f"model={experiment.model.name}", f"task={experiment.task.name}"]
+    for field in dataclasses.fields(Task):
+        value = getattr(experiment.task, field.name)
+        if field.name != "name" and value != field.default:
+            words.append(f"task.{field.name}={str(value).replace(' ', '')}")
+    return words + ([f"seed={experiment.seed}"] if experiment.seed else [])

@@ -1,0 +1,61 @@
+"""Several points in one process: the model is loaded once, and only if something is left to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hipexp.config.check import read_facts
+from hipexp.config.schema import ConfigError, Experiment, Model
+from hipexp.run.ledger import read_json, read_rows
+from hipexp.run.point import execute, folder_of, load_model, stored
+
+if TYPE_CHECKING:
+    from hipexp.hf import Loaded
+    from hipexp.run.point import Load
+
+
+@dataclass(frozen=True)
+class Named:
+    """An experiment point and what to call it in progress lines and tables."""
+
+    name: str
+    experiment: Experiment
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Its finished samples."""
+        return read_rows(folder_of(self.experiment))
+
+    def summary(self) -> dict[str, Any]:
+        """Its ``summary.json``; empty while it is not done."""
+        return read_json(folder_of(self.experiment) / "summary.json") if stored(self.experiment) else {}
+
+
+def trained_length(model: Model) -> int:
+    """The trained length of a model on this machine; ``ConfigError`` for one that is still on a hub."""
+    facts = read_facts(model)
+    if facts is None:
+        raise ConfigError(f"model.path={model.path} is on a hub; this command needs a model in a folder")
+    return facts.trained_tok
+
+
+def load_once() -> Load:
+    """A ``load`` that keeps the last model."""
+    kept: dict[str, Any] = {}
+
+    def load(model: Model) -> Loaded:
+        if kept.get("of") != model:
+            kept.update(of=model, loaded=load_model(model))
+        return kept["loaded"]
+
+    return load
+
+
+def run_all(points: Sequence[Named], load: Load | None = None) -> None:
+    """Run what is not done yet, in order, telling what comes next. Raises what a run raises; finished points are kept."""
+    todo = [point for point in points if not stored(point.experiment)]
+    load = load or load_once()
+    for number, point in enumerate(todo, 1):
+        print(f"[{number}/{len(todo)}] {point.name}", flush=True)
+        execute(point.experiment, load, say=lambda text: print(f"    {text}", flush=True) if "waiting" in text else None)

@@ -1,0 +1,56 @@
+"""A pipeline in words: the resolved strategy and budget of every layer, as each run prints it."""
+
+from __future__ import annotations
+
+import math
+from itertools import groupby
+
+from hipexp.config.schema import LayerPlan, Pipeline, Stage
+
+
+def budget_tok(plan: LayerPlan, stages: list[Stage]) -> int:
+    """The most tokens a query of this layer attends to: sink, what the last stage keeps, window."""
+    return plan.sink_tok + (stages[-1].keep_tok if stages else 0) + plan.window_tok
+
+
+def refresh_period(pipeline: Pipeline, n_layers: int) -> int:
+    """Decode steps after which the refresh pattern of all stages and layers repeats; 1 without stages."""
+    return math.lcm(*(stage.refresh_steps for plan in pipeline.plan(n_layers) for stage in plan.decode))
+
+
+def shortest_refresh(pipeline: Pipeline, n_layers: int) -> int:
+    """The smallest refresh interval of any stage and layer: steps between its multiples use cached selections only."""
+    return min((stage.refresh_steps for plan in pipeline.plan(n_layers) for stage in plan.decode), default=1)
+
+
+def describe_stage(stage: Stage) -> str:
+    """One stage in words."""
+    return f"{stage.chunk_tok}→{stage.keep_tok} by {stage.representative.value}, {stage.rope.value} RoPE, refresh {stage.refresh_steps}"
+
+
+def describe_layers(plans: list[LayerPlan]) -> list[str]:
+    """The lines of neighbouring layers that do the same."""
+    first, last, plan = plans[0].layer, plans[-1].layer, plans[0]
+    name = f"layer {first}" if first == last else f"layers {first}-{last}"
+    group = f" ({', '.join(plan.groups)})" if plan.groups else ""
+    lines = [f"  {name}{group}: sink {plan.sink_tok}, window {plan.window_tok}, attends to at most {budget_tok(plan, plan.stages)} tokens"]
+    lines += [f"    stage {i}: {describe_stage(stage)}" for i, stage in enumerate(plan.stages)]
+    if plan.decode != plan.stages:
+        lines.append(f"    in decode at most {budget_tok(plan, plan.decode)} tokens")
+        lines += [f"    decode stage {i}: {describe_stage(stage)}" for i, stage in enumerate(plan.decode)]
+    return lines
+
+
+def describe(pipeline: Pipeline | None, n_layers: int) -> list[str]:
+    """What attention does in a model of ``n_layers`` layers, one line per layer group and stage."""
+    if pipeline is None:
+        return ["attention: dense, every token"]
+    plans = pipeline.plan(n_layers)
+    lines = [f"attention: {pipeline.name or 'unnamed'} ({pipeline.method}), heads {plans[0].heads.value}, {plans[0].attend.value} RoPE while attending"]
+
+    def same(plan: LayerPlan) -> dict[str, object]:
+        return {name: value for name, value in vars(plan).items() if name != "layer"}
+
+    for _, group in groupby(plans, key=same):
+        lines += describe_layers(list(group))
+    return lines

@@ -1,0 +1,61 @@
+"""The Weights & Biases tracker, offline unless ``track.mode=online``. The only importer of wandb."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from hipexp.config.schema import ConfigError, Track
+
+MODES = ("offline", "online", "disabled")
+
+
+def in_sweep() -> bool:
+    """Whether a sweep agent started this process: it then owns the run's id."""
+    return bool(os.environ.get("WANDB_SWEEP_ID"))
+
+
+class WandbTracker:
+    """Follows a run in wandb; see ``hipexp.track.Tracker``.
+
+    Outside a sweep the run's id is made from the run key, so that a resumed run goes on in the same wandb run; in a sweep
+    wandb takes it from the agent's environment. Raises ``ConfigError`` for an unknown mode or where wandb is not installed.
+    """
+
+    def __init__(self, track: Track):
+        if track.mode not in MODES:
+            raise ConfigError(f"track.mode={track.mode} is unknown; use one of {', '.join(MODES)}")
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError("track=wandb needs the package wandb: pip install 'hipexp[wandb]', or use track=local") from error
+        self._wandb, self._track, self._run = wandb, track, None
+
+    def start(self, folder: Path, config: dict[str, Any], card: dict[str, Any]) -> None:
+        own = {} if in_sweep() else {"id": config["run_key"][:10], "resume": "allow", "name": folder.name}
+        self._run = self._wandb.init(
+            project=self._track.project,
+            entity=self._track.entity,
+            mode=self._track.mode,
+            dir=str(folder),
+            config={**config, "card": card},
+            job_type=folder.parent.name,
+            **own,
+        )
+
+    def log(self, row: dict[str, Any], means: dict[str, float]) -> None:
+        times = {name: row[name] for name in ("prefill_ms", "decode_ms") if row.get(name) is not None}
+        running = {f"running/{name}": mean for name, mean in means.items()}
+        self._run.log({**running, **{f"sample/{name}": value for name, value in times.items()}})
+
+    def finish(self, summary: dict[str, Any] | None, pictures: list[Path]) -> None:
+        if summary is None:
+            self._run.finish(exit_code=1)
+            return
+        columns = ["subtask", "metric", "score", "n", "protocol"]
+        rows = [[name, *(cell[column] for column in columns[1:4]), summary["protocol"]] for name, cell in summary["scores"].items()]
+        self._run.log({"scores": self._wandb.Table(columns=columns, data=rows)} | {p.stem: self._wandb.Image(str(p)) for p in pictures})
+        self._run.summary.update({f"score/{name}": cell["score"] for name, cell in summary["scores"].items()})
+        self._run.summary.update({name: summary[name] for name in ("average", "latency", "memory")})
+        self._run.finish()

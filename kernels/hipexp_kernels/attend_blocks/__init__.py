@@ -1,0 +1,48 @@
+"""Attention over sinks, selected blocks and a sliding window."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hipexp_kernels.attend_blocks.reference import attend_blocks as reference
+from hipexp_kernels.attend_blocks.vectorized import attend_blocks as vectorized
+from hipexp_kernels.dispatch import choose, require
+from hipexp_kernels.rope import AttendRotation
+
+
+def attend_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    counts: Tensor,
+    first: Tensor,
+    exact: Tensor,
+    *,
+    block_tok: int,
+    sink_tok: int,
+    window_tok: int,
+    scale: float,
+    rotation: AttendRotation | None = None,
+    softcap: float | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Return the output ``[H, N, Q, D]`` and its log-sum-exp ``[H, N, Q]`` (fp32).
+
+    ``q`` ``[H, N, Q, D]`` raw queries: row ``r`` of block ``n`` stands at position ``first[n] + r`` (rows at or past ``T``
+    are padding, their output is undefined). ``k``, ``v`` ``[K, T, D]`` raw keys and values.
+    ``blocks`` ``[S, N, M]``: ascending, unique starts of selected blocks of ``block_tok`` tokens, none below ``sink_tok``;
+    the first ``counts[s, n]`` count. With ``edge = first[n] - window_tok`` a query at ``p`` attends to the sinks
+    ``i < sink_tok, i <= edge``, the selected tokens ``i <= edge`` and the window ``edge < i <= p``: every key once.
+    Blocks with ``exact[n]`` attend to all keys ``i <= p`` at their true positions instead.
+    ``rotation`` says how positions become angles; None leaves queries and keys as they are (layers without RoPE).
+    ``softcap`` bounds the logits to ``softcap * tanh(logit / softcap)``. Raises ``ValueError`` on shapes that do not match.
+    """
+    H, N, _, D = q.shape
+    S = blocks.shape[0]
+    require(k.shape == v.shape and k.ndim == 3 and k.shape[-1] == D and H % k.shape[0] == 0, f"attend_blocks: k {tuple(k.shape)} and v {tuple(v.shape)} do not go with q {tuple(q.shape)}")
+    require(S in (1, k.shape[0]) and blocks.shape[1] == N and counts.shape == (S, N), f"attend_blocks: blocks {tuple(blocks.shape)} and counts {tuple(counts.shape)} do not go with {N} query blocks")
+    require(first.shape == exact.shape == (N,), f"attend_blocks: first {tuple(first.shape)} and exact {tuple(exact.shape)} must be {(N,)}")
+    run = choose(impl, {"reference": reference, "vectorized": vectorized})
+    sizes = dict(block_tok=block_tok, sink_tok=sink_tok, window_tok=window_tok)
+    return run(q, k, v, blocks, counts, first, exact, **sizes, scale=scale, rotation=rotation, softcap=softcap)

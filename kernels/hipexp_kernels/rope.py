@@ -1,0 +1,115 @@
+"""Rotary position embedding by explicit positions, in the half-split convention (dimension t pairs with t + R/2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RopeTable:
+    """cos and sin by position, ``[P, R/2]`` in fp32, any attention factor included; ``R <= D`` dimensions are rotated."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first ``R`` of the last dimension of ``x`` ``[..., D]`` by ``cos``/``sin`` ``[..., R/2]`` (broadcast)."""
+    half = cos.shape[-1]
+    first, second = x[..., :half], x[..., half : 2 * half]
+    out = torch.empty(torch.broadcast_shapes(x.shape[:-1], cos.shape[:-1]) + x.shape[-1:], dtype=x.dtype, device=x.device)
+    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out[..., half : 2 * half]).addcmul_(first, sin)
+    out[..., 2 * half :] = x[..., 2 * half :]
+    return out
+
+
+@dataclass(frozen=True)
+class KeyRotation:
+    """How a stage rotates the keys it probes.
+
+    ``rank``: by the chunk's index in the stage's list (chunk-indexed); ``native``: by the token's position; ``dynamic``:
+    positions further than ``trained_tok/4`` are squeezed into the trained length; ``self_extend``: far positions are
+    grouped by 16. ``first`` and ``last`` ``[N]`` are the first and last query position of each block.
+    """
+
+    mode: str
+    table: RopeTable
+    trained_tok: int
+    first: Tensor
+    last: Tensor
+
+    GROUP = 16
+    NEIGHBOUR_TOK = 8192
+
+    def positions(self, token_SNC: Tensor, rank_C: Tensor) -> Tensor:
+        """Positions of the probed tokens ``[S, N, C]`` (ints, not below 0)."""
+        first, last = self.first[:, None], self.last[:, None]
+        if self.mode == "rank":
+            return rank_C.expand(token_SNC.shape)
+        if self.mode == "native":
+            return token_SNC
+        if self.mode == "dynamic":
+            return dynamic_positions(token_SNC, first, last, self.trained_tok)
+        if self.mode == "self_extend":
+            near = min(self.NEIGHBOUR_TOK, self.trained_tok // 2)
+            grouped = torch.div(token_SNC - first, self.GROUP, rounding_mode="floor") + first
+            return torch.where((token_SNC > first - near) | (last < self.trained_tok), token_SNC, grouped).clamp(min=0)
+        raise ValueError(f"key rotation {self.mode!r} is unknown; use rank, native, dynamic or self_extend")
+
+
+def dynamic_positions(token: Tensor, first: Tensor, last: Tensor, trained_tok: int) -> Tensor:
+    """Positions of ``token`` for queries ``first``..``last``: the newest quarter of the trained length is kept, what lies before is squeezed.
+
+    The span from 0 to ``first - trained_tok/4`` is mapped linearly onto a span of ``trained_tok * 3/4`` with the same end.
+    """
+    window = trained_tok // 4
+    end = (first - window).clamp(min=1)
+    squeezed = end - torch.div((end - token) * (trained_tok - window), end, rounding_mode="floor")
+    squeezed = torch.maximum(squeezed, last - trained_tok)
+    keep = (last < trained_tok) | (token >= last - window) | (token >= end) | (end <= trained_tok - window)
+    return torch.where(keep, token, squeezed).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class AttendRotation:
+    """Which positions the final attention gives to queries and keys.
+
+    ``streaming``: sinks, selected and window keys are numbered without gaps, the query last (as StreamingLLM);
+    ``infllm``: sinks and selected keys all lie one window before the block; ``native``: true positions; ``dynamic``: cos and sin
+    are three quarters those of ``streaming`` and one quarter those of the squeezed true positions (see
+    :func:`dynamic_positions`). Window keys always keep their true distance.
+    """
+
+    mode: str
+    table: RopeTable
+    trained_tok: int
+
+    def query(self, position: Tensor, first: int, n_far: int, window_tok: int) -> Tensor:
+        """Table rows of queries at ``position`` in a block that starts at ``first`` and attends to ``n_far`` keys before its window."""
+        if self.mode == "streaming":
+            return position - first + n_far + window_tok - 1
+        if self.mode == "infllm":
+            return position - first + window_tok
+        return position
+
+    def keys(self, token: Tensor, first: int, last: int, n_far: int, window_tok: int) -> tuple[Tensor, Tensor]:
+        """cos and sin ``[n, R/2]`` of the keys ``token`` ``[n]``: ``n_far`` sinks and selected ones, then a run of window keys."""
+        table, device = self.table, token.device
+        packed = torch.arange(token.shape[0], device=device)
+        if self.mode == "streaming":
+            return table.cos[: token.shape[0]], table.sin[: token.shape[0]]
+        if self.mode == "infllm":
+            at = (packed - n_far + 1).clamp(min=0)
+            return table.cos[at], table.sin[at]
+        if self.mode == "native":
+            return table.cos[token], table.sin[token]
+        if self.mode == "dynamic":
+            near = torch.where(packed < n_far, (packed + first - window_tok + 1 - n_far).clamp(min=0), token)
+            far = dynamic_positions(token, torch.tensor(first, device=device), torch.tensor(last, device=device), self.trained_tok)
+            far = torch.where(packed < n_far, far, token)
+            return 0.75 * table.cos[near] + 0.25 * table.cos[far], 0.75 * table.sin[near] + 0.25 * table.sin[far]
+        raise ValueError(f"attention rotation {self.mode!r} is unknown; use streaming, infllm, native or dynamic")

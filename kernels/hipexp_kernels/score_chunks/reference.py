@@ -1,0 +1,57 @@
+"""Plain statement of chunk scoring: one head, one block, one chunk at a time, in fp32."""
+
+import torch
+from torch import Tensor
+
+from hipexp_kernels.rope import KeyRotation, rotate
+
+
+def score_chunks(
+    q_left: Tensor, q_right: Tensor, k: Tensor, starts: Tensor, counts: Tensor, limits: Tensor, *, chunk_tok: int, representative: str, rotation: KeyRotation | None
+) -> Tensor:
+    H, N, _, _ = q_left.shape
+    S, C, group = starts.shape[0], starts.shape[2], H // k.shape[0]
+    starts, k = starts.expand(S, N, C), k.float()
+    scores = torch.full((H, N, C), float("-inf"))
+    for h in range(H):
+        s = h // group if S > 1 else 0
+        for n in range(N):
+
+            def probe(token: int, queries: Tensor, rank: int, h=h, n=n) -> float:
+                key = k[h // group, token]
+                if rotation is not None:
+                    at = int(position_of(rotation, token, rank, n))
+                    key = rotate(key, rotation.table.cos[at], rotation.table.sin[at])
+                return float((queries[h, n].float() @ key).max())
+
+            for c in range(int(counts[s, n])):
+                left = int(starts[s, n, c])
+                right = min(left + chunk_tok, int(limits[n]))
+                if left < right:
+                    walk = descend if representative == "descent" else scan
+                    scores[h, n, c] = walk(left, right, lambda t, q, c=c: probe(t, q, c), q_left, q_right)
+    return scores
+
+
+def position_of(rotation: KeyRotation, token: int, rank: int, n: int) -> Tensor:
+    """Position of one probed token for block ``n``."""
+    one = KeyRotation(rotation.mode, rotation.table, rotation.trained_tok, rotation.first[n : n + 1], rotation.last[n : n + 1])
+    return one.positions(torch.tensor([[[token]]]), torch.tensor([rank]))
+
+
+def descend(left: int, right: int, probe, q_left: Tensor, q_right: Tensor) -> float:
+    """Best probe on the way down to a single token of ``[left, right)``."""
+    if right - left == 1:
+        return probe(left, q_right)
+    best = float("-inf")
+    while right - left > 1:
+        centre = (left + right) // 2
+        score_left, score_right = probe((left + centre) // 2, q_left), probe((centre + right) // 2, q_right)
+        left, right = (left, centre) if score_left > score_right else (centre, right)
+        best = max(best, score_left, score_right)
+    return best
+
+
+def scan(left: int, right: int, probe, _, q_right: Tensor) -> float:
+    """Best token of ``[left, right)``."""
+    return max(probe(token, q_right) for token in range(left, right))
