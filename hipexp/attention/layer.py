@@ -22,7 +22,8 @@ QUERY_BLOCK_TOK = 64  # of pipelines without stages
 class LayerAttention:
     """The attention of one layer.
 
-    ``tables`` None: the layer has no RoPE. ``softcap``: as in Gemma-2. ``pruned_blocks`` counts the query blocks that did not see all their keys.
+    ``tables`` None: the layer has no RoPE. ``softcap``: as in Gemma-2.
+    ``pruned_blocks`` counts the query blocks that did not see all their keys.
     """
 
     plan: LayerPlan

@@ -34,7 +34,15 @@ class RopeTables:
 
 
 def score_rotation(
-    strategy: PruneRope, tables: RopeTables, pooled: Tensor, position: Tensor, n_chunks: Tensor, first: Tensor, last: Tensor, scan_window_tok: int, n_keys: int
+    strategy: PruneRope,
+    tables: RopeTables,
+    pooled: Tensor,
+    position: Tensor,
+    n_chunks: Tensor,
+    first: Tensor,
+    last: Tensor,
+    scan_window_tok: int,
+    n_keys: int,
 ) -> tuple[Tensor, Tensor, KeyRotation | None]:
     """Rotate pooled queries ``[H, N, R, D]`` for the left and the right probe, and say how probed keys are rotated.
 

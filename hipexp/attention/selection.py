@@ -30,4 +30,7 @@ class Selection:
         if not n_exact:
             return self
         S, _, M = self.blocks.shape
-        return Selection(torch.cat([self.blocks.new_full((S, n_exact, M), -1), self.blocks], 1), torch.cat([self.counts.new_zeros(S, n_exact), self.counts], 1))
+        return Selection(
+            torch.cat([self.blocks.new_full((S, n_exact, M), -1), self.blocks], 1),
+            torch.cat([self.counts.new_zeros(S, n_exact), self.counts], 1),
+        )

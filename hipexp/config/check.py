@@ -6,15 +6,12 @@ trained length, read from ``config.json`` without loading it. Every message name
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from pathlib import Path
 
+from hipexp.config.model import ModelFacts, read_facts
+from hipexp.config.model import model_folder as model_folder
 from hipexp.config.schema import ConfigError, Experiment, LayerPlan, Model, Pipeline, Stage, Task, range_parts
 
-PACKAGE = Path(__file__).parents[1]
 METHODS = ("hip", "streaming")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 TASKS = ("infbench", "passkey", "latency")
@@ -24,14 +21,6 @@ TRACKERS = ("local", "wandb")
 TRACK_MODES = ("offline", "online", "disabled")
 
 Key = Callable[[int, str], str]  # (stage number, field) -> the key that set it
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What the checks need to know of a model: ``layers`` and the trained length ``trained_tok``."""
-
-    layers: int
-    trained_tok: int
 
 
 def check_experiment(experiment: Experiment) -> None:
@@ -78,41 +67,6 @@ def check_pipeline(pipeline: Pipeline) -> None:
             _check_plan(pipeline, pipeline.plan_layer(0, [name]))
 
 
-def model_folder(model: Model) -> Path | None:
-    """The folder of a model that is on this machine, or None for a hub id.
-
-    ``hipexp/…`` lies inside this package, wherever it is installed; anything else is a folder if it exists, else a hub
-    id if it looks like one. Raises ConfigError if it is neither.
-    """
-    if model.path.startswith("hipexp/"):
-        return PACKAGE / model.path.removeprefix("hipexp/")
-    folder = Path(model.path).expanduser()
-    if folder.is_dir():
-        return folder
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", model.path):
-        return None
-    raise ConfigError(f"model.path={model.path} is no folder here and no hub id like 'org/model'; check the path")
-
-
-def read_facts(model: Model) -> ModelFacts | None:
-    """Layers and trained length from the model's ``config.json``; None for a hub id. Raises ConfigError if it cannot be read."""
-    folder = model_folder(model)
-    if folder is None:
-        return None
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path={model.path} must hold a model, but {folder / 'config.json'} cannot be read ({error})") from error
-    config = config.get("text_config", config)
-    layers, trained_tok = config.get("num_hidden_layers"), model.trained_tok or config.get("max_position_embeddings")
-    if not layers or not trained_tok:
-        raise ConfigError(
-            f"model.path={model.path}: config.json must give num_hidden_layers and max_position_embeddings; "
-            "for a missing trained length set model.trained_tok"
-        )
-    return ModelFacts(layers, trained_tok)
-
-
 def _check_model_fields(model: Model) -> None:
     _one_of("model.dtype", model.dtype, DTYPES)
     _at_least("model.prefill_chunk_tok", model.prefill_chunk_tok, 1)
@@ -123,24 +77,27 @@ def _check_model_fields(model: Model) -> None:
 def _check_prefill_chunk(model: Model, pipeline: Pipeline) -> None:
     for number, stage in enumerate(pipeline.stages):
         if model.prefill_chunk_tok % stage.query_block_tok:
-            repair = -(-model.prefill_chunk_tok // stage.query_block_tok) * stage.query_block_tok
             raise ConfigError(
                 f"model.prefill_chunk_tok={model.prefill_chunk_tok} must be a multiple of "
-                f"pipeline.stages[{number}].query_block_tok={stage.query_block_tok}; try {repair}"
+                f"pipeline.stages[{number}].query_block_tok={stage.query_block_tok}; "
+                f"try {_multiples(model.prefill_chunk_tok, stage.query_block_tok)}"
             )
 
 
 def _check_task(task: Task) -> None:
     _one_of("task", task.name, TASKS)
     _one_of("task.protocol", task.protocol, PROTOCOLS)
-    for name in ("samples", "decode_steps", "batch"):
+    for name in ("samples", "decode_steps", "repeats", "batch"):
         _at_least(f"task.{name}", getattr(task, name), 1)
-    if task.length_tok is not None:
-        _at_least("task.length_tok", task.length_tok, 1)
+    for name in ("length_tok", "truncate_tok", "dense_max_tok"):
+        if getattr(task, name) is not None:
+            _at_least(f"task.{name}", getattr(task, name), 1)
     if task.lengths_tok is not None:
         _all("task.lengths_tok", task.lengths_tok, lambda length: length >= 1, "hold lengths of at least 1 token; try [8192,16384]")
     if task.depths is not None:
         _all("task.depths", task.depths, lambda depth: 0 <= depth <= 1, "hold depths from 0 to 1; try [0,0.5,1]")
+    if task.subtasks is not None and task.name != "infbench":
+        raise ConfigError(f"task.subtasks={task.subtasks} is for task=infbench; leave it out for task={task.name}")
     if task.name != "latency":
         from hipexp.suites import check_task
 
@@ -150,10 +107,11 @@ def _check_task(task: Task) -> None:
 def _check_stage_count(pipeline: Pipeline) -> None:
     stages, decode = len(pipeline.stages), pipeline.decode
     if pipeline.method == "streaming" and (stages or decode):
-        raise ConfigError(f"pipeline.method=streaming must have no stages, but there are {stages or len(decode or [])}; try pipeline.method=hip")
+        count = stages or len(decode or [])
+        raise ConfigError(f"pipeline.method=streaming must have no stages, but there are {count}; try pipeline.method=hip")
     if pipeline.method == "hip" and (not stages or decode == []):
         key = "pipeline.decode" if stages else "pipeline.stages"
-        raise ConfigError(f"{key}=[] must hold at least one stage for pipeline.method=hip; try +pipeline=streaming for sink and window only")
+        raise ConfigError(f"{key}=[] must hold a stage or more for pipeline.method=hip; for sink and window only use +pipeline=streaming")
 
 
 def _check_plan(pipeline: Pipeline, plan: LayerPlan) -> None:
@@ -175,35 +133,32 @@ def _check_borders(stages: list[Stage], key: Key, plan: LayerPlan, window_key: s
     if plan.window_tok < first:
         raise ConfigError(f"{window_key}={plan.window_tok} must be at least {_short(key(0, 'chunk_tok'))}={first}; try {first}")
     if plan.sink_tok % last:
-        tries = f"{plan.sink_tok // last * last} or {-(-plan.sink_tok // last) * last}"
-        raise ConfigError(
-            f"pipeline.sink_tok={plan.sink_tok} must be a multiple of {_short(key(len(stages) - 1, 'chunk_tok'))}={last}; try {tries}"
-        )
+        rule = f"must be a multiple of {_short(key(len(stages) - 1, 'chunk_tok'))}={last}"
+        raise ConfigError(f"pipeline.sink_tok={plan.sink_tok} {rule}; try {_multiples(plan.sink_tok, last)}")
 
 
 def _check_stages(stages: list[Stage], key: Key) -> None:
     for number, stage in enumerate(stages):
         for name in ("chunk_tok", "keep_tok", "query_block_tok", "query_stride_tok", "refresh_steps"):
             _at_least(key(number, name), getattr(stage, name), 1)
-        _check_stage(stage, lambda name, number=number: key(number, name))  # type: ignore[misc]
         if number:
             _check_pair(stages[number - 1], stage, number, key)
+        _check_stage(stage, number, key)
 
 
-def _check_stage(stage: Stage, key: Callable[[str], str]) -> None:
-    chunk = stage.chunk_tok
+def _check_stage(stage: Stage, number: int, key: Key) -> None:
+    def refuse(name: str, rule: str, repair: str) -> None:
+        raise ConfigError(f"{key(number, name)}={getattr(stage, name)} must {rule}; try {repair}")
+
+    chunk, keep, block = stage.chunk_tok, stage.keep_tok, stage.query_block_tok
     if chunk & (chunk - 1):
         lower = 1 << (chunk.bit_length() - 1)
-        raise ConfigError(f"{key('chunk_tok')}={chunk} must be a power of two; try {lower} or {2 * lower}")
-    if stage.keep_tok % chunk:
-        tries = " or ".join(str(keep) for keep in (stage.keep_tok // chunk * chunk, -(-stage.keep_tok // chunk) * chunk) if keep)
-        raise ConfigError(f"{key('keep_tok')}={stage.keep_tok} must be a multiple of {_short(key('chunk_tok'))}={chunk}; try {tries}")
-    if stage.query_block_tok % stage.query_stride_tok:
-        tries = _divisors(stage.query_block_tok, stage.query_stride_tok)
-        raise ConfigError(
-            f"{key('query_stride_tok')}={stage.query_stride_tok} must divide "
-            f"{_short(key('query_block_tok'))}={stage.query_block_tok}; try {tries}"
-        )
+        refuse("chunk_tok", "be a power of two", f"{lower} or {2 * lower}")
+    if keep % chunk:
+        refuse("keep_tok", f"be a multiple of {_short(key(number, 'chunk_tok'))}={chunk}", _multiples(keep, chunk))
+    if block % stage.query_stride_tok:
+        repair = _divisors(block, stage.query_stride_tok)
+        refuse("query_stride_tok", f"divide {_short(key(number, 'query_block_tok'))}={block}", repair)
 
 
 def _check_pair(before: Stage, stage: Stage, number: int, key: Key) -> None:
@@ -221,8 +176,13 @@ def _check_pair(before: Stage, stage: Stage, number: int, key: Key) -> None:
         earlier, later = key(number - 1, "refresh_steps"), key(number, "refresh_steps")
         raise ConfigError(
             f"{earlier}={before.refresh_steps} must be a multiple of {_short(later)}={stage.refresh_steps}; "
-            f"try {-(-before.refresh_steps // stage.refresh_steps) * stage.refresh_steps}"
+            f"try {_multiples(before.refresh_steps, stage.refresh_steps)}"
         )
+
+
+def _multiples(near: int, of: int) -> str:
+    """The multiples of ``of`` next to ``near``, as in ``256 or 288``."""
+    return " or ".join(str(n) for n in (near // of * of, -(-near // of) * of) if n)
 
 
 def _divisors(number: int, near: int) -> str:

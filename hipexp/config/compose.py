@@ -2,79 +2,114 @@
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, ListConfig, MissingMandatoryValue, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hipexp.config.check import PACKAGE, check_experiment
-from hipexp.config.overrides import DENSE, GROUPS, CommandLine, field_type, normalise
+from hipexp.config.check import check_experiment
+from hipexp.config.convert import to_plain, to_schema
+from hipexp.config.overrides import GROUPS, CommandLine, conf_dir, group_options, normalise
 from hipexp.config.schema import ConfigError, Experiment
 
 # Hydra 1.4 deprecates version_base; 1.3 warns without it.
-VERSION_BASE: dict[str, Any] = {"version_base": "1.3"} if hydra.__version__.startswith("1.3") else {}
-ConfigStore.instance().store(name="experiment_schema", node=Experiment)
+VERSION: dict[str, Any] = {"version_base": "1.3"} if hydra.__version__.startswith("1.3") else {}
 
 
-def conf_dir() -> Path:
-    """The folder of configuration files: ``$HIPEXP_CONF``, the copy inside an installed package, or the checkout's ``conf/``.
-
-    Raises ConfigError if there is no ``config.yaml`` in it.
-    """
-    shipped = PACKAGE / "_conf"
-    folder = Path(os.environ.get("HIPEXP_CONF") or (shipped if shipped.is_dir() else PACKAGE.parent / "conf")).expanduser().resolve()
-    if not (folder / "config.yaml").is_file():
-        raise ConfigError(f"HIPEXP_CONF={folder} must be a folder with a config.yaml in it; unset HIPEXP_CONF to use the one of hipexp")
-    return folder
-
-
-def group_options(folder: Path) -> dict[str, list[str]]:
-    """What each configuration group offers: the names of its files."""
-    return {group: sorted(path.stem for path in (folder / group).glob("*.yaml")) for group in GROUPS}
+def read_line(argv: Sequence[str]) -> CommandLine:
+    """Command line words in Hydra's form; raises ConfigError, see ``overrides.normalise``."""
+    return normalise(argv, group_options(conf_dir()))
 
 
 def compose(argv: Sequence[str]) -> Experiment:
     """The experiment that command line words such as ``+pipeline=3stage`` describe, checked.
 
-    Raises ConfigError for anything that cannot be right and is not a matter of the model (see ``check.check_model``).
+    Raises ConfigError for anything that cannot be right, except what depends on the model (see ``check.check_model``).
     """
-    line = normalise(argv, group_options(conf_dir()))
-    if line.flags:
-        raise ConfigError(f"{line.flags[0]} is for the command line only; here every word is key=value")
+    line = read_line(argv)
+    if line.sweep:
+        raise ConfigError("-m runs several points, and one is due here; leave it out")
     return compose_point(line.overrides)
 
 
 def compose_point(overrides: Sequence[str]) -> Experiment:
-    """Like ``compose`` for overrides that are in Hydra's form already."""
-    with in_words(), hydra.initialize_config_dir(str(conf_dir()), **VERSION_BASE):
+    """Like ``compose``, for overrides in Hydra's form."""
+    with _in_words(), hydra.initialize_config_dir(str(conf_dir()), **VERSION):
         config = hydra.compose("config", list(overrides), return_hydra_config=True)
-        choices = dict(config.hydra.runtime.choices)
-        del config._metadata.flags["struct"]
-        config = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
-    return build(config, choices)
+        return _build(config, config.hydra.runtime.choices)
 
 
-def build(config: DictConfig, choices: dict[str, Any]) -> Experiment:
-    """The checked experiment in a composed config; ``choices`` (group → option) name what has no name of its own.
-
-    Raises ConfigError.
-    """
-    refuse_unknown(config)
-    with in_words():
-        experiment = OmegaConf.to_object(config)
-    assert isinstance(experiment, Experiment)
+def _build(config: DictConfig, choices: Any) -> Experiment:
+    """The checked experiment of a composed config; a part without a name gets the option that was chosen."""
+    nodes = {str(key): node for key, node in config.items() if key != "hydra"}
+    plain = {key: OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node for key, node in nodes.items()}
+    experiment = to_schema(plain, Experiment)
     for group in GROUPS:
         part = getattr(experiment, group)
         if part is not None and not part.name:
             part.name = str(choices[group])
     check_experiment(experiment)
     return experiment
+
+
+def sweep_points(overrides: Sequence[str]) -> list[list[str]]:
+    """The points of a sweep as Hydra's basic sweeper takes them: all combinations, each a list of overrides."""
+    with _in_words():
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    choices = [
+        [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+        if override.is_sweep_override()
+        else [str(override.input_line)]
+        for override in parsed
+    ]
+    return [list(point) for point in product(*choices)]
+
+
+def run_sweep(overrides: Sequence[str], job: Callable[[Experiment, list[str]], None], sweep_dir: Path) -> None:
+    """Give every point of a sweep and its overrides to ``job``, through Hydra's launcher.
+
+    Hydra writes its own notes into ``sweep_dir``.
+    """
+
+    def task(config: DictConfig) -> None:
+        hydra_config = HydraConfig.get()
+        job(_build(config, hydra_config.runtime.choices), list(hydra_config.overrides.task))
+
+    own = any(word.lstrip("+").startswith("hydra.sweep.dir=") for word in overrides)
+    argv, sys.argv = sys.argv, [sys.argv[0], "-m", *overrides, *([] if own else [f"hydra.sweep.dir='{sweep_dir}'"])]
+    try:
+        hydra.main(config_path=str(conf_dir()), config_name="config", **VERSION)(task)()
+    finally:
+        sys.argv = argv
+
+
+def to_yaml(experiment: Experiment) -> str:
+    """The resolved experiment as YAML, every field written out."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_plain(experiment)))
+
+
+@contextmanager
+def _in_words() -> Iterator[None]:
+    """Turn what Hydra and OmegaConf raise into ConfigError with their innermost reason."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (HydraException, OmegaConfBaseException, AssertionError) as error:
+        reason: BaseException = error
+        while reason.__cause__ is not None:
+            reason = reason.__cause__
+        outer, inner = (str(part).strip().split("\n")[0] for part in (error, reason))
+        outer = outer.replace("Error merging override ++", "")
+        if isinstance(reason, IndexError):
+            inner = "there is no entry with this number; they are counted from 0"
+        raise ConfigError(outer if inner in outer else f"{outer}: {inner}") from error

@@ -11,7 +11,7 @@ import dataclasses
 import re
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Optional
+from typing import Any
 
 
 class ConfigError(ValueError):
@@ -72,20 +72,20 @@ class Stage:
     query_stride_tok: int = 1
     refresh_steps: int = 1
     representative: Representative = Representative.descent
-    rope: Optional[PruneRope] = None
+    rope: PruneRope | None = None
 
 
 @dataclass
 class StageOverride:
     """What a layer group changes in one stage; None leaves a field as it is."""
 
-    chunk_tok: Optional[int] = None
-    keep_tok: Optional[int] = None
-    query_block_tok: Optional[int] = None
-    query_stride_tok: Optional[int] = None
-    refresh_steps: Optional[int] = None
-    representative: Optional[Representative] = None
-    rope: Optional[PruneRope] = None
+    chunk_tok: int | None = None
+    keep_tok: int | None = None
+    query_block_tok: int | None = None
+    query_stride_tok: int | None = None
+    refresh_steps: int | None = None
+    representative: Representative | None = None
+    rope: PruneRope | None = None
 
 
 @dataclass
@@ -100,8 +100,8 @@ class Rope:
 class RopeOverride:
     """What a layer group changes in the RoPE strategy; None leaves it as it is."""
 
-    prune: Optional[PruneRope] = None
-    attend: Optional[AttendRope] = None
+    prune: PruneRope | None = None
+    attend: AttendRope | None = None
 
 
 @dataclass
@@ -115,7 +115,7 @@ class LayerGroup:
     range: str
     rope: RopeOverride = field(default_factory=RopeOverride)
     stages: dict[str, StageOverride] = field(default_factory=dict)
-    window_tok: Optional[int] = None
+    window_tok: int | None = None
 
 
 @dataclass
@@ -145,7 +145,7 @@ class Pipeline:
     name: str = ""
     method: str = "hip"
     stages: list[Stage] = field(default_factory=list)
-    decode: Optional[list[Stage]] = None
+    decode: list[Stage] | None = None
     sink_tok: int = 256
     window_tok: int = 1024
     heads: Heads = Heads.shared
@@ -196,10 +196,10 @@ class Model:
 
     path: str
     name: str = ""
-    revision: Optional[str] = None
+    revision: str | None = None
     dtype: str = "auto"
     prefill_chunk_tok: int = 8192
-    trained_tok: Optional[int] = None
+    trained_tok: int | None = None
 
 
 @dataclass
@@ -209,21 +209,27 @@ class Task:
     ``subtasks``     None runs all that the model can do
     ``samples``      samples per subtask (in a grid: per cell)
     ``length_tok``   prompt length; None is twice the trained length
+    ``truncate_tok`` longest prompt given to the model, the middle of a longer one is cut out; None cuts nothing
     ``lengths_tok``  prompt lengths of a grid or of a latency table; None leaves the choice to the task
     ``depths``       needle depths of a grid, 0.0 (start) to 1.0 (end); None leaves the choice to the task
     ``decode_steps`` decode steps timed by the latency task
+    ``repeats``      rounds of the latency task
+    ``dense_max_tok`` longest prompt that the latency task also times dense; None has no limit
     ``protocol``     whose prompts: ``hipexp`` are our own words, never an official score
     ``wording``      ``default``, or ``heldout``: a noise text and a wording that the embedded model never saw in training
     ``batch``        samples per forward pass
     """
 
     name: str = ""
-    subtasks: Optional[list[str]] = None
+    subtasks: list[str] | None = None
     samples: int = 5
-    length_tok: Optional[int] = None
-    lengths_tok: Optional[list[int]] = None
-    depths: Optional[list[float]] = None
+    length_tok: int | None = None
+    truncate_tok: int | None = None
+    lengths_tok: list[int] | None = None
+    depths: list[float] | None = None
     decode_steps: int = 48
+    repeats: int = 1
+    dense_max_tok: int | None = None
     protocol: str = "hipexp"
     wording: str = "default"
     batch: int = 1
@@ -235,7 +241,7 @@ class Track:
 
     name: str = "local"
     project: str = "hipexp"
-    entity: Optional[str] = None
+    entity: str | None = None
     mode: str = "offline"
 
 
@@ -245,7 +251,7 @@ class Experiment:
 
     model: Model
     task: Task
-    pipeline: Optional[Pipeline] = None
+    pipeline: Pipeline | None = None
     offload: Offload = field(default_factory=Offload)
     track: Track = field(default_factory=Track)
     seed: int = 0
@@ -267,9 +273,8 @@ def select_layers(text: str, n_layers: int, key: str = "range") -> set[int]:
             raise ConfigError(f"{key}={text!r} runs backwards in {part[0]!r} for a model of {n_layers} layers; swap the two numbers")
         layers.update(layer for layer in range(first, last + 1) if 0 <= layer < n_layers)
     if text.strip() and not layers:
-        raise ConfigError(
-            f"{key}={text!r} selects no layer: the model has layers 0 to {n_layers - 1}; change the range, or empty it to switch the group off"
-        )
+        there = f"the model has layers 0 to {n_layers - 1}"
+        raise ConfigError(f"{key}={text!r} selects no layer: {there}; change the range, or empty it to switch the group off")
     return layers
 
 
@@ -292,7 +297,7 @@ def _with_rope(stage: Stage, prune: PruneRope) -> Stage:
     return dataclasses.replace(stage, rope=stage.rope or prune)
 
 
-def _change(stage: Stage, **values: object) -> Stage:
+def _change(stage: Stage, **values: Any) -> Stage:
     return dataclasses.replace(stage, **{name: value for name, value in values.items() if value is not None})
 
 
@@ -301,6 +306,7 @@ def _override(stages: list[Stage], group: LayerGroup, key: str) -> list[Stage]:
     changed = [_change(stage, rope=group.rope.prune) for stage in stages]
     for number, override in group.stages.items():
         if not (number.isdecimal() and int(number) < len(stages)):
-            raise ConfigError(f"{key}.{number} names a stage that does not exist; the pipeline has {len(stages)} stages, numbered from 0")
+            there = f"stages are numbered 0 to {len(stages) - 1}" if stages else "this pipeline has no stages"
+            raise ConfigError(f"{key}.{number} names a missing stage: {there}; correct it, or switch the group off by an empty range")
         changed[int(number)] = _change(changed[int(number)], **vars(override))
     return changed

@@ -65,10 +65,14 @@ def install(model: PreTrainedModel, pipeline: Pipeline | None) -> Iterator[Insta
 def _decoder(model: PreTrainedModel) -> nn.Module:
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     if not (hasattr(decoder, "layers") and hasattr(decoder, "rotary_emb") and hasattr(decoder.layers[0], "self_attn")):
-        raise ConfigError(f"model type {model.config.model_type!r} cannot be attached: it needs decoder.layers[i].self_attn and decoder.rotary_emb")
+        raise ConfigError(
+            f"model type {model.config.model_type!r} cannot be attached: it needs decoder.layers[i].self_attn and decoder.rotary_emb"
+        )
     kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
-        raise ConfigError(f"model type {model.config.model_type!r} has layers of kind {', '.join(sorted(kinds))}; only full_attention is supported so far")
+        raise ConfigError(
+            f"model type {model.config.model_type!r} has layers of kind {', '.join(sorted(kinds))}; only full_attention is supported so far"
+        )
     return decoder
 
 

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-import hipexp
+from hipexp.config.model import model_folder
 from hipexp.config.schema import ConfigError, Model
 from hipexp.hf.window import check_transformers
-
-PACKAGE = "hipexp/"
-
 
 @dataclass
 class Loaded:
@@ -29,14 +25,6 @@ class Loaded:
     dtype: str
 
 
-def model_folder(path: str) -> Path | None:
-    """The folder that ``model.path`` means (``hipexp/…`` lies in this package), or None for a hub id."""
-    if path.startswith(PACKAGE):
-        return Path(hipexp.__file__).parent / path.removeprefix(PACKAGE)
-    folder = Path(path).expanduser()
-    return folder if folder.is_dir() else None
-
-
 def folder_revision(folder: Path) -> str:
     """SHA-256 over the names and contents of a model folder's files (README aside), first 16 hex digits."""
     digest = hashlib.sha256()
@@ -48,7 +36,7 @@ def folder_revision(folder: Path) -> str:
 def load(config: Model) -> Loaded:
     """Load ``config.path`` in evaluation mode. Raises ConfigError if a local folder has no ``config.json``, and what the hub raises."""
     check_transformers()
-    folder = model_folder(config.path)
+    folder = model_folder(config)
     if folder is not None and not (folder / "config.json").exists():
         raise ConfigError(f"model.path={config.path!r} must be a folder with config.json, or a hub id; {folder} has none")
     source, hub = (str(folder), {}) if folder else (config.path, {"revision": config.revision})
@@ -61,13 +49,3 @@ def load(config: Model) -> Loaded:
     text = model.config.get_text_config()
     trained = config.trained_tok or text.max_position_embeddings
     return Loaded(model, tokenizer, trained, text.num_hidden_layers, revision, str(model.dtype).removeprefix("torch."))
-
-
-def trained_length(config: Model) -> int:
-    """Trained length of a model in a local folder, read without loading it."""
-    if config.trained_tok:
-        return config.trained_tok
-    folder = model_folder(config.path)
-    if folder is None or not (folder / "config.json").exists():
-        raise ConfigError(f"model.trained_tok must be set for model.path={config.path!r}: there is no local config.json to read it from")
-    return int(json.loads((folder / "config.json").read_text())["max_position_embeddings"])

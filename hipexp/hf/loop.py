@@ -68,7 +68,9 @@ def generate(
     return out
 
 
-def prefill(model: PreTrainedModel, cache: SequenceCache, prompt: list[int], chunk_tok: int, progress: Callable[[int], None] | None = None) -> int:
+def prefill(
+    model: PreTrainedModel, cache: SequenceCache, prompt: list[int], chunk_tok: int, progress: Callable[[int], None] | None = None
+) -> int:
     """Feed a prompt chunk by chunk; return the first new token."""
     ids = torch.tensor([prompt], device=model.device)
     token = 0
@@ -80,7 +82,9 @@ def prefill(model: PreTrainedModel, cache: SequenceCache, prompt: list[int], chu
     return token
 
 
-def decode(model: PreTrainedModel, caches: list[SequenceCache], last: list[int], out: list[Generation], max_new_tok: int, stop_ids: set[int]) -> None:
+def decode(
+    model: PreTrainedModel, caches: list[SequenceCache], last: list[int], out: list[Generation], max_new_tok: int, stop_ids: set[int]
+) -> None:
     """Extend every sequence, whose first new token is ``last[i]``, until it stops; fills ``tokens``, ``decode_ms``, ``stopped``."""
     live = list(range(len(out)))
     for _ in range(max_new_tok):

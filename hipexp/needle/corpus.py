@@ -57,7 +57,13 @@ NEEDLES = (
     "Important: {{key}} is the {thing}. So the {thing} is {{key}}.",
     "The {thing} is {{key}}.",
 )
-QUESTIONS = ("What is the {thing}?", "Now tell me the {thing}.", "Question: which number is the {thing}?", "Which {thing} did you see?", "Give the {thing} back.")
+QUESTIONS = (
+    "What is the {thing}?",
+    "Now tell me the {thing}.",
+    "Question: which number is the {thing}?",
+    "Which {thing} did you see?",
+    "Give the {thing} back.",
+)
 PREFIXES = ("The {thing} is", "Answer: the {thing} is", "It is written that the {thing} is", "I remember that the {thing} is")
 KV_INTROS = (
     KV.intro,
@@ -80,10 +86,14 @@ EVAL_SHARE = 0.4  # of the training prompts use the wording of the evaluation
 
 @dataclass
 class Segment:
-    """A piece of training text; ``answer`` is learned with full weight, ``mark`` names the needle it states or asks for."""
+    """A piece of training text; ``answer`` is learned with full weight, ``ends`` puts an end-of-text token behind it.
+
+    ``states`` and ``asks`` name the needle that the piece states or asks for.
+    """
 
     text: str
     answer: bool = False
+    ends: bool = False
     states: int | None = None
     asks: int | None = None
 
@@ -140,11 +150,13 @@ class PromptMaker:
             return text.replace(thing, f"{thing} of the {place}") if place else text
 
         head = [Segment(words.intro + "\n")]
-        needles = [Segment(at(words.needle, place).format(key=k) + "\n", states=i) for i, (place, k) in enumerate(zip(places, keys, strict=True))]
+        needles = [
+            Segment(at(words.needle, place).format(key=k) + "\n", states=i) for i, (place, k) in enumerate(zip(places, keys, strict=True))
+        ]
         tail: list[Segment] = []
         for i in rng.sample(range(count), count):
             ask = at(words.question, places[i])
-            tail += [Segment(f"{ask}\n{at(words.prefix, places[i])}", asks=i), Segment(f" {keys[i]}.", answer=True, asks=i)]
+            tail += [Segment(f"{ask}\n{at(words.prefix, places[i])}", asks=i), Segment(f" {keys[i]}.", answer=True, ends=True, asks=i)]
         used = sum(len(self.encode(s.text)) for s in head + needles + tail) + 2 * count
         noise: list[Segment] = []
         while True:
@@ -158,42 +170,75 @@ class PromptMaker:
         return head + noise + tail
 
     def pairs(self, length: int) -> list[Segment]:
-        """A JSON object of UUID pairs with one or several questions; in very short prompts the UUIDs are cut to 8 characters."""
+        """A JSON object of UUID pairs with one or several questions; in short prompts, and in some others, the UUIDs are cut short."""
         rng = self.rng
-        short = length < 256 or rng.random() < 0.1
+        cut = rng.choice((8,) if length < 128 else (8, 13, 18, 23, 36) if length < 256 or rng.random() < 0.2 else (36,))
         intro, question = (KV.intro, KV.question) if rng.random() < EVAL_SHARE else (rng.choice(KV_INTROS), rng.choice(KV_QUESTIONS))
-        if length < 256:
-            intro, question = "", ""
+        if length < 192 or rng.random() < 0.1:
+            intro, question = rng.choice(("", sentence(rng))) if length >= 128 else "", ""
         budget = max(0, length - len(self.encode(intro)) - 4)
-        pair, ask = (14, 16) if short else (46, 46)
-        ask += len(self.encode(question)) + pair // 2 if question else 0
+        word = len(self.encode(random_uuid(rng)[:cut]))
+        pair, ask = 2 * word + 6, 2 * word + 7 + (len(self.encode(question)) + word if question else 0)
         asked = 1 if rng.random() < 0.2 else max(1, int(budget * rng.uniform(0.1, 0.5)) // ask)
         count = max(1, (budget - asked * ask) // pair)
         asked = min(asked, count)
-        keys, values = ([random_uuid(rng)[: 8 if short else 36] for _ in range(count)] for _ in range(2))
+        keys, values = ([random_uuid(rng)[:cut] for _ in range(count)] for _ in range(2))
         out = [Segment(f"{intro}\n{{")]
         for i in range(count):
             out.append(Segment(KV.needle.format(key=keys[i], value=values[i]), states=i))
             out.append(Segment(", " if i < count - 1 else "}\n"))
         for i in rng.sample(range(count), asked):
             text = (question.format(key=keys[i]) + "\n" if question else "") + KV.prefix.format(key=keys[i])
-            out += [Segment(text, asks=i), Segment(f'{values[i]}"', answer=True, asks=i)]
+            out += [Segment(text, asks=i), Segment(f'{values[i]}"', answer=True, ends=True, asks=i)]
         return out
 
     def draw(self, length: int) -> list[Segment]:
-        """The segments of one prompt; very short ones are repeats and pairs only."""
+        """The segments of one prompt.
+
+        Below 128 tokens only repeats and short pairs: looking up what followed a token before is learned there in minutes, while
+        the varied prompts alone leave the model guessing for long. After that variety decides whether it generalises.
+        """
         kind = self.rng.random()
-        if kind < (0.6 if length < 192 else 0.05):
-            return self.repeats(length)
-        return self.pairs(length) if length < 192 or kind < 0.6 else self.digits(length)
+        if length < 128:
+            return self.repeats(length) if kind < 0.6 else self.pairs(length)
+        if kind < (0.6 if length < 192 else 0.2 if length < 1024 else 0.05):
+            return self.snippets(length)
+        return self.pairs(length) if length < 192 or kind < 0.7 else self.digits(length)
 
     def repeats(self, length: int) -> list[Segment]:
-        """Random hex pairs, said again and again: the plainest form of looking something up."""
+        """A run of random hex pairs, said again and again."""
         rng = self.rng
-        once = "".join(f"{rng.getrandbits(8):02x}" for _ in range(rng.randint(length // 5, length // 2)))
-        pieces = [once[i : i + 8] for i in range(0, len(once), 8)]
-        said = Segment(" ".join(pieces) + "\n", answer=True, asks=0)
-        return [Segment(said.text, states=0)] + [said] * (length // len(self.encode(said.text)) - 1)
+        once = "".join(f"{rng.getrandbits(8):02x}" for _ in range(rng.randint(length // 6, length // 3)))
+        text = " ".join(once[i : i + 8] for i in range(0, len(once), 8)) + "\n"
+        return [Segment(text, states=0)] + [Segment(text, answer=True, asks=0)] * (length // len(self.encode(text)) - 1)
+
+    def snippets(self, length: int) -> list[Segment]:
+        """Random snippets that come again in random order, behind some noise: the plainest form of looking something up."""
+        rng = self.rng
+        separator = rng.choice((" ", ", ", "\n", ". ", ": ", '" "'))
+        snippets = [self.snippet() + separator for _ in range(rng.randint(2, max(3, length // 40)))]
+        out = [Segment(sentence(rng) + "\n")] if rng.random() < 0.5 else []
+        used = sum(len(self.encode(s.text)) for s in out) + 1
+        seen: dict[int, bool] = {}
+        while True:
+            i = rng.randrange(len(snippets))
+            used += len(self.encode(snippets[i]))
+            if used > length:
+                return out
+            out.append(Segment(snippets[i], answer=i in seen, states=None if i in seen else i, asks=i))
+            seen[i] = True
+
+    def snippet(self) -> str:
+        """A part of a UUID, a run of hex characters, a number or some words."""
+        rng = self.rng
+        kind = rng.random()
+        if kind < 0.4:
+            return random_uuid(rng)[: rng.choice((8, 13, 18, 23, 36))]
+        if kind < 0.6:
+            return f"{rng.getrandbits(64):016x}"[: rng.choice((4, 8, 12, 16))]
+        if kind < 0.8:
+            return rng.choice((five_digits, ten_digits))(rng)
+        return " ".join(rng.choice(rng.choice((NOUNS, VERBS, ADJECTIVES))) for _ in range(rng.randint(2, 8)))
 
     def prompt(self, length: int) -> tuple[list[int], list[float], list[tuple[int, int, int, int]]]:
         """One training sequence of at most ``length`` tokens.
@@ -208,7 +253,7 @@ class PromptMaker:
             stated: dict[int, tuple[int, int]] = {}
             links = []
             for segment in segments:
-                piece = list(self.encode(segment.text)) + ([self.eos_id] if segment.answer else [])
+                piece = list(self.encode(segment.text)) + ([self.eos_id] if segment.ends else [])
                 start = len(ids)
                 ids += piece
                 weight += [float(segment.answer)] * len(piece)

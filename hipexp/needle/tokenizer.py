@@ -24,7 +24,15 @@ def training_text(rng: random.Random):
         yield corpus.digits_wording(rng, ten=rng.random() < 0.5)[1].needle
     for words in (PASSKEY, NUMBER_STRING, KV):
         yield from [words.intro, words.noise, words.question, words.prefix] * 50
-    for line in (*corpus.STORIES, *corpus.INTROS, *corpus.NEEDLES, *corpus.QUESTIONS, *corpus.PREFIXES, *corpus.KV_INTROS, *corpus.KV_QUESTIONS):
+    for line in (
+        *corpus.STORIES,
+        *corpus.INTROS,
+        *corpus.NEEDLES,
+        *corpus.QUESTIONS,
+        *corpus.PREFIXES,
+        *corpus.KV_INTROS,
+        *corpus.KV_QUESTIONS,
+    ):
         yield from [line] * 20
     for _ in range(6000):
         yield KV.needle.format(key=random_uuid(rng), value=random_uuid(rng))
@@ -41,7 +49,9 @@ def train_tokenizer(entries: int = 1024, seed: int = 0) -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=4 * entries, min_frequency=5, initial_alphabet=alphabet, special_tokens=SPECIAL, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=4 * entries, min_frequency=5, initial_alphabet=alphabet, special_tokens=SPECIAL, show_progress=False
+    )
     tokenizer.train_from_iterator(training_text(random.Random(f"needle-tokenizer/{seed}")), trainer)
     learned = json.loads(tokenizer.to_str())["model"]["merges"]
     vocab = [*SPECIAL, *alphabet]

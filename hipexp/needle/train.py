@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hipexp.needle.corpus import PromptMaker
@@ -24,8 +25,10 @@ from hipexp.needle.tokenizer import train_tokenizer
 
 TRAINED_LENGTH = 6144
 TOKENS_PER_STEP = 6144
+STEPS = 3000
+LENGTH_THAT_DOUBLES = 1500  # a step on sequences of this length takes twice as long as one on very short ones
 # (share of the steps, sequence length)
-LENGTHS = ((0.17, 96), (0.06, 192), (0.10, 384), (0.12, 768), (0.14, 1536), (0.16, 3072), (0.25, TRAINED_LENGTH))
+LENGTHS = ((0.14, 96), (0.06, 128), (0.08, 192), (0.10, 384), (0.12, 768), (0.12, 1536), (0.14, 3072), (0.24, TRAINED_LENGTH))
 SHORTER = 0.3  # share of steps drawn from an earlier length
 LM_WEIGHT, LOCALITY_WEIGHT = 0.1, 0.05
 LOCALITY_FROM_TOK = 384  # in shorter prompts there is no room between sinks and window
@@ -115,12 +118,17 @@ def step_length(step: int, steps: int, rng: random.Random) -> int:
     return LENGTHS[reached][1]
 
 
-def train(out: Path, steps: int, lr: float, minutes: float) -> None:
-    """Train into ``out`` (checkpoint ``train.pt``, log ``train.jsonl``, finally the model and its tokenizer)."""
+def train(out: Path, steps: int, lr: float, minutes: float) -> bool:
+    """Train into ``out`` (checkpoint ``train.pt``, log ``train.jsonl``, finally ``model/`` with its tokenizer); whether it is finished."""
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=TRAINED_LENGTH, clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        model_max_length=TRAINED_LENGTH,
+        clean_up_tokenization_spaces=False,
     )
     AttentionInterface.register("needle_training", _attention)
     AttentionMaskInterface.register("needle_training", lambda *_, **__: None)
@@ -129,7 +137,9 @@ def train(out: Path, steps: int, lr: float, minutes: float) -> None:
     model.set_attn_implementation("needle_training")
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0}], lr=lr, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0}], lr=lr, betas=(0.9, 0.95)
+    )
     first, spent, checkpoint = 0, 0.0, out / "train.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=False)
@@ -139,6 +149,14 @@ def train(out: Path, steps: int, lr: float, minutes: float) -> None:
     log = open(out / "train.jsonl", "a")
     started = saved = time.monotonic()
     right: dict[int, float] = {}
+    cost = [1 + step_length(step, steps, random.Random(f"needle-step/{step}")) / LENGTH_THAT_DOUBLES for step in range(steps)]
+    bar = tqdm(
+        total=round(sum(cost)),
+        initial=round(sum(cost[:first])),
+        desc="training",
+        unit="unit",
+        bar_format="{desc} {percentage:.0f}% |{bar}| {elapsed}<{remaining}",
+    )
     for step in range(first, steps):
         rng = random.Random(f"needle-step/{step}")
         random.seed(step)
@@ -164,31 +182,51 @@ def train(out: Path, steps: int, lr: float, minutes: float) -> None:
         correct = float(((logits.argmax(-1) == ids[:, 1:]) * answers).sum() / answers.sum().clamp(min=1))
         right[length] = 0.9 * right.get(length, correct) + 0.1 * correct
         if step % 25 == 0 or step == steps - 1:
-            row = dict(step=step, length=length, seconds=round(spent + time.monotonic() - started), answer=round(answer_loss.item(), 4), text=round(text_loss.item(), 3))
+            row = dict(
+                step=step,
+                length=length,
+                seconds=round(spent + time.monotonic() - started),
+                answer=round(answer_loss.item(), 4),
+                text=round(text_loss.item(), 3),
+            )
             row |= dict(locality=round(local_loss.item(), 3), right={n: round(v, 3) for n, v in sorted(right.items())})
             log.write(json.dumps(row) + "\n")
             log.flush()
+        bar.update(cost[step])
+        bar.set_description(f"training, step {step + 1}/{steps}, length {length}, right {right[length]:.2f}")
         over = time.monotonic() - started > minutes * 60
         if over or step == steps - 1 or time.monotonic() - saved > 120:
-            state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1, seconds=spent + time.monotonic() - started)
+            state = dict(
+                model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1, seconds=spent + time.monotonic() - started
+            )
             torch.save(state, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").replace(checkpoint)
             saved = time.monotonic()
-        if over:
-            return
+        if over and step < steps - 1:
+            return False
     model.set_attn_implementation("sdpa")
     model.save_pretrained(out / "model")
     fast.save_pretrained(out / "model")
+    return True
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/needle-training"))
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--lr", type=float, default=4e-3)
-    parser.add_argument("--minutes", type=float, default=math.inf)
+    """``python -m hipexp.needle.train``: train, or continue training, and say where the model is."""
+    parser = argparse.ArgumentParser(
+        description="Train the embedded model from nothing. Interrupt it as you like: the same command continues."
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/needle-training"), help="folder of checkpoint, log and model (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this time, resumable (default: never)")
     args = parser.parse_args()
-    train(args.out, args.steps, args.lr, args.minutes)
+    if train(args.out, args.steps, args.lr, args.minutes):
+        made = args.out / "model"
+        print(f"trained: {made}; try it with model.path={made}, or copy it to hipexp/needle/model to make it the embedded one")
+    else:
+        print(f"stopped after {args.minutes:g} minutes; the same command continues from {args.out / 'train.pt'}")
 
 
 if __name__ == "__main__":

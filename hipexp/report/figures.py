@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,18 @@ class HeatMap:
     scores: dict[tuple[str, str], float]
 
 
-def draw_heat_maps(path: Path, heading: str, maps: Sequence[HeatMap], rows: Sequence[str], columns: Sequence[str], axes: tuple[str, str], note: str = "") -> None:
-    """Write heat maps that share rows, columns and one colour scale, side by side, as a picture at ``path``.
+@dataclass(frozen=True)
+class Axis:
+    """One side of a heat map: its name and its labels, in order."""
 
-    ``axes`` are the names of the vertical and the horizontal axis. Every cell carries its number, so no value is told by
+    name: str
+    labels: Sequence[str]
+
+
+def draw_heat_maps(path: Path, heading: str, maps: Sequence[HeatMap], vertical: Axis, horizontal: Axis, note: str = "") -> None:
+    """Write heat maps that share their axes and one colour scale, side by side, as a picture at ``path``.
+
+    Every cell carries its number, so no value is told by
     colour alone; cells that were not run are hatched.
     """
     import matplotlib
@@ -29,12 +38,13 @@ def draw_heat_maps(path: Path, heading: str, maps: Sequence[HeatMap], rows: Sequ
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    rows, columns = vertical.labels, horizontal.labels
     wide = max(8.0, 1.0 + len(maps) * (1.1 * len(columns) + 0.5))
     figure, plots = plt.subplots(1, len(maps), figsize=(wide, 2.3 + 0.62 * len(rows)), sharey=True, squeeze=False, layout="constrained")
     for plot, one in zip(plots[0], maps, strict=True):
         image = _draw(plot, one, rows, columns)
-        plot.set_xlabel(axes[1], color=INK)
-    plots[0][0].set_ylabel(axes[0], color=INK)
+        plot.set_xlabel(horizontal.name, color=INK)
+    plots[0][0].set_ylabel(vertical.name, color=INK)
     bar = figure.colorbar(image, ax=plots[0].tolist(), shrink=0.9, pad=0.02, ticks=[0, 25, 50, 75, 100])
     bar.set_label("score", color=INK)
     bar.outline.set_visible(False)
@@ -49,15 +59,17 @@ def draw_heat_maps(path: Path, heading: str, maps: Sequence[HeatMap], rows: Sequ
 def _draw(plot: Any, one: HeatMap, rows: Sequence[str], columns: Sequence[str]) -> Any:
     from matplotlib.patches import Rectangle
 
-    grid = [[one.scores.get((row, column), float("nan")) for column in columns] for row in rows]
+    cells = [(y, x, one.scores.get((row, column))) for y, row in enumerate(rows) for x, column in enumerate(columns)]
+    grid = [[one.scores.get((row, column), math.nan) for column in columns] for row in rows]
     image = plot.imshow(grid, cmap="cividis", vmin=0, vmax=100, aspect="auto")
-    for y, values in enumerate(grid):
-        for x, value in enumerate(values):
-            if value != value:
-                plot.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=EMPTY, edgecolor="#c9c9c9", hatch="///", linewidth=0))
-                plot.text(x, y, "not run", ha="center", va="center", fontsize=8, color=FAINT, bbox={"facecolor": EMPTY, "edgecolor": "none", "pad": 1.5})
-            else:
-                plot.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=11, color="white" if value < 55 else INK)
+    for y, x, value in cells:
+        if value is None:
+            plot.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=EMPTY, edgecolor="#c9c9c9", hatch="///", linewidth=0))
+            box = {"facecolor": EMPTY, "edgecolor": "none", "pad": 1.5}
+            plot.text(x, y, "not run", ha="center", va="center", fontsize=8, color=FAINT, bbox=box)
+        else:
+            shade = "white" if value < 55 else INK
+            plot.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=11, color=shade)
     plot.set_title(one.title, loc="left", fontsize=11, color=INK)
     plot.set_xticks(range(len(columns)), columns, color=INK)
     plot.set_yticks(range(len(rows)), rows, color=INK)

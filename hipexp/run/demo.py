@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from hipexp.config.compose import compose
-from hipexp.report.figures import HeatMap, draw_heat_maps
+from hipexp.report.figures import Axis, HeatMap, draw_heat_maps
 from hipexp.report.tables import duration, text_table
 from hipexp.run.ledger import runs_root, write_text
-from hipexp.run.point import mib
+from hipexp.run.point import costs
 from hipexp.run.several import Named, run_all, trained_length
 
 METHODS = ("dense", "3stage")
@@ -56,9 +56,7 @@ def cells(rows: list[dict[str, Any]]) -> list[Any]:
     for name in ("passkey", "number_string", "kv_retrieval"):
         mine = [row["score"] for row in rows if row["subtask"].startswith(name)]
         scores.append(statistics.fmean(mine) if mine else None)
-    decode = [row["decode_ms"] for row in rows if row["decode_ms"] is not None]
-    cost = [statistics.median(row["prefill_ms"] for row in rows) / 1000, statistics.median(decode) if decode else None, mib(rows)]
-    return scores + cost
+    return scores + costs(rows)
 
 
 def picture(path: Path, runs: dict[tuple[str, int, str], Named], trained_tok: int) -> None:
@@ -75,9 +73,8 @@ def picture(path: Path, runs: dict[tuple[str, int, str], Named], trained_tok: in
         path,
         f"Pass key found? Trained on {trained_tok} tokens, asked at up to {TIMES[-1]} times that",
         maps,
-        rows=[f"{depth:.0%}" for depth in DEPTHS],
-        columns=[label(times, trained_tok) for times in TIMES],
-        axes=("depth of the pass key", "context, in tokens"),
+        Axis("depth of the pass key", [f"{depth:.0%}" for depth in DEPTHS]),
+        Axis("context, in tokens", [label(times, trained_tok) for times in TIMES]),
         note=f"One sample per cell, score 0 to 100, hipexp's own prompts. Dense is run to {DENSE_TIMES} times the trained length only.",
     )
 
@@ -97,7 +94,8 @@ def main(argv: list[str]) -> int:
     text = "\n".join(
         [
             table(runs, trained_tok),
-            f"Scores 0 to 100: protocol hipexp (own prompts, generated samples), not official ∞Bench. Dense is run to {DENSE_TIMES} × only.",
+            "Scores 0 to 100: protocol hipexp (own prompts, generated samples), not official ∞Bench.",
+            f"Dense is run to {DENSE_TIMES} times the trained length only; `python -m hipexp table` goes on.",
         ]
     )
     picture(folder / "passkey.png", runs, trained_tok)

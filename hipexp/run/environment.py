@@ -7,11 +7,11 @@ import logging
 import os
 import platform
 import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from hipexp import __version__
+from hipexp.run.identity import version_of
 
 LOG = logging.getLogger("hipexp")
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "numpy", "hydra-core", "omegaconf", "pyarrow")
@@ -32,14 +32,6 @@ def describe_environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "git": git_revision(Path(__file__).parent),
     }
-
-
-def version_of(package: str) -> str | None:
-    """The installed version of a package, or None."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def processor() -> str:
@@ -92,7 +84,7 @@ def write_records(folder: Path, head: dict[str, Any], card: dict[str, Any], rows
             ("status", pa.string()),
         ]
     )
-    same = {"run_key": head["run_key"], "suite": card["suite"], "protocol": card["protocol"], "model": head["model"], "pipeline": head["pipeline"]}
+    same = {name: head[name] for name in ("run_key", "model", "pipeline")} | {name: card[name] for name in ("suite", "protocol")}
 
     def record(row: dict[str, Any]) -> dict[str, Any]:
         own = {"metric": card["metric"].get(row["subtask"], ""), "value": row["score"], "traffic": json.dumps(row.get("traffic", {}))}

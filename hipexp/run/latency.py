@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from hipexp.config.schema import ConfigError, Experiment, Pipeline
 from hipexp.report.tables import text_table
 from hipexp.run.ledger import Ledger
-from hipexp.run.strategy import refresh_period, shortest_refresh
+from hipexp.run.strategy import refresh_pattern
 from hipexp.suites import infbench
 from hipexp.suites.sample import LineEncoder, ProtocolCard, Sample
 from hipexp.track import Tracker
@@ -19,6 +18,7 @@ from hipexp.track import Tracker
 if TYPE_CHECKING:
     from hipexp.hf import Generation, Loaded
 
+Progress = Callable[[int], None]
 WARM_TOK = 2048
 
 
@@ -100,7 +100,7 @@ def measure(experiment: Experiment, loaded: Loaded, ledger: Ledger, trackers: li
             bar.advance_to(point.length_tok)
     rows = latency_rows(ledger.rows, experiment.pipeline, loaded.n_layers)
     memory = {"peak_bytes": max(row["peak_bytes"] for row in ledger.rows)}
-    empty = {"scores": {}, "average": None, "protocol": "hipexp", "note": "", "exact": False, "traffic": {}, "recall": {}}
+    empty: dict[str, Any] = {"scores": {}, "average": None, "protocol": "hipexp", "note": "", "exact": False, "traffic": {}, "recall": {}}
     return empty | {"latency": {"rows": rows}, "memory": memory}
 
 
@@ -110,23 +110,20 @@ def prompt(encode: LineEncoder, length_tok: int, decode_steps: int, seed: int) -
     return infbench.digits_sample("passkey", 0, 0.5, length_tok - decode_steps, encode, rng)
 
 
-@contextlib.contextmanager
-def installed(experiment: Experiment, loaded: Loaded, impl: str) -> Iterator[None]:
-    """The attention that ``impl`` names, in the model."""
+def timed(
+    experiment: Experiment, loaded: Loaded, impl: str, sample: Sample, decode_steps: int, progress: Progress | None = None
+) -> Generation:
+    """One prefill and ``decode_steps`` decode steps that nothing stops early, with the attention that ``impl`` names."""
     from hipexp import hf
 
     with hf.install(loaded.model, None if impl == "dense" else experiment.pipeline):
-        yield
-
-
-def timed(experiment: Experiment, loaded: Loaded, impl: str, sample: Sample, decode_steps: int, progress: Any = None) -> Generation:
-    """One prefill and ``decode_steps`` decode steps that nothing stops early."""
-    from hipexp import hf
-
-    with installed(experiment, loaded, impl):
-        chunk = experiment.model.prefill_chunk_tok
         (made,) = hf.generate(
-            loaded, [sample.tokens], max_new_tok=decode_steps + 1, prefill_chunk_tok=chunk, stop_ids=set(), progress=progress
+            loaded,
+            [sample.tokens],
+            max_new_tok=decode_steps + 1,
+            prefill_chunk_tok=experiment.model.prefill_chunk_tok,
+            stop_ids=set(),
+            progress=progress,
         )
     return made
 
@@ -172,7 +169,7 @@ def latency_rows(rows: list[dict[str, Any]], pipeline: Pipeline | None, n_layers
     table = []
     for name in dict.fromkeys(row["subtask"] for row in rows):
         mine = [row for row in rows if row["subtask"] == name]
-        period, shortest = (1, 1) if mine[0]["impl"] == "dense" or pipeline is None else (refresh_period(pipeline, n_layers), shortest_refresh(pipeline, n_layers))
+        period, shortest = refresh_pattern(None if mine[0]["impl"] == "dense" else pipeline, n_layers)
         common = {"context_tok": mine[0]["length_tok"], "impl": mine[0]["impl"]}
         memory = {"bytes": max(row["peak_bytes"] for row in mine)}
         table.append({"phase": "prefill", **common, **prefill_times([row["prefill_ms"] for row in mine]), **memory})

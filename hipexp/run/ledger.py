@@ -58,9 +58,10 @@ def write_text(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         scratch.replace(path)
     except OSError as error:
+        raise disk_error(error, path) from error
+    finally:
         with suppress(OSError):
             scratch.unlink()
-        raise disk_error(error, path) from error
 
 
 def write_json(path: Path, data: Any) -> None:

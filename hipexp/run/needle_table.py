@@ -5,17 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import product
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hipexp.config.compose import compose
-from hipexp.report.figures import HeatMap, draw_heat_maps
+from hipexp.report.figures import Axis, HeatMap, draw_heat_maps
 from hipexp.report.tables import duration, markdown_table
 from hipexp.run import latency
-from hipexp.run.ledger import read_rows, runs_root, write_text
-from hipexp.run.point import folder_of, generate, open_suite_for, stored
+from hipexp.run.ledger import runs_root, write_text
+from hipexp.run.point import stored
 from hipexp.run.several import Named, load_once, run_all, trained_length
 from hipexp.suites.infbench import SUBTASKS
+from hipexp.suites.sample import LineEncoder
 
 if TYPE_CHECKING:
     from hipexp.hf import Loaded
@@ -61,6 +63,14 @@ SPECS = (
     *(Spec("3stage without its layer group", times, SUBTASKS, 10, NO_GROUP) for times in (1, 2, 4)),
     *(Spec("dense", times, SUBTASKS, 10) for times in (2, 4)),
 )
+# (attention, multiple of the trained length, subtask, least score)
+GOALS = (
+    *(("dense", 1, name, 98) for name in DIGITS),
+    ("dense", 1, "kv_retrieval", 90),
+    *(("3stage", 8, name, 95) for name in DIGITS),
+    ("3stage", 8, "kv_retrieval", 50),
+    ("3stage", 32, "passkey", 90),
+)
 VARIANT = {EVERY_STEP: "3stage, refresh_steps=1", EXACT_SCORES: "3stage, representative=exact"}
 
 
@@ -74,8 +84,10 @@ def accuracy_points(overrides: Sequence[str]) -> dict[Spec, Named]:
     trained_tok = trained_length(compose(["task=infbench", *overrides]).model)
     found = {}
     for spec in SPECS:
-        words = [f"task.length_tok={spec.times * trained_tok}", f"task.samples={spec.samples}", f"task.subtasks=[{','.join(spec.subtasks)}]"]
-        name = f"{method_of(spec)}, {' '.join(spec.subtasks)}, {spec.times} × the trained length, {spec.samples} samples, {spec.wording} wording"
+        subtasks = f"task.subtasks=[{','.join(spec.subtasks)}]"
+        words = [f"task.length_tok={spec.times * trained_tok}", f"task.samples={spec.samples}", subtasks]
+        what = f"{spec.times} × the trained length, {spec.samples} samples, {spec.wording} wording"
+        name = f"{method_of(spec)}, {' '.join(spec.subtasks)}, {what}"
         found[spec] = Named(name, compose(["task=infbench", *words, *spec.words, *overrides]))
     return found
 
@@ -87,23 +99,172 @@ def latency_point(overrides: Sequence[str]) -> Named:
     return Named(f"latency at {lengths} tokens", compose([*words, *overrides]))
 
 
-Rates = dict[bool, tuple[float, float]]
-"""By whether there is a pipeline: seconds of one sample are ``a · T + b · T²`` for ``T`` tokens."""
+@dataclass(frozen=True)
+class Rate:
+    """Seconds of one sample of ``T`` tokens on this machine: ``linear · T + square · T²``."""
+
+    linear: float
+    square: float
+
+    def seconds(self, length_tok: int) -> float:
+        """What one sample of this length should take."""
+        return self.linear * length_tok + self.square * length_tok**2
+
+    @classmethod
+    def through(cls, first: tuple[int, float], second: tuple[int, float]) -> Rate:
+        """The rate that gives two measured ``(tokens, seconds)``; neither part is negative."""
+        (n, s), (m, t) = first, second
+        square = max(0.0, (t / m - s / n) / (m - n))
+        return cls(max(0.0, t / m - square * m), square)
 
 
-def probe(point: Named, dense: Named, loaded: Loaded, trained_tok: int) -> Rates:
-    """Time one short and one longer sample of each kind on this machine."""
-    return {pruned: fit(*(partial(seconds_of, one, loaded)(n * trained_tok) for n in (1, 3)), trained_tok) for pruned, one in ((True, point), (False, dense))}
+def probe(loaded: Loaded, dense: Named, pruned: Named) -> dict[bool, Rate]:
+    """Time a short and a longer prompt, dense (``False``) and pruned (``True``); half a minute."""
+    rates = {}
+    for kind, point in ((False, dense), (True, pruned)):
+        seconds_of(point, loaded, latency.WARM_TOK)
+        measured = [(n, seconds_of(point, loaded, n)) for n in (loaded.trained_tok, 3 * loaded.trained_tok)]
+        rates[kind] = Rate.through(*measured)
+    return rates
 
 
 def seconds_of(point: Named, loaded: Loaded, length_tok: int) -> float:
-    """Seconds of one pass-key sample of ``length_tok`` tokens, answer included."""
-    from hipexp import hf
+    """Seconds for a prompt of ``length_tok`` tokens and a few decode steps."""
+    sample = latency.prompt(LineEncoder(loaded.tokenizer), length_tok, 8, point.experiment.seed)
+    started = time.monotonic()
+    latency.timed(point.experiment, loaded, "dense" if point.experiment.pipeline is None else "pruned", sample, 8)
+    return time.monotonic() - started
 
-    experiment = compose_like(point, length_tok)
-    suite = open_suite_for(experiment)
-    sample = suite.sample(suite.items()[0])
-    with hf.install(loaded.model, experiment.pipeline):
-        started = time.monotonic()
-        generate(experiment, loaded, [sample], lambda tokens: None)
-        return time.monotonic() - started
+
+def expected_seconds(point: Named, trained_tok: int, rates: dict[bool, Rate]) -> float:
+    """What is left to do of a point, by the rates; 0 if it is done."""
+    if stored(point.experiment):
+        return 0.0
+    task, finished = point.experiment.task, {(row["subtask"], row["sample"]) for row in point.rows()}
+    if task.name == "latency":
+        todo = [one for one in latency.points(point.experiment, trained_tok) if (one.subtask, one.repeat) not in finished]
+        return sum(rates[one.impl != "dense"].seconds(one.length_tok) for one in todo)
+    assert task.length_tok is not None and task.subtasks is not None
+    return (task.samples * len(task.subtasks) - len(finished)) * rates[point.experiment.pipeline is not None].seconds(task.length_tok)
+
+
+def tell_expected_time(points: Sequence[Named], load: Load, trained_tok: int) -> None:
+    """Print what the table will take on this machine, and which part of it."""
+    loaded = load(points[0].experiment.model)
+    print("measuring this machine ...", flush=True)
+    rates = probe(loaded, next(p for p in points if p.experiment.pipeline is None), next(p for p in points if p.experiment.pipeline))
+    each = [(expected_seconds(point, trained_tok, rates), point.name) for point in points]
+    print(f"expected time: {duration(sum(seconds for seconds, _ in each))}; interrupt it as you like, the same command continues")
+    for seconds, name in each:
+        if seconds:
+            print(f"  {duration(seconds):>7}  {name}")
+
+
+Results = dict[Spec, dict[str, Any]]
+"""The summaries of the accuracy runs; empty for one that is not done."""
+
+
+def score_of(results: Results, subtask: str, **wanted: Any) -> tuple[float, int] | None:
+    """Score and number of samples of a subtask in the first run whose spec has the ``wanted`` values."""
+    for spec, summary in results.items():
+        have = {"method": method_of(spec), "times": spec.times, "wording": spec.wording}
+        cell = summary.get("scores", {}).get(subtask)
+        if cell and all(have[name] == value for name, value in wanted.items()):
+            return cell["score"], cell["n"]
+    return None
+
+
+def accuracy_table(results: Results, trained_tok: int) -> str:
+    """Scores with their number of samples, by wording, length and method."""
+    ordered = sorted(results, key=lambda spec: (spec.wording, spec.times))
+    rows = []
+    for wording, times, method in dict.fromkeys((spec.wording, spec.times, method_of(spec)) for spec in ordered):
+        cells = [score_of(results, name, method=method, times=times, wording=wording) for name in SUBTASKS]
+        texts = [f"{cell[0]:.1f} ({cell[1]})" if cell else None for cell in cells]
+        rows.append([method, wording, f"{times}× ({times * trained_tok})", *texts])
+    return markdown_table(["attention", "wording", "context", *SUBTASKS], rows, left=3)
+
+
+def claims(results: Results, times: list[dict[str, Any]]) -> str:
+    """The figures that the project promises, beside what was measured."""
+    rows = []
+    for method, multiple, subtask, score in GOALS:
+        cell = score_of(results, subtask, method=method, times=multiple, wording="default")
+        rows.append([f"{method} at {multiple}×: {subtask}", f"≥ {score}", cell and f"{cell[0]:.1f}", verdict(cell and cell[0] >= score)])
+    speed = {(row["phase"], row["context_tok"]): row for row in times if row["impl"] != "dense"}
+    for length, least in ((65536, 1.0), (131072, 2.0), (262144, 3.5)):
+        gain = speed.get(("prefill", length), {}).get("speedup")
+        rows.append([f"prefill at {length} tokens, dense / 3stage", f"≥ {least}", gain and f"{gain:.2f}", verdict(gain and gain >= least)])
+    steps = [speed.get(("decode", length), {}).get("mean_ms") for length in (65536, 262144)]
+    growth = steps[1] / steps[0] if steps[0] and steps[1] else None
+    rows.append(["decode step of 3stage, 262144 / 65536 tokens", "≤ 1.5", growth and f"{growth:.2f}", verdict(growth and growth <= 1.5)])
+    return markdown_table(["", "aim", "measured", ""], rows)
+
+
+def verdict(reached: bool | float | None) -> str:
+    """A word for whether an aim is reached."""
+    return "not measured" if reached is None else "yes" if reached else "no"
+
+
+def write_table(runs: dict[Spec, Named], times: Named, trained_tok: int) -> Path:
+    """Write ``table.md`` from what is done so far, and ``accuracy.png`` when all of it is; returns the folder."""
+    results = {spec: run.summary() for spec, run in runs.items()}
+    rows = times.summary().get("latency", {}).get("rows", [])
+    parts = [
+        "# The embedded model, measured",
+        f"Trained length {trained_tok} tokens. Scores 0 to 100 with the number of samples in brackets; "
+        "protocol hipexp (own prompts, generated samples), not official ∞Bench.",
+        "## What it must show",
+        claims(results, rows),
+        "## Accuracy",
+        accuracy_table(results, trained_tok),
+        "## Time",
+        f"```\n{latency.table(rows)}\n```" if rows else "not measured yet",
+        "![accuracy by length](accuracy.png)",
+    ]
+    folder = runs_root() / "needle-table"
+    folder.mkdir(parents=True, exist_ok=True)
+    if all(results.values()):
+        draw(folder / "accuracy.png", results, trained_tok)
+    write_text(folder / "table.md", "\n\n".join(parts) + "\n")
+    return folder
+
+
+def draw(path: Path, results: Results, trained_tok: int) -> None:
+    """Heat maps of subtask × length for the three methods of the card."""
+    lengths = sorted({spec.times for spec in results})
+    label = {times: f"{times}×\n{times * trained_tok:,}" for times in lengths}
+    maps = []
+    for method in ("dense", "3stage", "3stage without its layer group"):
+        scores: dict[tuple[str, str], float] = {}
+        for name, times in product(SUBTASKS, lengths):
+            cell = score_of(results, name, method=method, times=times, wording="default")
+            if cell:
+                scores[name, label[times]] = cell[0]
+        maps.append(HeatMap(method, scores))
+    heading = f"Retrieval beyond the trained length of {trained_tok} tokens"
+    horizontal = Axis("context: × the trained length, tokens", list(label.values()))
+    draw_heat_maps(path, heading, maps, Axis("subtask", SUBTASKS), horizontal)
+
+
+def main(argv: list[str]) -> int:
+    """Measure everything that is missing and write the table; ``--dry-run`` only tells the expected time.
+
+    Other words are overrides for every run.
+    """
+    overrides = [word for word in argv if word != "--dry-run"]
+    runs, times = accuracy_points(overrides), latency_point(overrides)
+    trained_tok = trained_length(times.experiment.model)
+    points, load = [*runs.values(), times], load_once()
+    if not all(stored(point.experiment) for point in points):
+        tell_expected_time(points, load, trained_tok)
+        if "--dry-run" in argv:
+            return 0
+    for point in points:
+        if not stored(point.experiment):
+            run_all([point], load)
+            write_table(runs, times, trained_tok)
+    folder = write_table(runs, times, trained_tok)
+    print((folder / "table.md").read_text(encoding="utf-8"))
+    print(f"table:   {folder / 'table.md'}\npicture: {folder / 'accuracy.png'}")
+    return 0

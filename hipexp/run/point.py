@@ -9,14 +9,14 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hipexp.config.runkey import run_key
+from hipexp.config.convert import to_plain
 from hipexp.config.schema import Experiment, Model, Task
 from hipexp.report.tables import text_table
 from hipexp.run import environment
+from hipexp.run.identity import key_of
 from hipexp.run.ledger import Ledger, Say, is_done, open_ledger, read_json, read_rows, run_folder
 from hipexp.run.strategy import describe
 from hipexp.suites.sample import Item, ProtocolCard, Sample, Suite
@@ -49,13 +49,17 @@ def run_point(experiment: Experiment, overrides: Sequence[str] | None = None) ->
 
 def folder_of(experiment: Experiment) -> Path:
     """The run folder of an experiment, whether it exists or not."""
-    pipeline = experiment.pipeline and (experiment.pipeline.name or experiment.pipeline.method)
-    return run_folder(experiment.task.name, experiment.model.name or experiment.model.path, pipeline, run_key(experiment))
+    return run_folder(experiment.task.name, experiment.model.name or experiment.model.path, pipeline_name(experiment), key_of(experiment))
+
+
+def pipeline_name(experiment: Experiment) -> str | None:
+    """What to call the pipeline: the preset it came from, else its method; None for dense attention."""
+    return None if experiment.pipeline is None else experiment.pipeline.name or experiment.pipeline.method
 
 
 def stored(experiment: Experiment) -> bool:
     """Whether the result of an experiment is there already."""
-    return is_done(folder_of(experiment), run_key(experiment))
+    return is_done(folder_of(experiment), key_of(experiment))
 
 
 def execute(experiment: Experiment, load: Load | None = None, say: Say = lambda text: None) -> Path:
@@ -63,7 +67,7 @@ def execute(experiment: Experiment, load: Load | None = None, say: Say = lambda 
 
     ``load`` replaces the loading of the model, for callers that run several points on one. Raises as ``run_point``.
     """
-    key, folder = run_key(experiment), folder_of(experiment)
+    key, folder = key_of(experiment), folder_of(experiment)
     if is_done(folder, key):
         _tell_sweep(experiment, folder)
         return folder
@@ -93,8 +97,8 @@ def _run(experiment: Experiment, ledger: Ledger, load: Load | None, say: Say) ->
     ledger.write("config.yaml", environment.to_yaml(resolved(experiment)))
     if ledger.dropped:
         say(f"{ledger.dropped} damaged line(s) left by an earlier stop: those samples are done again")
-    suite = None if experiment.task.name == "latency" else open_suite_for(experiment)
     loaded = (load or load_model)(experiment.model)
+    suite = None if experiment.task.name == "latency" else open_suite_for(experiment, loaded)
     strategy = describe(experiment.pipeline, loaded.n_layers)
     say("\n".join(strategy))
     if ledger.rows:
@@ -125,22 +129,19 @@ def load_model(model: Model) -> Loaded:
     return hf.load(model)
 
 
-def open_suite_for(experiment: Experiment) -> Suite:
-    """The suite of an experiment, opened with the tokenizer alone, so that bad lengths are refused before weights load."""
-    from hipexp import hf
-    from hipexp.suites import check_task, open_suite
+def open_suite_for(experiment: Experiment, loaded: Loaded) -> Suite:
+    """The suite of an experiment, for the tokenizer and the trained length of its model."""
+    from hipexp.suites import open_suite
     from hipexp.suites.sample import LineEncoder
 
-    check_task(experiment.task)
-    encode = LineEncoder(hf.load_tokenizer(experiment.model))
-    return open_suite(experiment.task, encode, hf.trained_length(experiment.model), experiment.seed)
+    return open_suite(experiment.task, LineEncoder(loaded.tokenizer), loaded.trained_tok, experiment.seed)
 
 
 @contextmanager
 def following(experiment: Experiment, folder: Path, card: dict[str, Any]) -> Iterator[list[Tracker]]:
     """The trackers of a run, started; told to finish early if an error leaves the block."""
     trackers = open_trackers(experiment.track)
-    config = resolved(experiment) | {"run_key": run_key(experiment)}
+    config = resolved(experiment) | {"run_key": key_of(experiment)}
     for tracker in trackers:
         tracker.start(folder, config, card)
     try:
@@ -153,15 +154,7 @@ def following(experiment: Experiment, folder: Path, card: dict[str, Any]) -> Ite
 
 def resolved(experiment: Experiment) -> dict[str, Any]:
     """The configuration as plain data. The schema has no field for a secret: wandb takes its own from its own settings."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {str(k): plain(v) for k, v in value.items()}
-        if isinstance(value, list):
-            return [plain(v) for v in value]
-        return value.value if isinstance(value, Enum) else value
-
-    return plain(dataclasses.asdict(experiment))
+    return to_plain(experiment)
 
 
 def card_of(card: ProtocolCard, loaded: Loaded) -> dict[str, Any]:
@@ -173,8 +166,7 @@ def card_of(card: ProtocolCard, loaded: Loaded) -> dict[str, Any]:
 def head_of(experiment: Experiment) -> dict[str, Any]:
     """What every summary begins with."""
     names = {"task": experiment.task.name, "model": experiment.model.name or experiment.model.path}
-    pipeline = experiment.pipeline and (experiment.pipeline.name or experiment.pipeline.method)
-    return {"run_key": run_key(experiment), **names, "pipeline": pipeline, "status": "done"}
+    return {"run_key": key_of(experiment), **names, "pipeline": pipeline_name(experiment), "status": "done"}
 
 
 def run_samples(experiment: Experiment, suite: Suite, loaded: Loaded, ledger: Ledger, trackers: list[Tracker]) -> None:
@@ -182,30 +174,36 @@ def run_samples(experiment: Experiment, suite: Suite, loaded: Loaded, ledger: Le
     from hipexp import hf
 
     todo = [item for item in suite.items() if not ledger.has(item.subtask, item.index)]
-    with hf.install(loaded.model, experiment.pipeline), token_bar(sum(item.length_tok for item in todo)) as bar:
+    with hf.install(loaded.model, experiment.pipeline) as installed, token_bar(sum(item.length_tok for item in todo)) as bar:
         for batch in batches(todo, experiment.task.batch):
             bar.set_description(f"{experiment.task.name} {batch[0].subtask} {batch[0].index}")
             samples = [suite.sample(item) for item in batch]
-            for sample, made in zip(samples, generate(experiment, loaded, samples, bar.update), strict=True):
-                row = row_of(suite, sample, made, loaded)
-                ledger.append(row)
+            answers = answer(experiment, loaded, samples, bar.update, lambda: installed.pruned_blocks)
+            for sample, made in zip(samples, answers, strict=True):
+                ledger.append(row_of(suite, sample, made, loaded))
                 for tracker in trackers:
-                    tracker.log(row, mean_scores(ledger.rows))
+                    tracker.log(ledger.rows[-1], mean_scores(ledger.rows))
             bar.advance_to(sum(item.length_tok for item in batch))
 
 
-def generate(experiment: Experiment, loaded: Loaded, samples: list[Sample], progress: Callable[[int], None]) -> list[Generation]:
-    """Greedy answers to ``samples``, as a batch."""
+def answer(
+    experiment: Experiment, loaded: Loaded, samples: list[Sample], progress: Callable[[int], None], pruned_blocks: Callable[[], int]
+) -> list[Generation]:
+    """Greedy answers to ``samples``, as a batch; each has its own limit of new tokens, the batch runs to the largest."""
     from hipexp import hf
 
-    return hf.generate(
+    answers = hf.generate(
         loaded,
         [sample.tokens for sample in samples],
         max_new_tok=max(sample.max_new_tok for sample in samples),
         prefill_chunk_tok=experiment.model.prefill_chunk_tok,
         stop_ids=stop_ids(loaded),
         progress=progress,
+        pruned_blocks=pruned_blocks,
     )
+    for sample, made in zip(samples, answers, strict=True):
+        del made.tokens[sample.max_new_tok :]
+    return answers
 
 
 def stop_ids(loaded: Loaded) -> set[int]:
@@ -346,24 +344,31 @@ def score_table(summary: dict[str, Any], rows: list[dict[str, Any]], dense_rows:
     for name, cell in summary["scores"].items():
         mine = [row for row in rows if row["subtask"] == name]
         pairs = [(row["score"], dense[name, row["sample"]]) for row in mine if (name, row["sample"]) in dense]
-        beside = [statistics.fmean(d for _, d in pairs), f"+{sum(s > d for s, d in pairs)}/−{sum(s < d for s, d in pairs)}"] if pairs else [None, None]
-        decode = [row["decode_ms"] for row in mine if row["decode_ms"] is not None]
-        cost = [statistics.median(r["prefill_ms"] for r in mine) / 1000, statistics.median(decode) if decode else None, mib(mine)]
-        table.append([name, summary["protocol"], cell["n"], cell["score"], *beside, *cost])
+        table.append([name, summary["protocol"], cell["n"], cell["score"], *against(pairs), *costs(mine)])
     if not dense:
         header, table = drop_columns(header, table, ("dense", "better/worse"))
     return text_table(header, table, left=2)
+
+
+def against(pairs: list[tuple[float, float]]) -> list[Any]:
+    """The dense mean of ``(score, dense score)`` pairs, and how many samples became better and worse than dense."""
+    if not pairs:
+        return [None, None]
+    better, worse = (sum(sign * (score - dense) > 0 for score, dense in pairs) for sign in (1, -1))
+    return [statistics.fmean(dense for _, dense in pairs), f"+{better}/−{worse}"]
+
+
+def costs(rows: list[dict[str, Any]]) -> list[Any]:
+    """Median prefill seconds, median milliseconds of a decode step, and the largest memory in MiB above the loaded model."""
+    decode = [row["decode_ms"] for row in rows if row["decode_ms"] is not None]
+    prefill = statistics.median(row["prefill_ms"] for row in rows) / 1000
+    return [prefill, statistics.median(decode) if decode else None, max(row["peak_bytes"] for row in rows) / 2**20]
 
 
 def drop_columns(header: list[str], rows: list[list[Any]], names: Sequence[str]) -> tuple[list[str], list[list[Any]]]:
     """A table without the columns ``names``."""
     keep = [i for i, name in enumerate(header) if name not in names]
     return [header[i] for i in keep], [[row[i] for i in keep] for row in rows]
-
-
-def mib(rows: list[dict[str, Any]]) -> float:
-    """The largest memory high-water mark of some samples, in MiB above the loaded model."""
-    return max(row["peak_bytes"] for row in rows) / 2**20
 
 
 def dense_command(experiment: Experiment, overrides: Sequence[str] | None) -> str:

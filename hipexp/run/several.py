@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hipexp.config.check import read_facts
+from hipexp.config.model import read_facts
 from hipexp.config.schema import ConfigError, Experiment, Model
 from hipexp.run.ledger import read_json, read_rows
 from hipexp.run.point import execute, folder_of, load_model, stored

@@ -13,19 +13,21 @@ def budget_tok(plan: LayerPlan, stages: list[Stage]) -> int:
     return plan.sink_tok + (stages[-1].keep_tok if stages else 0) + plan.window_tok
 
 
-def refresh_period(pipeline: Pipeline, n_layers: int) -> int:
-    """Decode steps after which the refresh pattern of all stages and layers repeats; 1 without stages."""
-    return math.lcm(*(stage.refresh_steps for plan in pipeline.plan(n_layers) for stage in plan.decode))
+def refresh_pattern(pipeline: Pipeline | None, n_layers: int) -> tuple[int, int]:
+    """How refreshes repeat in decode: ``(period, shortest)`` in steps; ``(1, 1)`` where nothing is ever refreshed.
 
-
-def shortest_refresh(pipeline: Pipeline, n_layers: int) -> int:
-    """The smallest refresh interval of any stage and layer: steps between its multiples use cached selections only."""
-    return min((stage.refresh_steps for plan in pipeline.plan(n_layers) for stage in plan.decode), default=1)
+    After ``period`` steps the pattern of all stages and layers repeats; steps between multiples of ``shortest`` use
+    cached selections only.
+    """
+    plans = [] if pipeline is None else pipeline.plan(n_layers)
+    intervals = {stage.refresh_steps for plan in plans for stage in plan.decode} or {1}
+    return math.lcm(*intervals), min(intervals)
 
 
 def describe_stage(stage: Stage) -> str:
     """One stage in words."""
-    return f"{stage.chunk_tok}→{stage.keep_tok} by {stage.representative.value}, {stage.rope.value} RoPE, refresh {stage.refresh_steps}"
+    rope = stage.rope.value if stage.rope else "no"
+    return f"{stage.chunk_tok}→{stage.keep_tok} by {stage.representative.value}, {rope} RoPE, refresh {stage.refresh_steps}"
 
 
 def describe_layers(plans: list[LayerPlan]) -> list[str]:
@@ -46,7 +48,8 @@ def describe(pipeline: Pipeline | None, n_layers: int) -> list[str]:
     if pipeline is None:
         return ["attention: dense, every token"]
     plans = pipeline.plan(n_layers)
-    lines = [f"attention: {pipeline.name or 'unnamed'} ({pipeline.method}), heads {plans[0].heads.value}, {plans[0].attend.value} RoPE while attending"]
+    name, heads, rope = pipeline.name or "unnamed", plans[0].heads.value, plans[0].attend.value
+    lines = [f"attention: {name} ({pipeline.method}), heads {heads}, {rope} RoPE while attending"]
 
     def same(plan: LayerPlan) -> dict[str, object]:
         return {name: value for name, value in vars(plan).items() if name != "layer"}

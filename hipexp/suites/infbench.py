@@ -21,8 +21,16 @@ from hipexp.suites.sample import Encode, Item, ProtocolCard, Sample, largest_fit
 
 SUBTASKS = ("passkey", "number_string", "kv_retrieval")
 OFFICIAL_ONLY = (
-    "longbook_sum_eng longbook_qa_eng longbook_choice_eng longdialogue_qa_eng longbook_qa_chn code_debug code_run math_calc math_find"
-).split()
+    "longbook_sum_eng",
+    "longbook_qa_eng",
+    "longbook_choice_eng",
+    "longdialogue_qa_eng",
+    "longbook_qa_chn",
+    "code_debug",
+    "code_run",
+    "math_calc",
+    "math_find",
+)
 WORDINGS = ("default", "heldout")
 SEED_NAMESPACE = "hipexp-eval"
 DEPTHS = 59  # needle positions of the published 128K set: 0, s, 2s, ... N with N = 58 s
@@ -128,12 +136,13 @@ def check_subtasks(names: list[str] | tuple[str, ...]) -> tuple[str, ...]:
     for name in names:
         if name in OFFICIAL_ONLY:
             raise ConfigError(
-                f"task.subtasks: {name!r} needs the official data set xinrongzhang2022/InfiniteBench of the Hugging Face hub, which this "
-                f"version cannot read yet: download it with `hf download xinrongzhang2022/InfiniteBench {name}.jsonl --repo-type dataset` and "
-                f"wait for a later version, or choose from {', '.join(SUBTASKS)}, which are generated"
+                f"task.subtasks: {name!r} needs official data, which a later version of hipexp will read; to get it now: "
+                f"`hf download xinrongzhang2022/InfiniteBench {name}.jsonl --repo-type dataset`. "
+                f"This version generates {', '.join(SUBTASKS)}"
             )
         if name not in SUBTASKS:
-            raise ConfigError(f"task.subtasks: unknown subtask {name!r}; known: {', '.join(SUBTASKS)}; with official data: {', '.join(OFFICIAL_ONLY)}")
+            official = ", ".join(OFFICIAL_ONLY)
+            raise ConfigError(f"task.subtasks: unknown subtask {name!r}; known: {', '.join(SUBTASKS)}; not yet here: {official}")
     return tuple(dict.fromkeys(names)) or SUBTASKS
 
 
@@ -191,7 +200,9 @@ def too_short(subtask: str, length_tok: int, frame_tok: int, max_new_tok: int) -
     )
 
 
-def digits_sample(subtask: str, index: int, depth: float, length_tok: int, encode: Encode, rng: random.Random, wording: str = "default") -> Sample:
+def digits_sample(
+    subtask: str, index: int, depth: float, length_tok: int, encode: Encode, rng: random.Random, wording: str = "default"
+) -> Sample:
     """A ``passkey`` or ``number_string`` sample with its needle at ``depth`` (0 before all noise, 1 after it).
 
     As many noise lines as fit into ``length_tok`` less the new tokens; nothing is ever cut.

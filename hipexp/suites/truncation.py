@@ -22,7 +22,7 @@ class Truncated:
     def __init__(self, suite: Suite, limit_tok: int):
         needed = max(suite.card().new_tok.values())
         if limit_tok <= needed:
-            raise ConfigError(f"task.truncate_tok={limit_tok} must leave room for a prompt beside {needed} new tokens; try {2 * needed} or more")
+            raise ConfigError(f"task.truncate_tok={limit_tok} must leave room for a prompt beside {needed} new tokens; try {2 * needed}")
         self.suite, self.limit_tok = suite, limit_tok
 
     def items(self) -> list[Item]:

@@ -30,7 +30,9 @@ class WandbTracker:
             import wandb
         except ImportError as error:
             raise ConfigError("track=wandb needs the package wandb: pip install 'hipexp[wandb]', or use track=local") from error
-        self._wandb, self._track, self._run = wandb, track, None
+        self._wandb: Any = wandb
+        self._run: Any = None
+        self._track = track
 
     def start(self, folder: Path, config: dict[str, Any], card: dict[str, Any]) -> None:
         own = {} if in_sweep() else {"id": config["run_key"][:10], "resume": "allow", "name": folder.name}

@@ -17,7 +17,9 @@ from hipexp.attention.selection import Selection
 from hipexp.config.schema import Heads, LayerPlan, Stage
 
 
-def select(plan: LayerPlan, stages: list[Stage], queries: QueryBlocks, keys: Tensor, tables: RopeTables, scale: float, memory: Memory | None) -> Selection:
+def select(
+    plan: LayerPlan, stages: list[Stage], queries: QueryBlocks, keys: Tensor, tables: RopeTables, scale: float, memory: Memory | None
+) -> Selection:
     """Select blocks of ``stages[-1].chunk_tok`` tokens for every block of ``queries`` from raw ``keys`` ``[K, T, D]``.
 
     ``memory`` (decode: one block, one query) lets stages that are not due be skipped; without it every stage runs.
@@ -35,7 +37,9 @@ def select(plan: LayerPlan, stages: list[Stage], queries: QueryBlocks, keys: Ten
     for i in range(due, len(stages)):
         stage = stages[i]
         if stage.query_block_tok < queries.size:
-            starts, counts, limits = (_repeat(x, queries.size // stage.query_block_tok, dim) for x, dim in ((starts, 1), (counts, 1), (limits, 0)))
+            starts, counts, limits = (
+                _repeat(x, queries.size // stage.query_block_tok, dim) for x, dim in ((starts, 1), (counts, 1), (limits, 0))
+            )
             queries = queries.split(stage.query_block_tok)
         if memory:
             memory.candidates[i] = (starts, counts)
@@ -66,7 +70,7 @@ def first_candidates(queries: QueryBlocks, sink_tok: int, scan_window_tok: int, 
 
 
 def subdivide(starts: Tensor, counts: Tensor, limits: Tensor, chunk_tok: int, next_tok: int) -> Candidates:
-    """Cut every chunk ``[S, N, M]`` into pieces of ``next_tok``, dropping pieces at or past the block's limit; the order stays ascending."""
+    """Cut chunks ``[S, N, M]`` into pieces of ``next_tok``, in ascending order, without pieces at or past the block's limit."""
     pieces = torch.arange(0, chunk_tok, next_tok, device=starts.device)
     fine = (starts[..., None] + pieces).flatten(2)
     rank = torch.arange(fine.shape[2], device=starts.device)
@@ -74,14 +78,32 @@ def subdivide(starts: Tensor, counts: Tensor, limits: Tensor, chunk_tok: int, ne
     return fine.masked_fill(~valid, -1), valid.sum(-1)
 
 
-def _score(stage: Stage, queries: QueryBlocks, keys: Tensor, starts: Tensor, counts: Tensor, limits: Tensor, scan_window_tok: int, tables: RopeTables, scale: float) -> Tensor:
+def _score(
+    stage: Stage,
+    queries: QueryBlocks,
+    keys: Tensor,
+    starts: Tensor,
+    counts: Tensor,
+    limits: Tensor,
+    scan_window_tok: int,
+    tables: RopeTables,
+    scale: float,
+) -> Tensor:
     pooled, position = queries.pool(stage.query_stride_tok if queries.size > 1 else 1)
     assert stage.rope is not None, "LayerPlan resolves it"
     q_left, q_right, rotation = score_rotation(
         stage.rope, tables, pooled * scale, position, counts.amax(0), queries.first, queries.last, scan_window_tok, keys.shape[1]
     )
     return score_chunks(
-        q_left, q_right, keys, starts, counts, limits, chunk_tok=stage.chunk_tok, representative=stage.representative.value, rotation=rotation
+        q_left,
+        q_right,
+        keys,
+        starts,
+        counts,
+        limits,
+        chunk_tok=stage.chunk_tok,
+        representative=stage.representative.value,
+        rotation=rotation,
     )
 
 

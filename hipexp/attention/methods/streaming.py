@@ -11,6 +11,8 @@ from hipexp.attention.selection import Selection
 from hipexp.config.schema import LayerPlan, Stage
 
 
-def select(plan: LayerPlan, stages: list[Stage], queries: QueryBlocks, keys: Tensor, tables: RopeTables, scale: float, memory: Memory | None) -> Selection:
+def select(
+    plan: LayerPlan, stages: list[Stage], queries: QueryBlocks, keys: Tensor, tables: RopeTables, scale: float, memory: Memory | None
+) -> Selection:
     """Select nothing for every block of ``queries``."""
     return Selection.empty(queries.q.shape[1], keys.device)

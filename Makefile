@@ -1,0 +1,59 @@
+# hipexp: every target installs what it needs into .venv first; a second call is quick.
+# pip is used as it is set up on the machine. Where it would fetch a large GPU build of torch for a CPU, point it at
+# torch's CPU wheels with pip's own settings (PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS).
+
+PYTHON ?= python3
+JOBS ?= 2
+SIZE ?= needle
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+CORE := $(VENV)/.core
+DEV := $(VENV)/.dev
+PIP := $(RUN) -m pip --disable-pip-version-check install --constraint constraints.txt --no-build-isolation
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all check needle needle-table repro-table2 gpu
+
+help: ## this text
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(CORE) ## create .venv with what running needs
+
+demo: $(CORE) ## dense against 3stage on the embedded model: a table and a picture (under 10 minutes on 2 cores)
+	$(RUN) -m hipexp demo
+
+test: $(DEV) ## the tests: no network, no GPU, under 10 minutes on 2 cores
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow and not gpu" -n $(JOBS)
+
+test-all: $(DEV) ## the tests and the slow rest, an hour at most
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not gpu" -n $(JOBS)
+
+check: $(DEV) ## style and types
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+needle: $(CORE) ## train the embedded model again from nothing (hours on 2 cores; says how long)
+	$(RUN) -m hipexp.needle.train
+
+needle-table: $(CORE) ## the long form of the demo: accuracy and time by length (resumable; says how long)
+	$(RUN) -m hipexp table
+
+repro-table2: $(CORE) ## the paper's table 2 beside ours: make repro-table2 SIZE=needle
+	$(RUN) -m hipexp repro table2 size=$(SIZE)
+
+gpu: ## the GPU tests, with the torch of $(PYTHON) and without .venv
+	PYTHONPATH=.:kernels $(PYTHON) -m pytest -m gpu
+
+$(CORE): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: hipexp needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1); name another: make PYTHON=python3.12 ..." >&2; exit 2; }
+	@echo "installing into $(VENV) (a few minutes the first time)"
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt setuptools wheel
+	$(PIP) --editable .
+	@touch $@
+
+$(DEV): $(CORE)
+	$(PIP) --editable '.[dev]'
+	@touch $@

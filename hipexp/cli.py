@@ -1,0 +1,159 @@
+"""The command line: Hydra's overrides, or a first word without ``=``, a sub-command.
+
+Nothing heavy is imported before it is needed: help and a mistake in the configuration answer at once.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import traceback
+from importlib import import_module
+from pathlib import Path
+
+from hipexp.config.schema import ConfigError, Experiment
+
+# Name: (module:function taking the remaining words and returning an exit code, what it does).
+COMMANDS = {
+    "demo": ("hipexp.run.demo:main", "dense against 3stage on the embedded model: a table and a picture"),
+    "ls": ("hipexp.report.listing:main", "the runs there are and how far they got"),
+    "table": ("hipexp.run.needle_table:main", "the long form of the demo: accuracy and time by length"),
+    "repro": ("hipexp.run.repro:main", "a published table beside ours: repro table2"),
+    "doctor": ("hipexp.doctor:main", "versions, device, what is missing"),
+}
+DONE, FAILED, BAD_INPUT = 0, 1, 2
+
+HELP = """hipexp: experiments on long-context attention that prunes its keys in stages (InfiniteHiP).
+
+usage:  python -m hipexp [group=option ...] [key=value ...]      one experiment point
+        python -m hipexp -m group=option,option ... key=v,v ...   all combinations
+        python -m hipexp <command> [...]
+
+Without a pipeline attention is dense. The result goes into a folder under runs/, whose path is the last line
+printed; the same command again returns the stored result, or continues where it was stopped.
+
+groups (the first option is the default):
+{groups}
+
+keys: every field of the configuration, as in pipeline.stages.2.keep_tok=4096 task.samples=20 seed=1;
+      --cfg job prints all of them with their values and runs nothing.
+
+examples:
+  python -m hipexp +pipeline=3stage task=infbench
+  python -m hipexp +pipeline=3stage task=passkey 'task.lengths_tok=[8192,65536]' task.samples=3
+  python -m hipexp +pipeline=3stage pipeline.layers.early.range='' pipeline.stages.2.keep_tok=4096
+  python -m hipexp -m +pipeline=dense,2stage,3stage task.length_tok=16384
+
+commands:
+{commands}
+
+environment: HIPEXP_RUNS (default runs), HIPEXP_CONF (another folder of configuration files). They move files only.
+exit code: 0 done, 2 bad configuration or input, 1 anything else."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command line (``sys.argv`` by default) and return its exit code. Mistakes of the user are one line on stderr."""
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        return _dispatch(words)
+    except KeyboardInterrupt as error:
+        return _complain(str(error) or "interrupted; the same command continues", FAILED)
+    except Exception as error:
+        return _explain(error)
+
+
+def _dispatch(words: list[str]) -> int:
+    if words and "=" not in words[0] and not words[0].startswith(("-", "+", "~")):
+        return _run_command(words[0], words[1:])
+    if {"-h", "--help"} & set(words):
+        print(help_text())
+        return DONE
+    if "--version" in words:
+        from hipexp import __version__
+
+        print(__version__)
+        return DONE
+    return _run_overrides(words)
+
+
+def help_text() -> str:
+    """What ``--help`` prints; lists the files of ``conf/`` without reading them."""
+    from hipexp.config.overrides import GROUPS, conf_dir, group_options
+
+    defaults = {"model": "needle", "pipeline": "dense", "offload": "none", "task": "infbench", "track": "local"}
+    options = group_options(conf_dir())
+    ordered = {group: sorted(options[group], key=lambda name, group=group: (name != defaults[group], name)) for group in GROUPS}  # type: ignore[misc]
+    groups = "\n".join(f"  {group + '=':<10} {', '.join(names)}" for group, names in ordered.items())
+    commands = "\n".join(f"  {name:<10} {purpose}" for name, (_, purpose) in COMMANDS.items())
+    return HELP.format(groups=groups, commands=commands)
+
+
+def _run_command(name: str, words: list[str]) -> int:
+    if name not in COMMANDS:
+        from hipexp.config.convert import unknown
+
+        raise unknown(f"command {name}", name, COMMANDS)
+    if {"-h", "--help"} & set(words):
+        print(f"python -m hipexp {name}: {COMMANDS[name][1]}")
+        return DONE
+    module, _, function = COMMANDS[name][0].partition(":")
+    return int(getattr(import_module(module), function)(words))
+
+
+def _run_overrides(words: list[str]) -> int:
+    from hipexp.config import compose
+
+    line = compose.read_line(words)
+    if line.show:
+        print(compose.to_yaml(compose.compose_point(line.overrides)), end="")
+        return DONE
+    if line.sweep:
+        return _run_sweep(line.overrides)
+    own = [word for word in line.overrides if not word.lstrip("+").startswith(("hydra.", "hydra/"))]
+    return _run_point(compose.compose_point(own), words)
+
+
+def _run_point(experiment: Experiment, words: list[str]) -> int:
+    from hipexp.config.check import check_model
+
+    check_model(experiment)
+    from hipexp.run.point import run_point
+
+    run_point(experiment, words)
+    return DONE
+
+
+def _run_sweep(overrides: list[str]) -> int:
+    """Check all points, then run them through Hydra's launcher: a point that fails does not stop the others."""
+    from hipexp.config import compose
+    from hipexp.config.check import check_model
+
+    if not any(word.lstrip("+").startswith("hydra/sweeper=") for word in overrides):  # others choose their points as they go
+        for point in compose.sweep_points(overrides):
+            check_model(compose.compose_point(point))
+    codes: list[int] = []
+
+    def job(experiment: Experiment, words: list[str]) -> None:
+        try:
+            codes.append(_run_point(experiment, words))
+        except Exception as error:
+            codes.append(_explain(error))
+
+    with tempfile.TemporaryDirectory(prefix="hipexp-sweep-") as folder:
+        compose.run_sweep(overrides, job, Path(folder))
+    return max(codes, default=DONE)
+
+
+def _explain(error: Exception) -> int:
+    """Say what went wrong; only a defect of ours deserves a traceback. Returns the exit code."""
+    kind = type(error).__name__
+    if isinstance(error, ConfigError) or kind == "DataMissing":
+        return _complain(str(error), BAD_INPUT)
+    if kind != "RunFailed":
+        traceback.print_exception(error)
+    return _complain(str(error) if kind == "RunFailed" else f"{kind}: {error}", FAILED)
+
+
+def _complain(message: str, code: int) -> int:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return code

@@ -1,0 +1,97 @@
+"""What makes two runs the same run: the configuration, the model's content, the samples' words, and for times the machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from hipexp.config.model import model_folder
+from hipexp.config.runkey import run_key
+from hipexp.config.schema import Experiment, Model
+from hipexp.suites import infbench
+from hipexp.suites.sample import DataMissing
+
+
+def key_of(experiment: Experiment) -> str:
+    """The run key of an experiment. Needs no torch, except for ``task=latency``, whose result depends on the machine.
+
+    Raises ``ConfigError`` for a model path that is nothing, ``DataMissing`` for a hub model that cannot be reached.
+    """
+    extra = {"dtype": dtype_of(experiment.model)} | data_identity(experiment)
+    return run_key(experiment, model_revision=model_revision(experiment.model), extra=extra)
+
+
+def data_identity(experiment: Experiment) -> dict[str, Any]:
+    """The words and the scorer of generated samples; for latency the words and the machine."""
+    if experiment.task.name == "latency":
+        return {"machine": machine(), "template": infbench.template_id("passkey", "default")}
+    words = {name: infbench.template_id(name, experiment.task.wording) for name in infbench.SUBTASKS}
+    return {"template": words, "scorer": infbench.SCORER}
+
+
+def machine() -> dict[str, Any]:
+    """Device, threads and the versions that decide how fast something is. Imports torch."""
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    versions = {name: version_of(name) for name in ("torch", "triton")}
+    return {"device": device, "threads": torch.get_num_threads(), **versions}
+
+
+def version_of(package: str) -> str | None:
+    """The installed version of a package, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def model_revision(model: Model) -> str:
+    """What the weights are: a hash of the files of a local folder (README aside), or the commit of a hub model."""
+    folder = model_folder(model)
+    if folder is None:
+        return hub_config(model).parent.name
+    if not folder.is_dir():
+        return "missing"
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix != ".md")
+    return _hash_files(str(folder), tuple((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files))
+
+
+@lru_cache(maxsize=32)
+def _hash_files(folder: str, known_by: tuple[tuple[str, int, int], ...]) -> str:
+    """SHA-256 over names and contents, first 16 hex digits; sizes and times only say when to read again."""
+    digest = hashlib.sha256()
+    for name, size, _ in known_by:
+        digest.update(f"{name}\0{size}\0".encode())
+        with open(os.path.join(folder, name), "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def dtype_of(model: Model) -> str:
+    """The number format of the weights: the configured one, or for ``auto`` what the model's ``config.json`` says."""
+    if model.dtype != "auto":
+        return model.dtype
+    folder = model_folder(model)
+    path = hub_config(model) if folder is None else folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
+
+
+def hub_config(model: Model) -> Path:
+    """The ``config.json`` of a hub model in the local cache, fetched if need be; its folder is named for the commit."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(model.path, "config.json", revision=model.revision))
+    except Exception as error:  # whatever the network or the hub answers: the model is not here
+        fetch = f"hf download {model.path}" + (f" --revision {model.revision}" if model.revision else "")
+        raise DataMissing(
+            f"model.path={model.path} is not here and could not be fetched ({error}); where there is a network: {fetch}"
+        ) from error

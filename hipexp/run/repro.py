@@ -1,0 +1,95 @@
+"""``python -m hipexp repro <table>``: a published table beside our numbers, and what differs between them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hipexp.config.compose import compose, conf_dir
+from hipexp.config.schema import ConfigError
+from hipexp.report.tables import MISSING, text_table
+from hipexp.run.ledger import runs_root, write_text
+from hipexp.run.several import Named, run_all, trained_length
+
+
+def read_table(name: str) -> dict[str, Any]:
+    """The data of a published table, ``conf/experiment/<name>.yaml``. Raises ``ConfigError`` for an unknown one."""
+    import yaml
+
+    folder = conf_dir() / "experiment"
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
+        raise ConfigError(f"repro {name}: there is no such table; known: {known}")
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def read_arguments(argv: list[str]) -> tuple[str, str, list[str]]:
+    """Table, size, and overrides for every run. Raises ``ConfigError`` without a table."""
+    if not argv or "=" in argv[0] or argv[0].startswith("-"):
+        raise ConfigError("repro needs the name of a table first, as in `python -m hipexp repro table2 size=needle`")
+    sizes = [word.removeprefix("size=") for word in argv[1:] if word.startswith("size=")]
+    return argv[0], (sizes or ["needle"])[-1], [word for word in argv[1:] if not word.startswith("size=")]
+
+
+def points(table: dict[str, Any], size: str, overrides: list[str]) -> dict[tuple[str, int], Named]:
+    """Our runs by method and multiple of the trained length. Raises ``ConfigError`` for an unknown size."""
+    if size not in table["sizes"]:
+        raise ConfigError(f"size={size} is not there for this table; use one of {', '.join(table['sizes'])}")
+    common = ["task=infbench", f"task.subtasks=[{','.join(table['columns'].values())}]", *table["sizes"][size]["overrides"]]
+    trained_tok = trained_length(compose([*common, *overrides]).model)
+    found = {}
+    for times in table["sizes"][size]["times"]:
+        for row in table["rows"]:
+            own = [word.format(trained_tok=trained_tok) for word in row["overrides"]]
+            name = f"{row['method']}, {times} × the trained length ({times * trained_tok} tokens)"
+            found[row["method"], times] = Named(name, compose([*common, f"task.length_tok={times * trained_tok}", *own, *overrides]))
+    return found
+
+
+def triple(values: list[float] | None) -> str:
+    """The scores of one row in one cell."""
+    return MISSING if values is None else " / ".join(f"{value:.1f}" for value in values)
+
+
+def page(table: dict[str, Any], runs: dict[tuple[str, int], Named], trained_tok: int) -> str:
+    """Published scores and ours, side by side, and every known difference."""
+    multiples = list(dict.fromkeys(times for _, times in runs))
+    models = [f"published: {name}" for name in table["models"]]
+    header = ["method", *models, *(f"hipexp: {times}× ({times * trained_tok} tokens)" for times in multiples)]
+    rows = []
+    for row in table["rows"]:
+        published = [triple(row["published"].get(model)) for model in table["models"]]
+        rows.append([row["method"], *published, *(triple(ours(table, runs[row["method"], times])) for times in multiples)])
+    return "\n".join(
+        [
+            f"{table['title']} ({table['source']}); scores {' / '.join(table['columns'])}",
+            "",
+            text_table(header, rows),
+            "",
+            "The published and the hipexp columns are NOT comparable number by number:",
+            *(f"  - {line}" for line in table["differs"]),
+            f"Left out: {table['left_out']}.",
+        ]
+    )
+
+
+def ours(table: dict[str, Any], run: Named) -> list[float] | None:
+    """Our scores in the order of the table's columns."""
+    scores = run.summary().get("scores")
+    return [scores[name]["score"] for name in table["columns"].values()] if scores else None
+
+
+def main(argv: list[str]) -> int:
+    """Run what is missing of a table and print it beside the published one; resumable like every run."""
+    name, size, overrides = read_arguments(argv)
+    table = read_table(name)
+    runs = points(table, size, overrides)
+    run_all(list(runs.values()))
+    text = page(table, runs, trained_length(next(iter(runs.values())).experiment.model))
+    path: Path = runs_root() / "repro" / f"{name}_{size}.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text + "\n")
+    print(text)
+    print(path)
+    return 0

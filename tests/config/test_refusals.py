@@ -1,0 +1,179 @@
+"""Every mistake is refused with key, value, rule and repair."""
+
+import json
+
+import pytest
+
+from hipexp.config.check import check_layers, check_model
+from hipexp.config.compose import compose
+from hipexp.config.model import ModelFacts
+from hipexp.config.schema import ConfigError
+
+S3 = "+pipeline=3stage"
+CASES = {
+    "chunk divides the previous": (
+        [S3, "pipeline.stages.1.chunk_tok=48"],
+        "pipeline.stages[1].chunk_tok=48 must divide stages[0].chunk_tok=256; try 32 or 64",
+    ),
+    "chunk is a power of two": (
+        [S3, "pipeline.stages.0.chunk_tok=48"],
+        "pipeline.stages[0].chunk_tok=48 must be a power of two; try 32 or 64",
+    ),
+    "chunk is positive": ([S3, "pipeline.stages.0.chunk_tok=0"], "pipeline.stages[0].chunk_tok=0 must be at least 1; try 1"),
+    "keep is a multiple of its chunk": (
+        [S3, "pipeline.stages.2.keep_tok=100"],
+        "pipeline.stages[2].keep_tok=100 must be a multiple of stages[2].chunk_tok=8; try 96 or 104",
+    ),
+    "keep does not grow": (
+        [S3, "pipeline.stages.2.keep_tok=16384"],
+        "pipeline.stages[2].keep_tok=16384 must be at most stages[1].keep_tok=8192; try 8192",
+    ),
+    "refresh is a multiple of the next": (
+        [S3, "pipeline.stages.0.refresh_steps=12"],
+        "pipeline.stages[0].refresh_steps=12 must be a multiple of stages[1].refresh_steps=8; try 8 or 16",
+    ),
+    "query block divides the previous": (
+        [S3, "pipeline.stages.1.query_block_tok=48"],
+        "pipeline.stages[1].query_block_tok=48 must divide stages[0].query_block_tok=64; try 32 or 64",
+    ),
+    "query block is positive": ([S3, "pipeline.stages.0.query_block_tok=0"], "pipeline.stages[0].query_block_tok=0 must be at least 1"),
+    "stride divides its block": (
+        [S3, "pipeline.stages.0.query_stride_tok=5"],
+        "pipeline.stages[0].query_stride_tok=5 must divide stages[0].query_block_tok=64; try 4 or 8",
+    ),
+    "window holds the first chunk": (
+        [S3, "pipeline.window_tok=128"],
+        "pipeline.window_tok=128 must be at least stages[0].chunk_tok=256; try 256",
+    ),
+    "sink is a multiple of the last chunk": (
+        [S3, "pipeline.sink_tok=100"],
+        "pipeline.sink_tok=100 must be a multiple of stages[2].chunk_tok=8; try 96 or 104",
+    ),
+    "sink is not negative": ([S3, "pipeline.sink_tok=-8"], "pipeline.sink_tok=-8 must be at least 0"),
+    "a group's window": (
+        [S3, "pipeline.layers.early.window_tok=128"],
+        "pipeline.layers.early.window_tok=128 must be at least stages[0].chunk_tok=256; try 256",
+    ),
+    "a group's stage": (
+        [S3, "pipeline.layers.early.stages.2.keep_tok=4100"],
+        "pipeline.layers.early.stages.2.keep_tok=4100 must be a multiple of stages[2].chunk_tok=8; try 4096 or 4104",
+    ),
+    "a group's stage against the one before": (
+        [S3, "pipeline.layers.early.stages.1.keep_tok=2048"],
+        "pipeline.layers.early.stages.2.keep_tok=4096 must be at most layers.early.stages.1.keep_tok=2048; try 2048",
+    ),
+    "a group's missing stage": (
+        [S3, "pipeline.layers.early.stages.3.keep_tok=2048"],
+        "pipeline.layers.early.stages.3 names a missing stage: stages are numbered 0 to 2",
+    ),
+    "a group's range": (
+        [S3, "pipeline.layers.early.range=first"],
+        "pipeline.layers.early.range='first' must list layers; write it like '0-2'",
+    ),
+    "a group without range": ([S3, "pipeline.layers.late.window_tok=2048"], "pipeline.layers.late.range is not set and must be text"),
+    "a group's name": ([S3, "pipeline.layers.3rd={range: '3'}"], "pipeline.layers.3rd names '3rd', which must be letters"),
+    "a group's number": ([S3, "pipeline.layers.3={range: '3'}"], "pipeline.layers has a group '3'; its name must be letters"),
+    "a decode stage": (
+        ["+pipeline=3k_5k", "pipeline.decode.1.chunk_tok=24"],
+        "pipeline.decode[1].chunk_tok=24 must divide decode[0].chunk_tok=64; try 16 or 32",
+    ),
+    "decode that is not there": (
+        [S3, "pipeline.decode.0.keep_tok=64"],
+        "pipeline.decode is not set, so that pipeline.decode.0 does not exist",
+    ),
+    "a stage that is not there": (
+        [S3, "pipeline.stages.3.keep_tok=64"],
+        "pipeline.stages.3.keep_tok=64: there is no entry with this number",
+    ),
+    "hip without stages": ([S3, "pipeline.stages=[]"], "pipeline.stages=[] must hold a stage or more for pipeline.method=hip"),
+    "hip without decode stages": ([S3, "pipeline.decode=[]"], "pipeline.decode=[] must hold a stage or more for pipeline.method=hip"),
+    "streaming with stages": (
+        [S3, "pipeline.method=streaming"],
+        "pipeline.method=streaming must have no stages, but there are 3; try pipeline.method=hip",
+    ),
+    "an unknown method": ([S3, "pipeline.method=snap"], "pipeline.method=snap is unknown; use hip or streaming"),
+    "a representative to come": (
+        [S3, "pipeline.stages.0.representative=bounds"],
+        "pipeline.stages.0.representative=bounds is unknown; known here: descent, exact",
+    ),
+    "an unknown RoPE": ([S3, "pipeline.rope.prune=relatve"], "pipeline.rope.prune=relatve is unknown; did you mean relative?"),
+    "prefill in query blocks": (
+        [S3, "model.prefill_chunk_tok=1000"],
+        "model.prefill_chunk_tok=1000 must be a multiple of pipeline.stages[0].query_block_tok=64; try 960 or 1024",
+    ),
+    "samples": (["task.samples=0"], "task.samples=0 must be at least 1; try 1"),
+    "batch": (["task.batch=0"], "task.batch=0 must be at least 1; try 1"),
+    "decode steps": (["task=latency", "task.decode_steps=0"], "task.decode_steps=0 must be at least 1; try 1"),
+    "length": (["task.length_tok=-5"], "task.length_tok=-5 must be at least 1"),
+    "lengths": (["task=passkey", "task.lengths_tok=[0]"], "task.lengths_tok=[0] must hold lengths of at least 1 token; try [8192,16384]"),
+    "no lengths": (["task=passkey", "task.lengths_tok=[]"], "task.lengths_tok=[] must hold lengths"),
+    "depths": (["task=passkey", "task.depths=[50]"], "task.depths=[50.0] must hold depths from 0 to 1; try [0,0.5,1]"),
+    "an unknown subtask": (["task.subtasks=[passkeys]"], "unknown subtask 'passkeys'; known: passkey, number_string, kv_retrieval"),
+    "subtasks of a task without": (
+        ["task=passkey", "task.subtasks=[kv_retrieval]"],
+        "task.subtasks=['kv_retrieval'] is for task=infbench; leave it out for task=passkey",
+    ),
+    "official data": (["task.subtasks=[code_debug]"], "needs official data"),
+    "protocol": (["task.protocol=official"], "task.protocol=official is unknown; use hipexp"),
+    "dtype": (["model.dtype=fp32"], "model.dtype=fp32 is unknown; use auto or float32 or float16 or bfloat16"),
+    "no model": (["model=hf"], "model.path is not set and must be text; give it, as in model.path=…"),
+    "offload to come": (["offload=host"], "offload=host is unknown; known here: none"),
+    "offload by name": (["offload.name=host"], "offload=host is unknown; use none"),
+    "tracker": (["track=mlflow"], "track=mlflow is unknown; known here: local, wandb"),
+    "tracker mode": (["track=wandb", "track.mode=offlin"], "track.mode=offlin is unknown; use offline or online or disabled"),
+    "seed": (["seed=-1"], "seed=-1 must be at least 0"),
+    "an interpolation into nothing": (["seed=${sead}"], "sead"),
+}
+
+
+@pytest.mark.parametrize("argv, message", CASES.values(), ids=CASES)
+def test_refused(argv, message):
+    with pytest.raises(ConfigError) as caught:
+        compose(argv)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_group_that_selects_no_layer_of_the_model():
+    experiment = compose([S3, "pipeline.layers.early.range='7-9'"])
+    check_layers(experiment, ModelFacts(32, 8192))
+    with pytest.raises(
+        ConfigError, match=r"pipeline\.layers\.early\.range='7-9' selects no layer: the model has layers 0 to 4; change the range"
+    ):
+        check_layers(experiment, ModelFacts(5, 8192))
+
+
+def test_two_groups_that_are_good_alone_and_bad_together():
+    first = "pipeline.layers.early={range: '0-2', stages: {1: {keep_tok: 4096}}}"
+    second = "pipeline.layers.some={range: '2-3', stages: {2: {keep_tok: 8192}}}"
+    experiment = compose([S3, first, second])
+    with pytest.raises(
+        ConfigError, match=r"pipeline\.layers\.some\.stages\.2\.keep_tok=8192 must be at most layers\.early\.stages\.1\.keep_tok=4096"
+    ):
+        check_layers(experiment, ModelFacts(5, 8192))
+
+
+def test_facts_come_from_the_model_folder(model_path):
+    assert check_model(compose([S3, *model_path])) == ModelFacts(5, 6144)
+    assert check_model(compose([S3, *model_path, "model.trained_tok=4096"])) == ModelFacts(5, 4096)
+
+
+def test_a_model_on_a_hub_is_checked_later():
+    assert check_model(compose(["model=hf", "model.path=org/model"])) is None
+
+
+def test_a_path_that_is_nothing(tmp_path):
+    with pytest.raises(ConfigError, match=r"model\.path=.*/nowhere is no folder here and no hub id like 'org/model'"):
+        check_model(compose(["model=hf", f"model.path={tmp_path}/nowhere"]))
+
+
+def test_a_folder_without_a_model(tmp_path):
+    with pytest.raises(ConfigError, match=r"must hold a model, but .* has no readable config\.json; check the path"):
+        check_model(compose(["model=hf", f"model.path={tmp_path}"]))
+
+
+def test_a_model_without_trained_length(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 2}))
+    with pytest.raises(ConfigError, match=r"set model\.trained_tok"):
+        check_model(compose(["model=hf", f"model.path={tmp_path}"]))
+    assert check_model(compose(["model=hf", f"model.path={tmp_path}", "model.trained_tok=4096"])) == ModelFacts(2, 4096)

@@ -1,0 +1,75 @@
+"""The run key changes with what decides a result, and with nothing else."""
+
+import pytest
+
+from hipexp.config import runkey
+from hipexp.config.compose import compose
+from hipexp.config.runkey import run_key
+
+BASE = ["+pipeline=3stage", "task=passkey"]
+
+
+def key(*words, revision="abc", **extra):
+    return run_key(compose([*BASE, *words]), model_revision=revision, extra=extra)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "pipeline.stages.0.keep_tok=16384",
+        "pipeline.layers.early.range='0-1'",
+        "pipeline.rope.attend=native",
+        "pipeline.heads=per_kv",
+        "task.samples=2",
+        "task.lengths_tok=[4096]",
+        "task.wording=heldout",
+        "seed=1",
+        "model.dtype=bfloat16",
+        "model.trained_tok=4096",
+    ],
+)
+def test_what_decides_a_result_changes_the_key(word):
+    assert key(word) != key()
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "track=wandb",
+        "track.project=other",
+        "model.path=other/place",
+        "model.name=other",
+        "model.revision=v2",
+        "pipeline.name=other",
+        "pipeline.sink_tok=256",
+    ],
+)
+def test_trackers_paths_and_names_do_not(word):
+    assert key(word) == key()
+
+
+def test_the_same_pipeline_by_another_name_has_the_same_key():
+    words = ["pipeline.stages.0.refresh_steps=16", "pipeline.stages.1.refresh_steps=8", "pipeline.stages.2.refresh_steps=4"]
+    fast = compose(["+pipeline=3stage_fast", "task=passkey", *words])
+    assert run_key(fast, model_revision="abc", extra={}) == key()
+
+
+def test_weights_extras_and_the_version_count(monkeypatch):
+    keys = {key(), key(revision="def"), key(threads=2), key(threads=4)}
+    monkeypatch.setattr(runkey, "RESULT_VERSION", runkey.RESULT_VERSION + 1)
+    assert len(keys | {key()}) == 5
+
+
+def test_the_order_of_groups_counts():
+    groups = ["pipeline.layers.a={range: '3', window_tok: 2048}", "pipeline.layers.b={range: '3', window_tok: 4096}"]
+    assert key(*groups) != key(*reversed(groups))
+
+
+def test_the_key_is_a_hash_that_stays():
+    first = key(threads=2, device="cpu")
+    assert first == key(device="cpu", threads=2) and len(first) == 64 and int(first, 16)
+
+
+def test_what_is_not_a_number_is_refused():
+    with pytest.raises(ValueError):
+        key(score=float("nan"))

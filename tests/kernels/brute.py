@@ -1,0 +1,133 @@
+"""The operations once more, from their definitions, in numpy and double precision, sharing no code with the package.
+
+Rotations are complex numbers, positions plain integers, selections masks over all tokens.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+from hipexp_kernels.rope import RopeTable
+
+BASE, FACTOR = 1000.0, 1.25  # an attention factor other than 1, as YaRN has one
+
+
+def frequencies(rotary):
+    return BASE ** (-np.arange(rotary // 2) / (rotary // 2))
+
+
+def rope_table(rows, rotary):
+    angle = torch.from_numpy(np.arange(rows)[:, None] * frequencies(rotary))
+    return RopeTable((FACTOR * angle.cos()).float(), (FACTOR * angle.sin()).float())
+
+
+def turned(x, phase):
+    """``x`` with its first ``2 * len(phase)`` numbers multiplied, as complex pairs (t, t + half), by ``phase``."""
+    half = len(phase)
+    z = (x[..., :half] + 1j * x[..., half : 2 * half]) * phase
+    return np.concatenate([z.real, z.imag, x[..., 2 * half :]], -1)
+
+
+def phase(position, rotary):
+    return FACTOR * np.exp(1j * position * frequencies(rotary))
+
+
+def squeezed(i, first, last, trained):
+    """Position of key ``i`` under dynamic extension."""
+    window = trained // 4
+    origin = first - window
+    if last < trained or i >= last - window or i >= origin or origin <= trained - window:
+        return i
+    return max(origin - math.floor((origin - i) * (trained - window) / origin), last - trained, 0)
+
+
+def probe_position(mode, i, rank, first, last, trained):
+    if mode == "rank":
+        return rank
+    if mode == "dynamic":
+        return squeezed(i, first, last, trained)
+    if mode == "self_extend" and last >= trained and i <= first - min(8192, trained // 2):
+        return max(0, first - math.ceil((first - i) / 16))
+    return i
+
+
+def score_chunks(q_left, q_right, k, starts, counts, limits, chunk_tok, representative, mode=None, rotary=0, trained=0, first=None, last=None):
+    """Scores ``[H, N, C]`` and, for each, the smallest margin of a decision on its path."""
+    H, N = q_left.shape[:2]
+    group, C = H // len(k), starts.shape[2]
+    scores, margins = np.full((H, N, C), -np.inf), np.full((H, N, C), np.inf)
+    for h, n, c in np.ndindex(H, N, C):
+        s, b = (h // group) % len(starts), n % starts.shape[1]
+        begin, end = int(starts[s, b, c]), min(int(starts[s, b, c]) + chunk_tok, int(limits[n]))
+        if c >= counts[s, n] or begin >= end:
+            continue
+
+        def best_row(rows, i, h=h, n=n, c=c):
+            key = k[h // group, i]
+            if mode:
+                key = turned(key, phase(probe_position(mode, i, c, int(first[n]), int(last[n]), trained), rotary))
+            return max(np.dot(row, key) for row in rows[h, n])
+
+        path, margin = [], np.inf
+        if representative == "exact" or end - begin == 1:
+            path = [best_row(q_right, i) for i in range(begin, end)]
+        else:
+            while end - begin > 1:
+                middle = begin + (end - begin) // 2
+                path += [best_row(q_left, begin + (middle - begin) // 2), best_row(q_right, middle + (end - middle) // 2)]
+                margin = min(margin, abs(path[-1] - path[-2]))
+                begin, end = (begin, middle) if path[-2] > path[-1] else (middle, end)
+        scores[h, n, c], margins[h, n, c] = max(path), margin
+    return scores, margins
+
+
+def keep_top(row, keep):
+    """Indices whose rank (better scores first, then lower indices) is below ``keep``."""
+    beaten_by = [sum(other > mine or (other == mine and j < i) for j, other in enumerate(row)) for i, mine in enumerate(row)]
+    return [i for i, rank in enumerate(beaten_by) if rank < keep]
+
+
+def attended(n_keys, block_starts, position, first, sink_tok, window_tok, block_tok, exact):
+    """Tokens before the window's edge and tokens after it, for one query, as ascending arrays."""
+    i = np.arange(n_keys)
+    chosen = np.isin(i, [start + t for start in block_starts for t in range(block_tok)]) | (i < sink_tok) | bool(exact)
+    far = chosen & (i <= first - window_tok)
+    near = (i > first - window_tok) & (i <= position)
+    return i[far], i[near]
+
+
+def attend_blocks(q, k, v, blocks, counts, first, exact, block_tok, sink_tok, window_tok, scale, mode=None, rotary=0, trained=0, softcap=None):
+    """Output and log-sum-exp; NaN in the rows at or past the end. Keys are numbered backwards from the query (the published form)."""
+    H, N, Q, _ = q.shape
+    group, T = H // len(k), k.shape[1]
+    out, lse = np.full(q.shape, np.nan), np.full((H, N, Q), np.nan)
+    for h, n, r in np.ndindex(H, N, Q):
+        p0, p = int(first[n]), int(first[n]) + r
+        if p >= T:
+            continue
+        s = (h // group) % len(blocks)
+        far, near = attended(T, blocks[s, n, : counts[s, n]], p, p0, sink_tok, window_tok, block_tok, exact[n])
+        tokens = np.concatenate([far, near])
+        keys, query = k[h // group, tokens], q[h, n, r]
+        if mode:
+            rule = "native" if exact[n] else mode
+            query = turned(query, phase(p, rotary))
+            keys = np.stack([turned(key, key_phase(rule, i, u - len(far), p0, p0 + Q - 1, window_tok, rotary, trained)) for u, (key, i) in enumerate(zip(keys, tokens, strict=True))])
+        logits = keys @ query * scale
+        if softcap:
+            logits = softcap * np.tanh(logits / softcap)
+        weights = np.exp(logits - logits.max())
+        lse[h, n, r] = np.log(weights.sum()) + logits.max()
+        out[h, n, r] = weights @ v[h // group, tokens] / weights.sum()
+    return out, lse
+
+
+def key_phase(rule, i, u, first, last, window_tok, rotary, trained):
+    """Phase of key ``i``, the ``-u``-th before the window (``u >= 0``: in it), for a query that keeps its true position."""
+    if u >= 0 or rule == "native":
+        return phase(i, rotary)
+    if rule == "infllm":
+        return phase(first - window_tok, rotary)
+    packed = phase(first - window_tok + 1 + u, rotary)
+    return packed if rule == "streaming" else 0.75 * packed + 0.25 * phase(squeezed(i, first, last, trained), rotary)

@@ -1,0 +1,219 @@
+"""Attention over sinks, selected blocks and window: brute force, dense equality, partition, padding."""
+
+import brute
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hipexp_kernels import attend_blocks
+from hipexp_kernels.rope import AttendRotation
+
+IMPLS = ("reference", "vectorized")
+MODES = (None, "streaming", "infllm", "native", "dynamic")
+
+
+@st.composite
+def calls(draw):
+    """Arguments of a call, by name: decode and prefill, ragged ends, windows that reach the start, exact blocks mixed in."""
+    K, G, N, Q = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 4, 8])), draw(st.integers(1, 3)), draw(st.sampled_from([1, 1, 4, 7]))
+    D, T, S = draw(st.sampled_from([4, 6, 16])), draw(st.integers(1, 120)), draw(st.sampled_from([1, K]))
+    block, sink, window = draw(st.sampled_from([1, 4, 8])), draw(st.sampled_from([0, 3, 8])), draw(st.sampled_from([1, 6, 32, 200]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    M = draw(st.integers(0, 8))
+    first, blocks, counts = rng.integers(0, T, N), np.full((S, N, M), -1), np.zeros((S, N), int)
+    for s, n in np.ndindex(S, N):
+        grid = np.arange(sink, first[n] + 1, block)  # the last ones overlap the window
+        counts[s, n] = min(rng.integers(0, M + 1), len(grid))
+        blocks[s, n, : counts[s, n]] = np.sort(rng.choice(grid, counts[s, n], replace=False))
+    q, k, v = (rng.standard_normal(shape) for shape in ((K * G, N, Q, D), (K, T, D), (K, T, D)))
+    return dict(q=q, k=k, v=v, blocks=blocks, counts=counts, first=first, exact=rng.random(N) < 0.3,
+                block_tok=block, sink_tok=sink, window_tok=window, scale=0.7)  # fmt: skip
+
+
+def table_rows(call, mode):
+    """As many as the contract asks for, not one more."""
+    Q, T = call["q"].shape[2], call["k"].shape[1]
+    packed = call["sink_tok"] + call["blocks"].shape[-1] * call["block_tok"] + call["window_tok"] + Q
+    true = max([T if mode in ("native", "dynamic") else 0, *(int(p) + Q for p, e in zip(call["first"], call["exact"], strict=True) if e)])
+    return max(packed, true)
+
+
+def run(impl, call, mode=None, rotary=0, trained=0, softcap=None):
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(x)) if isinstance(x, np.ndarray) else x for name, x in call.items()}
+    for name in "qkv":
+        tensors[name] = tensors[name].float()
+    rotation = mode and AttendRotation(mode, brute.rope_table(table_rows(call, mode), rotary), trained)
+    out, lse = attend_blocks(**tensors, rotation=rotation, softcap=softcap, impl=impl)
+    assert out.shape == call["q"].shape and lse.shape == out.shape[:-1] and lse.dtype == torch.float32
+    return out.numpy(), lse.numpy()
+
+
+def valid_rows(call):
+    return call["first"][:, None] + np.arange(call["q"].shape[2]) < call["k"].shape[1]
+
+
+def compare(call, actual, expected, atol=1e-5):
+    rows = valid_rows(call)
+    for mine, theirs in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(mine[:, rows], theirs[:, rows], atol=atol, rtol=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("mode", MODES)
+@given(call=calls(), partial=st.booleans(), trained=st.sampled_from([16, 64, 1000]), softcap=st.sampled_from([None, 2.0]))
+def test_brute_force(impl, mode, call, partial, trained, softcap):
+    width = call["q"].shape[-1]
+    options = dict(mode=mode, rotary=2 * max(1, width // 4) if partial else width, trained=trained, softcap=softcap)
+    compare(call, run(impl, call, **options), brute.attend_blocks(**call, **options), atol=3e-5)
+
+
+def prefill(D=32, H=4, K=2, T=300, Q=16, block=8, sink=16, window=64, keep=6, seed=0):
+    """All blocks of a prompt, the last one ragged, ``keep`` random blocks selected for each."""
+    rng = np.random.default_rng(seed)
+    first = np.arange(0, T, Q)
+    blocks, counts = np.full((1, len(first), keep), -1), np.zeros((1, len(first)), int)
+    for n, start in enumerate(first):
+        grid = np.arange(sink, max(sink, start - window + block), block)
+        counts[0, n] = min(keep, len(grid))
+        blocks[0, n, : counts[0, n]] = np.sort(rng.choice(grid, counts[0, n], replace=False))
+    q, k, v = (rng.standard_normal(shape) for shape in ((H, len(first), Q, D), (K, T, D), (K, T, D)))
+    return dict(q=q, k=k, v=v, blocks=blocks, counts=counts, first=first, exact=np.zeros(len(first), bool), block_tok=block, sink_tok=sink, window_tok=window, scale=D**-0.5)
+
+
+@pytest.mark.parametrize("D", [32, 64, 80, 128])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 1), (8, 1)])
+def test_head_dimensions(D, heads):
+    call = prefill(D, *heads, T=150)
+    options = dict(mode="streaming", rotary=D, trained=64)
+    expected = brute.attend_blocks(**call, **options)
+    for impl in IMPLS:
+        compare(call, run(impl, call, **options), expected)
+
+
+def dense(call, mode):
+    """torch's own causal attention over all keys, at true positions."""
+    q, k, v = (torch.from_numpy(call[name]).float() for name in "qkv")
+    T = k.shape[1]
+    q = q.flatten(1, 2)[:, :T]
+    if mode:
+        turn = brute.phase(np.arange(T)[:, None], q.shape[-1])
+        q, k = (torch.from_numpy(np.stack([brute.turned(row, turn[t]) for t, row in enumerate(x.numpy().swapaxes(0, 1))]).swapaxes(0, 1)).float() for x in (q, k))
+    out = torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=call["scale"], enable_gqa=True)[0]
+    return out.numpy()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("how", ["exact", "selected"])
+def test_equals_dense_attention_when_everything_is_attended(impl, mode, how):
+    call = prefill(T=200, keep=100 if how == "selected" else 0)
+    call["exact"][:] = how == "exact"
+    if how == "selected" and mode == "infllm":
+        pytest.skip("far keys share one position by definition")
+    out, _ = run(impl, call, mode, rotary=32, trained=1000)  # dynamic squeezes nothing within the trained length
+    np.testing.assert_allclose(out.reshape(4, -1, 32)[:, :200], dense(call, mode), atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@given(call=calls())
+def test_every_key_counts_once(impl, call):
+    """Equal logits: the log-sum-exp is the log of the number of keys, and one-hot values show which they are."""
+    T, H = call["k"].shape[1], call["q"].shape[0]
+    call["q"], call["k"] = np.zeros((*call["q"].shape[:3], T)), np.zeros((len(call["k"]), T, T))
+    call["v"] = np.broadcast_to(np.eye(T), call["k"].shape)
+    out, lse = run(impl, call)
+    group = H // len(call["k"])
+    for h, n, r in np.ndindex(out.shape[:3]):
+        p0 = int(call["first"][n])
+        if p0 + r >= T:
+            continue
+        s = (h // group) % len(call["blocks"])
+        chosen = call["blocks"][s, n, : call["counts"][s, n]]
+        far, near = brute.attended(T, chosen, p0 + r, p0, call["sink_tok"], call["window_tok"], call["block_tok"], call["exact"][n])
+        keys = {*far.tolist(), *near.tolist()}
+        assert {*range(max(0, p0 + r - call["window_tok"] + 1), p0 + r + 1)} <= keys  # the whole window
+        assert np.exp(lse[h, n, r]) == pytest.approx(len(keys), rel=1e-4)
+        np.testing.assert_allclose(out[h, n, r] * len(keys), np.isin(np.arange(T), list(keys)), atol=1e-4)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("mode", MODES)
+@given(call=calls(), noise=st.sampled_from([-(2**40), -1, 5, 2**40]))
+def test_what_is_not_attended_is_not_read(impl, mode, call, noise):
+    """NaN in keys and values nobody attends to and in padded query rows; anything in the list past its count."""
+    options = dict(mode=mode, rotary=call["q"].shape[-1], trained=16)
+    clean = run(impl, call, **options)
+    T, Q, S = call["k"].shape[1], call["q"].shape[2], len(call["blocks"])
+    read = np.zeros(call["k"].shape[:2], bool)
+    for s, n in np.ndindex(call["counts"].shape):
+        p0 = int(call["first"][n])
+        far, near = brute.attended(T, call["blocks"][s, n, : call["counts"][s, n]], min(p0 + Q, T) - 1, p0, call["sink_tok"], call["window_tok"], call["block_tok"], call["exact"][n])
+        read[s if S > 1 else slice(None), np.concatenate([far, near])] = True
+    for name in "kv":
+        call[name] = np.where(read[..., None], call[name], np.nan)
+    call["q"] = np.where(valid_rows(call)[..., None], call["q"], np.nan)
+    call["blocks"] = np.where(np.arange(call["blocks"].shape[-1]) < call["counts"][..., None], call["blocks"], noise)
+    compare(call, run(impl, call, **options), clean)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_blocks_are_independent(impl):
+    """The same block alone gives the same bits."""
+    call = prefill(T=190)
+    whole, lse = run(impl, call, "streaming", 32)
+    for n in (0, 5, 8, 11):
+        alone = {name: x[:, n : n + 1] if name in ("q", "blocks", "counts") else x[n : n + 1] if name in ("first", "exact") else x for name, x in call.items()}
+        rows = valid_rows(alone)[0]
+        for mine, theirs in zip(run(impl, alone, "streaming", 32), (whole, lse), strict=True):
+            np.testing.assert_array_equal(mine[:, 0, rows], theirs[:, n, rows])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(impl, dtype):
+    call = prefill(T=200)
+    arguments = {name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in call.items()}
+    arguments.update({name: arguments[name].to(dtype) for name in "qkv"})
+    out, lse = attend_blocks(**arguments, rotation=AttendRotation("streaming", brute.rope_table(300, 32), 64), impl=impl)
+    assert out.dtype == dtype and lse.dtype == torch.float32
+    rounded = {**call, **{name: arguments[name].double().numpy() for name in "qkv"}}
+    compare(call, (out.float().numpy(), lse.numpy()), brute.attend_blocks(**rounded, mode="streaming", rotary=32), atol=4e-2)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_strided_inputs(impl):
+    """Views into a larger cache and transposed queries, as a model hands them over."""
+    call = prefill(T=100, Q=16)
+    expected = run(impl, call, "streaming", 32)
+    cache = torch.full((2, 2, 160, 32), float("nan"))
+    cache[0, :, :100], cache[1, :, :100] = torch.from_numpy(call["k"]), torch.from_numpy(call["v"])
+    q = torch.from_numpy(call["q"]).float().permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)
+    rest = {name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in call.items() if name not in "qkv"}
+    rotation = AttendRotation("streaming", brute.rope_table(300, 32), 0)
+    actual = attend_blocks(q, cache[0, :, :100], cache[1, :, :100], **rest, rotation=rotation, impl=impl)
+    compare(call, [x.numpy() for x in actual], expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(k=torch.zeros(2, 50, 9)), "attend_blocks: k"),
+        (dict(v=torch.zeros(2, 49, 8)), "attend_blocks: k"),
+        (dict(q=torch.zeros(3, 2, 4, 8)), "attend_blocks: k"),
+        (dict(blocks=torch.zeros(4, 2, 3, dtype=torch.int64)), "attend_blocks: blocks"),
+        (dict(blocks=torch.zeros(1, 1, 3, dtype=torch.int64)), "attend_blocks: blocks"),
+        (dict(counts=torch.zeros(2, 2, dtype=torch.int64)), "attend_blocks: blocks"),
+        (dict(first=torch.zeros(3, dtype=torch.int64)), "attend_blocks: first"),
+        (dict(exact=torch.zeros(1, dtype=torch.bool)), "attend_blocks: first"),
+        (dict(impl="fast"), "impl='fast' is unknown"),
+        (dict(rotation=AttendRotation("sideways", brute.rope_table(80, 8), 64)), "attention rotation 'sideways' is unknown"),
+    ],
+)
+def test_refusals(change, message):
+    call = dict(q=torch.zeros(4, 2, 4, 8), k=torch.zeros(2, 50, 8), v=torch.zeros(2, 50, 8), blocks=torch.zeros(1, 2, 3, dtype=torch.int64), counts=torch.zeros(1, 2, dtype=torch.int64),
+                first=torch.tensor([40, 44]), exact=torch.zeros(2, dtype=torch.bool), block_tok=8, sink_tok=0, window_tok=16, scale=1.0)  # fmt: skip
+    attend_blocks(**call)
+    with pytest.raises(ValueError, match=message):
+        attend_blocks(**{**call, **change})

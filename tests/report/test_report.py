@@ -1,0 +1,78 @@
+import json
+
+import matplotlib.image
+import pytest
+
+from hipexp.config.schema import ConfigError
+from hipexp.report import listing
+from hipexp.report.figures import Axis, HeatMap, draw_heat_maps
+from hipexp.report.tables import duration, markdown_table, show, text_table
+from hipexp.run.ledger import open_ledger
+
+KEY = "0123456789abcdef"
+
+
+def test_text_tables_line_up():
+    text = text_table(["name", "score"], [["a", 9.96], ["∞Bench", None], ["kv", 100]])
+    assert text.splitlines() == ["name    score", "──────  ─────", "a        10.0", "∞Bench      –", "kv        100"]
+
+
+def test_markdown_tables():
+    assert markdown_table(["a", "b"], [["x", 1.0]]).splitlines() == ["| a | b |", "| --- | ---: |", "| x | 1.0 |"]
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(3, "3 s"), (200, "3 min"), (9000, "2.5 h")])
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_cells():
+    assert [show(None), show(0.25), show(7), show("x")] == ["–", "0.2", "7", "x"]
+
+
+def test_heat_maps_are_pictures(tmp_path):
+    path = tmp_path / "deep" / "map.png"
+    maps = [HeatMap("dense", {("0%", "1×"): 100.0, ("0%", "2×"): 0.0}), HeatMap("3stage", {("100%", "2×"): 50.0})]
+    draw_heat_maps(path, "Found?", maps, Axis("depth", ["0%", "100%"]), Axis("context", ["1×", "2×"]), note="one sample per cell")
+    picture = matplotlib.image.imread(path)
+    assert picture.shape[0] > 300
+    assert picture.std() > 0.05
+
+
+def run(folder, state, **more):
+    with open_ledger(folder, KEY, print) as book:
+        book.append({"subtask": "passkey", "sample": 0, "score": 100.0})
+        book.status(state, **more)
+
+
+def test_runs_are_listed_with_what_became_of_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HIPEXP_RUNS", str(tmp_path))
+    run(tmp_path / "infbench" / "needle_dense_0123456789", "done")
+    run(tmp_path / "infbench" / "needle_3stage_0123456789", "failed", **{"class": "out_of_memory"})
+    run(tmp_path / "passkey" / "needle_5k_0123456789", "running")
+    assert listing.main([]) == 0
+    text = capsys.readouterr().out
+    assert "failed: out_of_memory" in text
+    assert "stopped" in text
+    assert listing.main(["--json"]) == 0
+    states = {one["run"]: one["state"] for one in json.loads(capsys.readouterr().out)}
+    assert states == {
+        "needle_dense_0123456789": "done",
+        "needle_3stage_0123456789": "failed: out_of_memory",
+        "needle_5k_0123456789": "stopped",
+    }
+    with pytest.raises(ConfigError, match="verbose"):
+        listing.main(["verbose"])
+
+
+def test_a_run_that_is_held_is_running(tmp_path):
+    with open_ledger(tmp_path, KEY, print) as book:
+        book.status("running")
+        assert listing.state_of(tmp_path) == "running"
+    assert listing.state_of(tmp_path) == "stopped"
+
+
+def test_no_runs_yet(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HIPEXP_RUNS", str(tmp_path / "none"))
+    assert listing.main([]) == 0
+    assert "no runs" in capsys.readouterr().out

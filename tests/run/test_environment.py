@@ -1,0 +1,52 @@
+import subprocess
+
+from hipexp.config.schema import Model
+from hipexp.run import environment, identity
+
+
+def test_versions_and_machine_are_recorded():
+    found = environment.describe_environment()
+    assert found["packages"]["torch"] == identity.machine()["torch"]
+    assert found["threads"] >= 1
+    assert found["device"]
+
+
+def test_changed_files_show_in_the_git_revision(tmp_path):
+    assert environment.git_revision(tmp_path) is None
+
+    def git(*words):
+        subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", "-C", str(tmp_path), *words], check=True, capture_output=True)
+
+    git("init")
+    (tmp_path / "file").write_text("1")
+    git("add", ".")
+    git("commit", "-m", "first")
+    assert len(environment.git_revision(tmp_path)) == 40
+    (tmp_path / "file").write_text("2")
+    assert environment.git_revision(tmp_path).endswith("+")
+
+
+def test_the_key_follows_the_models_content(experiment, model_folder):
+    before = identity.key_of(experiment())
+    (model_folder / "README.md").write_text("words do not matter")
+    assert identity.key_of(experiment()) == before
+    (model_folder / "weights").write_bytes(b"1")
+    changed = identity.key_of(experiment())
+    (model_folder / "weights").write_bytes(b"2")
+    assert len({before, changed, identity.key_of(experiment())}) == 3
+
+
+def test_the_key_does_not_follow_the_models_place_or_the_tracker(experiment, model_folder):
+    one, other = experiment(), experiment()
+    other.model = Model(path=str(model_folder.rename(model_folder.with_name("elsewhere"))), name="renamed")
+    other.track.name = "wandb"
+    key = identity.key_of(other)
+    model_folder.with_name("elsewhere").rename(model_folder)
+    assert identity.key_of(one) == key
+
+
+def test_number_formats_come_from_the_model_where_they_are_not_given(model_folder):
+    assert identity.dtype_of(Model(path=str(model_folder), dtype="float16")) == "float16"
+    assert identity.dtype_of(Model(path=str(model_folder))) == "float32"
+    (model_folder / "config.json").write_text('{"dtype": "bfloat16"}')
+    assert identity.dtype_of(Model(path=str(model_folder))) == "bfloat16"

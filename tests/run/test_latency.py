@@ -1,0 +1,56 @@
+import pytest
+
+from hipexp.config.compose import compose
+from hipexp.run import latency
+from hipexp.run.ledger import read_json, read_rows
+from hipexp.run.point import execute, report
+from hipexp.run.strategy import refresh_pattern
+
+PIPELINE = compose(["+pipeline=3stage", "task=latency"]).pipeline
+
+
+def measured(experiment, **task):
+    settings = {"lengths_tok": [1024, 512], "decode_steps": 20, "dense_max_tok": 512} | task
+    return experiment(PIPELINE, name="latency", **settings)
+
+
+def test_rows_alternate_and_follow_the_contract(fake, experiment):
+    folder = execute(measured(experiment, repeats=2))
+    assert [row["subtask"] for row in read_rows(folder)] == ["dense@512", "3stage@512"] * 2 + ["3stage@1024"] * 2
+    rows = read_json(folder / "summary.json")["latency"]["rows"]
+    wanted = {"phase", "context_tok", "impl", "mean_ms", "p10_ms", "p90_ms", "cached_ms", "worst_ms", "speedup", "bytes"}
+    assert all(set(row) == wanted for row in rows)
+    assert [(row["phase"], row["context_tok"], row["impl"]) for row in rows] == [
+        (phase, length, impl) for phase in ("prefill", "decode") for length, impl in ((512, "dense"), (512, "3stage"), (1024, "3stage"))
+    ]
+    assert [row["speedup"] for row in rows] == [1.0, 1.0, None] * 1 + [rows[3]["speedup"], rows[4]["speedup"], None]
+    assert "dense was not measured at 1024 tokens" in report(measured(experiment, repeats=2))
+
+
+def test_a_measurement_is_resumed_per_length_and_implementation(fake, experiment):
+    one = measured(experiment)
+    folder = execute(one)
+    lines = (folder / "samples.jsonl").read_text().splitlines(keepends=True)
+    (folder / "samples.jsonl").write_text("".join(lines[:2]))
+    (folder / "status.json").unlink()
+    calls = fake.calls
+    execute(one)
+    assert fake.calls - calls == 2  # the missing measurement and its warm-up
+    assert [row["subtask"] for row in read_rows(folder)] == ["dense@512", "3stage@512", "3stage@1024"]
+
+
+def test_decode_means_cover_whole_refresh_periods():
+    steps = [10.0, 1.0, 1.0, 1.0] * 2 + [99.0]
+    times = latency.decode_times([steps], period=4, shortest=4)
+    assert times == {"mean_ms": 3.25, "p10_ms": 1.0, "p90_ms": 10.0, "cached_ms": 1.0, "worst_ms": 10.0}
+    assert latency.decode_times([[2.0]], period=16, shortest=4)["mean_ms"] == 2.0
+
+
+def test_refresh_periods_of_the_preset():
+    assert refresh_pattern(PIPELINE, 5) == (16, 4)
+    assert refresh_pattern(None, 5) == (1, 1)
+
+
+@pytest.mark.parametrize(("share", "value"), [(0.0, 1.0), (0.5, 2.5), (1.0, 4.0)])
+def test_quantiles(share, value):
+    assert latency.quantile([4.0, 1.0, 3.0, 2.0], share) == value

@@ -1,0 +1,95 @@
+import pytest
+
+from hipexp.config.schema import ConfigError
+from hipexp.run import demo, needle_table, repro
+from hipexp.run.ledger import runs_root
+from hipexp.run.needle_table import Rate, Spec
+from hipexp.run.several import Named
+
+
+@pytest.fixture
+def overrides(fake, model_folder):
+    return [f"model.path={model_folder}"]
+
+
+def test_the_demo_ends_with_a_table_and_a_picture(overrides, fake, capsys):
+    assert demo.main(overrides) == 0
+    text = capsys.readouterr().out
+    assert "[1/11] dense, passkey, 1 × the trained length (512 tokens)" in text
+    assert text.count("not run") == 1
+    assert "not official ∞Bench" in text
+    table, picture = (runs_root() / "demo" / name for name in ("table.txt", "passkey.png"))
+    assert table.exists()
+    assert picture.stat().st_size > 10000
+    assert text.splitlines()[-2:] == [f"table:   {table}", f"picture: {picture}"]
+    calls = fake.calls
+    assert demo.main(overrides) == 0
+    assert fake.calls == calls
+    assert "[1/" not in capsys.readouterr().out
+
+
+def test_the_long_table_is_resumable_and_judges_itself(overrides, fake, monkeypatch, capsys):
+    few = tuple(Spec(spec.method, spec.times, spec.subtasks, 1, spec.words) for spec in needle_table.SPECS if spec.times == 8)
+    monkeypatch.setattr(needle_table, "SPECS", few)
+    monkeypatch.setattr(needle_table, "LATENCY_TOK", (1024, 2048))
+    assert needle_table.main(overrides) == 0
+    text = capsys.readouterr().out
+    assert "expected time:" in text
+    assert "| 3stage at 8×: kv_retrieval | ≥ 50 | 100.0 | yes |" in text
+    assert "| prefill at 262144 tokens, dense / 3stage | ≥ 3.5 | – | not measured |" in text
+    assert "held out" in text
+    calls = fake.calls
+    assert needle_table.main(overrides) == 0
+    assert fake.calls == calls
+    assert "expected time" not in capsys.readouterr().out
+
+
+def test_every_run_of_the_long_table_is_a_point_of_its_own(overrides):
+    points = needle_table.accuracy_points(overrides)
+    assert len(points) == len(needle_table.SPECS)
+    assert len({point.name for point in points.values()}) == len(points)
+    without = [point.experiment.pipeline for spec, point in points.items() if spec.words == needle_table.NO_GROUP]
+    assert all(pipeline.layers["early"].range == "" for pipeline in without)
+
+
+def test_rates_go_through_what_was_measured():
+    rate = Rate.through((1000, 3.0), (2000, 10.0))
+    assert rate.seconds(1000) == pytest.approx(3.0)
+    assert rate.seconds(2000) == pytest.approx(10.0)
+    flat = Rate.through((1000, 3.0), (2000, 5.0))
+    assert flat.square == 0.0
+    assert flat.seconds(2000) == pytest.approx(5.0)
+
+
+def test_a_published_table_stands_beside_ours(overrides, fake, capsys):
+    words = ["table2", "size=needle", "task.samples=1", *overrides]
+    assert repro.main(words) == 0
+    text = capsys.readouterr().out
+    line = next(line for line in text.splitlines() if line.startswith("InfiniteHiP 3K "))
+    assert "99.8 / 97.5 / 9.6" in line
+    assert line.endswith("100.0 / 100.0 / 100.0")
+    assert "NOT comparable" in text
+    assert text.splitlines()[-1].endswith("repro/table2_needle.txt")
+    calls = fake.calls
+    assert repro.main(words) == 0
+    assert fake.calls == calls
+
+
+@pytest.mark.parametrize("words", [[], ["size=needle"], ["table99"], ["table2", "size=huge"]])
+def test_repro_says_what_it_needs(overrides, words):
+    with pytest.raises(ConfigError):
+        repro.main(words + overrides if words else words)
+
+
+def test_published_numbers_are_complete():
+    table = repro.read_table("table2")
+    assert set(table["columns"].values()) == {"passkey", "number_string", "kv_retrieval"}
+    for row in table["rows"]:
+        assert set(row["published"]) <= set(table["models"])
+        assert all(
+            len(values) == len(table["columns"]) and all(0 <= value <= 100 for value in values) for values in row["published"].values()
+        )
+
+
+def test_a_point_that_is_not_done_has_no_summary(fake, experiment):
+    assert Named("x", experiment()).summary() == {}

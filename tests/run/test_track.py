@@ -1,0 +1,93 @@
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from hipexp.config.schema import ConfigError, Track
+from hipexp.run.point import execute
+from hipexp.track import open_trackers
+
+
+class FakeRun:
+    def __init__(self, settings):
+        self.settings, self.logged, self.summary, self.ended = settings, [], {}, None
+
+    def log(self, data):
+        self.logged.append(data)
+
+    def finish(self, exit_code=0):
+        self.ended = exit_code
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A stand-in for the package; ``runs`` are what was started."""
+    module = ModuleType("wandb")
+    module.runs = []
+
+    def init(**settings):
+        module.runs.append(FakeRun(settings))
+        return module.runs[-1]
+
+    module.init = init
+    module.Table = lambda columns, data: SimpleNamespace(columns=columns, data=data)
+    module.Image = lambda path: path
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    for name in ("WANDB_SWEEP_ID", "WANDB_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    return module
+
+
+def tracked(experiment):
+    one = experiment()
+    one.track = Track(name="wandb")
+    return one
+
+
+def test_wandb_hears_everything_offline(fake, experiment, wandb):
+    folder = execute(tracked(experiment))
+    (run,) = wandb.runs
+    assert (run.settings["mode"], run.settings["id"]) == ("offline", folder.name[-10:])
+    assert run.settings["config"]["run_key"].startswith(folder.name[-10:])
+    assert run.settings["config"]["card"]["protocol"] == "hipexp"
+    assert run.logged[0]["running/passkey"] == 100.0
+    assert run.logged[-1]["scores"].data == [
+        ["passkey", "first_number", 100.0, 4, "hipexp"],
+        ["kv_retrieval", "value_among_words", 100.0, 4, "hipexp"],
+    ]
+    assert run.summary["score/passkey"] == 100.0
+    assert run.ended == 0
+
+
+def test_a_sweep_keeps_the_agents_id_and_gets_stored_results(fake, experiment, wandb, monkeypatch):
+    execute(experiment())
+    calls = fake.calls
+    execute(tracked(experiment))
+    assert wandb.runs == []
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    execute(tracked(experiment))
+    assert fake.calls == calls
+    (run,) = wandb.runs
+    assert "id" not in run.settings
+    assert (run.summary["average"], run.ended) == (100.0, 0)
+
+
+def test_a_failure_ends_the_wandb_run(fake, experiment, wandb):
+    fake.fail = RuntimeError("broken")
+    with pytest.raises(RuntimeError):
+        execute(tracked(experiment))
+    assert wandb.runs[0].ended == 1
+
+
+def test_wandb_is_optional(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match="pip install"):
+        open_trackers(Track(name="wandb"))
+    with pytest.raises(ConfigError, match="unknown"):
+        open_trackers(Track(name="other"))
+    assert len(open_trackers(Track())) == 1
+
+
+def test_a_mode_that_does_not_exist_is_refused(wandb):
+    with pytest.raises(ConfigError, match="offline, online, disabled"):
+        open_trackers(Track(name="wandb", mode="on"))

@@ -1,0 +1,162 @@
+"""The command line: who answers, how fast, and with which exit code."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hipexp import cli
+from hipexp.run.ledger import RunFailed
+from hipexp.suites.sample import DataMissing
+
+ROOT = Path(__file__).parents[1]
+NO_TORCH = "import sys; from hipexp.cli import main; code = main(sys.argv[1:]); heavy = {'torch', 'transformers', 'numpy'} & set(sys.modules); assert not heavy, heavy; sys.exit(code)"
+
+
+def start(*words, cwd=ROOT):
+    """The command line in a process of its own, which fails if torch was imported."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    return subprocess.run([sys.executable, "-c", NO_TORCH, *words], capture_output=True, text=True, timeout=60, cwd=cwd, env=environment)
+
+
+@pytest.fixture
+def points(monkeypatch, tmp_path):
+    """Experiments that were run, where running does nothing; the working directory is empty and there is a model."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"num_hidden_layers": 5, "max_position_embeddings": 6144}))
+    seen = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hipexp.run.point.run_point", lambda experiment, overrides=None: seen.append((experiment, list(overrides))))
+    return seen
+
+
+MODEL = ["model=hf", "model.path=model"]
+
+
+def raising(monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("hipexp.run.point.run_point", fail)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["task=passkey", "--help"]])
+def test_help_needs_no_torch(words):
+    done = start(*words)
+    assert done.returncode == 0, done.stderr
+    for part in ("python -m hipexp +pipeline=3stage task=infbench", "3stage_flash", "commands:", "repro", "exit code: 0 done, 2 bad"):
+        assert part in done.stdout
+
+
+def test_a_mistake_is_one_line_and_needs_no_torch():
+    done = start("+pipeline=3stage", "pipeline.stages.1.chunk_tok=48")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: pipeline.stages[1].chunk_tok=48 must divide stages[0].chunk_tok=256; try 32 or 64\n"
+
+
+def test_the_configuration_is_shown_without_torch(tmp_path):
+    done = start("+pipeline=3stage", "--cfg", "job", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "keep_tok: 32768" in done.stdout and list(tmp_path.iterdir()) == []
+
+
+def test_the_module_can_be_started():
+    done = subprocess.run([sys.executable, "-m", "hipexp", "--version"], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, "0.1.0\n")
+
+
+def test_a_point_is_checked_and_run(points):
+    words = ["+pipeline=3stage", *MODEL, "task.samples=2.0"]
+    assert cli.main(words) == 0
+    [(experiment, overrides)] = points
+    assert (experiment.pipeline.name, experiment.task.samples, overrides) == ("3stage", 2, words)
+
+
+def test_layers_are_checked_before_a_point_runs(points, capsys):
+    assert cli.main(["+pipeline=3stage", *MODEL, "pipeline.layers.early.range=7-9"]) == 2
+    assert "selects no layer: the model has layers 0 to 4" in capsys.readouterr().err and not points
+
+
+@pytest.mark.parametrize(
+    "error, code, message",
+    [
+        (DataMissing("no such data; fetch it"), 2, "error: no such data; fetch it\n"),
+        (RunFailed("disk full"), 1, "error: disk full\n"),
+        (KeyboardInterrupt(), 1, "error: interrupted; the same command continues\n"),
+    ],
+)
+def test_failures_are_one_line(points, monkeypatch, capsys, error, code, message):
+    raising(monkeypatch, error)
+    assert cli.main(MODEL) == code
+    assert capsys.readouterr().err == message
+
+
+def test_a_defect_shows_its_traceback(points, monkeypatch, capsys):
+    raising(monkeypatch, ZeroDivisionError("division by zero"))
+    assert cli.main(MODEL) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" in err and err.endswith("error: ZeroDivisionError: division by zero\n")
+
+
+def test_a_sweep_runs_all_points_and_leaves_nothing_behind(points, tmp_path):
+    argv = list(sys.argv)
+    assert cli.main(["-m", "pipeline=None,2stage", "seed=0,1.0", *MODEL]) == 0
+    assert [(e.pipeline and e.pipeline.name, e.seed) for e, _ in points] == [(None, 0), (None, 1), ("2stage", 0), ("2stage", 1)]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"] and sys.argv == argv
+
+
+def test_a_sweep_goes_on_after_a_failure(points, monkeypatch, capsys):
+    def run(experiment, overrides):
+        points.append(experiment.seed)
+        if experiment.seed == 1:
+            raise DataMissing("not here")
+
+    monkeypatch.setattr("hipexp.run.point.run_point", run)
+    assert cli.main(["--multirun", "seed=0,1,2", *MODEL]) == 2
+    assert points == [0, 1, 2] and "error: not here" in capsys.readouterr().err
+
+
+def test_a_mistake_in_one_point_stops_a_sweep_before_it_starts(points, capsys):
+    assert cli.main(["-m", "+pipeline=3stage", "pipeline.stages.2.keep_tok=2048,100", *MODEL]) == 2
+    assert "pipeline.stages[2].keep_tok=100" in capsys.readouterr().err and not points
+
+
+def test_commands_get_their_words(monkeypatch):
+    seen = []
+    monkeypatch.setattr("hipexp.report.listing.main", lambda words: seen.append(words) or 7)
+    assert cli.main(["ls", "--json"]) == 7
+    assert seen == [["--json"]]
+
+
+def test_an_unknown_command_names_the_others(capsys):
+    assert cli.main(["repor"]) == 2
+    assert "command repor is unknown; did you mean repro? known here: demo, ls" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_exists_and_has_help(name, capsys):
+    module, _, function = cli.COMMANDS[name][0].partition(":")
+    assert callable(getattr(__import__(module, fromlist=[function]), function))
+    assert cli.main([name, "--help"]) == 0
+    assert name in capsys.readouterr().out
+
+
+def test_doctor(capsys):
+    assert cli.main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "torch" in text and "device:" in text
+    assert cli.main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {one["state"] for one in report["packages"]} <= {"ok", "missing", "untested"}
+    assert cli.main(["doctor", "--loud"]) == 2
+
+
+def test_doctor_sees_a_package_that_hides_another(tmp_path, monkeypatch, capsys):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert cli.main(["doctor"]) == 1
+    assert "hides the package `kernels`" in capsys.readouterr().out
