@@ -37,7 +37,7 @@ class SequenceLayer(CacheLayerMixin):
             for row, key in zip(self.rows, key_states, strict=True):
                 row.store.reserve(self.reserve_tok, key)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):  # type: ignore[override]
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         for row, key, value in zip(self.rows, key_states, value_states, strict=True):

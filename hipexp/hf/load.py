@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
+import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -13,39 +12,47 @@ from hipexp.config.model import model_folder
 from hipexp.config.schema import ConfigError, Model
 from hipexp.hf.window import check_transformers
 
+
 @dataclass
 class Loaded:
-    """A model ready for inference. ``revision``: content hash of a local folder, or the hub commit."""
+    """A model ready for inference, its tokenizer and its trained length."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     trained_tok: int
     n_layers: int
-    revision: str
     dtype: str
 
 
-def folder_revision(folder: Path) -> str:
-    """SHA-256 over the names and contents of a model folder's files (README aside), first 16 hex digits."""
-    digest = hashlib.sha256()
-    for file in sorted(p for p in folder.iterdir() if p.is_file() and p.suffix != ".md"):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 def load(config: Model) -> Loaded:
-    """Load ``config.path`` in evaluation mode. Raises ConfigError if a local folder has no ``config.json``, and what the hub raises."""
+    """Load ``config.path`` in evaluation mode, on the GPU if there is one.
+
+    Raises ConfigError if a local folder has no ``config.json``, and what the hub raises.
+    """
     check_transformers()
-    folder = model_folder(config)
-    if folder is not None and not (folder / "config.json").exists():
-        raise ConfigError(f"model.path={config.path!r} must be a folder with config.json, or a hub id; {folder} has none")
-    source, hub = (str(folder), {}) if folder else (config.path, {"revision": config.revision})
+    source, hub = _source(config)
     dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **hub).eval()
     if torch.cuda.is_available():
         model = model.to("cuda")
-    tokenizer = AutoTokenizer.from_pretrained(source, **hub)
-    revision = folder_revision(folder) if folder else (getattr(model.config, "_commit_hash", None) or str(config.revision))
     text = model.config.get_text_config()
-    trained = config.trained_tok or text.max_position_embeddings
-    return Loaded(model, tokenizer, trained, text.num_hidden_layers, revision, str(model.dtype).removeprefix("torch."))
+    trained_tok = config.trained_tok or text.max_position_embeddings
+    return Loaded(model, load_tokenizer(config), trained_tok, text.num_hidden_layers, str(model.dtype).removeprefix("torch."))
+
+
+def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, without its weights; it never warns about long text, that being the point. Raises as :func:`load`."""
+    source, hub = _source(config)
+    tokenizer = AutoTokenizer.from_pretrained(source, **hub)
+    tokenizer.model_max_length = sys.maxsize
+    return tokenizer
+
+
+def _source(config: Model) -> tuple[str, dict[str, str | None]]:
+    """What transformers is asked for: a folder, or a hub id with its revision."""
+    folder = model_folder(config)
+    if folder is None:
+        return config.path, {"revision": config.revision}
+    if not (folder / "config.json").exists():
+        raise ConfigError(f"model.path={config.path!r} must be a folder with config.json, or a hub id; {folder} has none")
+    return str(folder), {}

@@ -81,6 +81,7 @@ KV_QUESTIONS = (
     'Find "{key}" in the object above.',
     "",
 )
+NEIGHBOURHOOD = 96  # tokens behind a hidden number that should still point to it; a pair speaks for itself only
 EVAL_SHARE = 0.4  # of the training prompts use the wording of the evaluation
 
 
@@ -88,7 +89,7 @@ EVAL_SHARE = 0.4  # of the training prompts use the wording of the evaluation
 class Segment:
     """A piece of training text; ``answer`` is learned with full weight, ``ends`` puts an end-of-text token behind it.
 
-    ``states`` and ``asks`` name the needle that the piece states or asks for.
+    ``states`` and ``asks`` name the needle that the piece states or asks for; ``after``: how many tokens behind it may tell of it.
     """
 
     text: str
@@ -96,6 +97,7 @@ class Segment:
     ends: bool = False
     states: int | None = None
     asks: int | None = None
+    after: int = 0
 
 
 def sentence(rng: random.Random) -> str:
@@ -156,7 +158,10 @@ class PromptMaker:
         tail: list[Segment] = []
         for i in rng.sample(range(count), count):
             ask = at(words.question, places[i])
-            tail += [Segment(f"{ask}\n{at(words.prefix, places[i])}", asks=i), Segment(f" {keys[i]}.", answer=True, ends=True, asks=i)]
+            tail += [
+                Segment(f"{ask}\n{at(words.prefix, places[i])}", asks=i),
+                Segment(f" {keys[i]}.", answer=True, ends=True, asks=i, after=NEIGHBOURHOOD),
+            ]
         used = sum(len(self.encode(s.text)) for s in head + needles + tail) + 2 * count
         noise: list[Segment] = []
         while True:
@@ -240,11 +245,11 @@ class PromptMaker:
             return rng.choice((five_digits, ten_digits))(rng)
         return " ".join(rng.choice(rng.choice((NOUNS, VERBS, ADJECTIVES))) for _ in range(rng.randint(2, 8)))
 
-    def prompt(self, length: int) -> tuple[list[int], list[float], list[tuple[int, int, int, int]]]:
+    def prompt(self, length: int) -> tuple[list[int], list[float], list[tuple[int, int, int, int, int]]]:
         """One training sequence of at most ``length`` tokens.
 
         Returns token ids, the loss weight of each (1 for answers, 0 elsewhere) and the links
-        ``(asking_from, asking_to, needle_from, needle_to)`` in token positions.
+        ``(asking_from, asking_to, needle_from, needle_to, after)`` in token positions: ``after`` tokens behind the needle may point to it too.
         """
         while True:
             segments = self.draw(length)
@@ -260,6 +265,6 @@ class PromptMaker:
                 if segment.states is not None:
                     stated[segment.states] = (start, len(ids))
                 if segment.answer:
-                    links.append((start - 1, len(ids) - 1, *stated[segment.asks]))
+                    links.append((start - 1, len(ids) - 1, *stated[segment.asks], segment.after))
             if len(ids) <= length or length < 192:
                 return ids[:length], weight[:length], [link for link in links if link[1] < length]

@@ -29,11 +29,11 @@ STEPS = 3000
 LENGTH_THAT_DOUBLES = 1500  # a step on sequences of this length takes twice as long as one on very short ones
 # (share of the steps, sequence length)
 LENGTHS = ((0.14, 96), (0.06, 128), (0.08, 192), (0.10, 384), (0.12, 768), (0.12, 1536), (0.14, 3072), (0.24, TRAINED_LENGTH))
+DECAY = 0.2  # share of the steps, at the end, over which the learning rate falls to nothing
 SHORTER = 0.3  # share of steps drawn from an earlier length
-LM_WEIGHT, LOCALITY_WEIGHT = 0.1, 0.05
+LM_WEIGHT, LOCALITY_WEIGHT = 0.1, 0.3
 LOCALITY_FROM_TOK = 384  # in shorter prompts there is no room between sinks and window
-LOCALITY_FROM_LAYER = 1
-NEIGHBOURHOOD = 96  # tokens after a needle that should still point to it
+LOCALITY_FROM_LAYER = 2
 
 
 def make_config(vocab: int) -> LlamaConfig:
@@ -62,14 +62,20 @@ class Locality:
     def __init__(self):
         self.rows = self.target = self.allowed = None
         self.losses: list[torch.Tensor] = []
+        self.own: list[torch.Tensor] = []
 
     def add(self, q_BHTD: torch.Tensor, k_BHTD: torch.Tensor, scale: float) -> None:
         B, H, _, D = q_BHTD.shape
         R = self.rows.shape[1]
         rows = self.rows[:, None, :, None].expand(B, H, R, D)
         logits = (q_BHTD.gather(2, rows) @ k_BHTD.transpose(-1, -2)) * scale
-        best = logits.amax(1).masked_fill(~self.allowed, -1e9)
-        self.losses.append(-(self.target * F.log_softmax(best, -1)).sum() / self.target.sum().clamp(min=1))
+        own = self._cross_entropy(logits[:, -1])
+        self.losses.append(own + 0.25 * self._cross_entropy(logits.logsumexp(1)))
+        self.own.append(own.detach())
+
+    def _cross_entropy(self, logits: torch.Tensor) -> torch.Tensor:
+        chosen = F.log_softmax(logits.masked_fill(~self.allowed, -1e9), -1)
+        return -(self.target * chosen).sum() / self.target.sum().clamp(min=1)
 
 
 LOCALITY = Locality()
@@ -94,14 +100,14 @@ def collate(prompts, asking_rows: int = 24):
     for b, (tokens, weights, links) in enumerate(prompts):
         ids[b, : len(tokens)] = torch.tensor(tokens)
         weight[b, : len(tokens)] = torch.tensor(weights)
-        candidates = [(row, lo, hi) for a, z, lo, hi in links for row in range(a, z) if lo >= sink and hi <= row - window]
+        candidates = [(row, lo, hi, after) for a, z, lo, hi, after in links for row in range(a, z) if lo >= sink and hi <= row - window]
         random.shuffle(candidates)
-        for r, (row, lo, hi) in enumerate(candidates[:asking_rows]):
+        for r, (row, lo, hi, after) in enumerate(candidates[:asking_rows]):
             rows[b, r] = row
             allowed[b, r, sink : row - window] = True
             target[b, r, lo:hi] = 1.0
-            end = min(hi + NEIGHBOURHOOD, row - window)
-            target[b, r, hi:end] = 1 - torch.arange(1, end - hi + 1) / NEIGHBOURHOOD
+            end = min(hi + after, row - window)
+            target[b, r, hi:end] = 1 - torch.arange(1, end - hi + 1) / max(after, 1)
             target[b, r] /= target[b, r].sum()
     return ids, weight, (rows, target, allowed) if T >= LOCALITY_FROM_TOK // 2 and target.any() else None
 
@@ -163,11 +169,11 @@ def train(out: Path, steps: int, lr: float, minutes: float) -> bool:
         length = step_length(step, steps, rng)
         maker = PromptMaker(lambda text: tokenizer.encode(text, add_special_tokens=False).ids, seed=step)
         ids, weight, locality = collate([maker.prompt(length) for _ in range(max(1, TOKENS_PER_STEP // length))])
-        now = lr * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        now = lr * min(1.0, (step + 1) / 100, (1 - step / steps) / DECAY)
         for group in optimizer.param_groups:
             group["lr"] = now
         LOCALITY.rows, LOCALITY.target, LOCALITY.allowed = locality if locality else (None, None, None)
-        LOCALITY.losses = []
+        LOCALITY.losses, LOCALITY.own = [], []
         logits = model(ids, use_cache=False).logits[:, :-1]
         each = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(ids.shape[0], -1)
         answers, text = weight[:, 1:], (ids[:, 1:] != 0).float()
@@ -189,7 +195,11 @@ def train(out: Path, steps: int, lr: float, minutes: float) -> bool:
                 answer=round(answer_loss.item(), 4),
                 text=round(text_loss.item(), 3),
             )
-            row |= dict(locality=round(local_loss.item(), 3), right={n: round(v, 3) for n, v in sorted(right.items())})
+            row |= dict(
+                locality=round(local_loss.item(), 3),
+                own=[round(x.item(), 2) for x in LOCALITY.own],
+                right={n: round(v, 3) for n, v in sorted(right.items())},
+            )
             log.write(json.dumps(row) + "\n")
             log.flush()
         bar.update(cost[step])

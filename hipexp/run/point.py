@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hipexp.config.convert import to_plain
+from hipexp.config.model import read_facts
 from hipexp.config.schema import Experiment, Model, Task
 from hipexp.report.tables import text_table
 from hipexp.run import environment
-from hipexp.run.identity import key_of
+from hipexp.run.identity import key_of, model_revision
 from hipexp.run.ledger import Ledger, Say, is_done, open_ledger, read_json, read_rows, run_folder
 from hipexp.run.strategy import describe
 from hipexp.suites.sample import Item, ProtocolCard, Sample, Suite
@@ -97,13 +98,15 @@ def _run(experiment: Experiment, ledger: Ledger, load: Load | None, say: Say) ->
     ledger.write("config.yaml", environment.to_yaml(resolved(experiment)))
     if ledger.dropped:
         say(f"{ledger.dropped} damaged line(s) left by an earlier stop: those samples are done again")
+    if load is None:
+        refuse_lengths(experiment)
     loaded = (load or load_model)(experiment.model)
     suite = None if experiment.task.name == "latency" else open_suite_for(experiment, loaded)
     strategy = describe(experiment.pipeline, loaded.n_layers)
     say("\n".join(strategy))
     if ledger.rows:
         say(f"continuing after {len(ledger.rows)} finished sample(s)")
-    card = card_of(suite.card() if suite else latency.card(experiment), loaded) | {"strategy": strategy}
+    card = card_of(experiment, suite.card() if suite else latency.card(experiment), loaded) | {"strategy": strategy}
     ledger.write("card.json", card)
     ledger.write("env.json", environment.describe_environment())
     with following(experiment, ledger.folder, card) as trackers:
@@ -127,6 +130,17 @@ def load_model(model: Model) -> Loaded:
     from hipexp import hf
 
     return hf.load(model)
+
+
+def refuse_lengths(experiment: Experiment) -> None:
+    """Refuse prompts that are too short for their frame, by the tokenizer alone, before any weights load. Raises ``ConfigError``."""
+    from hipexp import hf
+    from hipexp.suites import open_suite
+    from hipexp.suites.sample import LineEncoder
+
+    facts = read_facts(experiment.model)
+    if experiment.task.name != "latency" and facts is not None:
+        open_suite(experiment.task, LineEncoder(hf.load_tokenizer(experiment.model)), facts.trained_tok, experiment.seed)
 
 
 def open_suite_for(experiment: Experiment, loaded: Loaded) -> Suite:
@@ -157,9 +171,14 @@ def resolved(experiment: Experiment) -> dict[str, Any]:
     return to_plain(experiment)
 
 
-def card_of(card: ProtocolCard, loaded: Loaded) -> dict[str, Any]:
+def card_of(experiment: Experiment, card: ProtocolCard, loaded: Loaded) -> dict[str, Any]:
     """The protocol card with what only the loaded model can say."""
-    model = {"revision": loaded.revision, "dtype": loaded.dtype, "trained_tok": loaded.trained_tok, "n_layers": loaded.n_layers}
+    model = {
+        "revision": model_revision(experiment.model),
+        "dtype": loaded.dtype,
+        "trained_tok": loaded.trained_tok,
+        "n_layers": loaded.n_layers,
+    }
     return dataclasses.replace(card, model=model).to_dict()
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,23 @@ class KeyRotation:
         raise ValueError(f"key rotation {self.mode!r} is unknown; use rank, native, dynamic or self_extend")
 
 
+def paired(x: Tensor, half: int) -> Tensor:
+    """Reorder ``x`` ``[..., D]`` (fp32) so that dimension ``t`` lies beside ``t + half``, as one complex number."""
+    first = torch.view_as_real(torch.complex(x[..., :half], x[..., half : 2 * half])).flatten(-2)
+    return first if 2 * half == x.shape[-1] else torch.cat([first, x[..., 2 * half :]], -1)
+
+
+def phase(cos: Tensor, sin: Tensor, width: int) -> Tensor:
+    """The angles ``[..., R/2]`` as complex factors ``[..., width/2]`` of paired dimensions; 1 for those that are not rotated."""
+    rest = (0, width // 2 - cos.shape[-1])
+    return torch.complex(pad(cos, rest, value=1.0), pad(sin, rest)) if rest[1] else torch.complex(cos, sin)
+
+
+def turn(x: Tensor, factor: Tensor) -> Tensor:
+    """Rotate paired ``x`` ``[..., D]`` by :func:`phase` factors ``[..., D/2]`` (broadcast)."""
+    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * factor).flatten(-2)
+
+
 def dynamic_positions(token: Tensor, first: Tensor, last: Tensor, trained_tok: int) -> Tensor:
     """Positions of ``token`` for queries ``first``..``last``: the newest quarter of the trained length is kept, what lies before is squeezed.
 
@@ -99,9 +117,9 @@ class AttendRotation:
     def keys(self, token: Tensor, first: int, last: int, n_far: int, window_tok: int) -> tuple[Tensor, Tensor]:
         """cos and sin ``[n, R/2]`` of the keys ``token`` ``[n]``: ``n_far`` sinks and selected ones, then a run of window keys."""
         table, device = self.table, token.device
-        packed = torch.arange(token.shape[0], device=device)
         if self.mode == "streaming":
             return table.cos[: token.shape[0]], table.sin[: token.shape[0]]
+        packed = torch.arange(token.shape[0], device=device)
         if self.mode == "infllm":
             at = (packed - n_far + 1).clamp(min=0)
             return table.cos[at], table.sin[at]

@@ -15,7 +15,7 @@ def loaded():
         vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
         max_position_embeddings=512, initializer_range=0.15, eos_token_id=None, bos_token_id=None,
     )  # fmt: skip
-    return Loaded(LlamaForCausalLM(config).eval(), None, 512, 4, "random", "float32")
+    return Loaded(LlamaForCausalLM(config).eval(), None, 512, 4, "float32")
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ SETTINGS = SimpleNamespace(seconds=0.0, fail=None, calls=0)
 
 def load(model):
     inner = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[2]))
-    return SimpleNamespace(model=inner, tokenizer=TOKENIZER, trained_tok=512, n_layers=5, revision="fake", dtype="float32")
+    return SimpleNamespace(model=inner, tokenizer=TOKENIZER, trained_tok=512, n_layers=5, dtype="float32")
 
 
 @contextmanager
@@ -87,7 +87,7 @@ def generate(loaded, prompts, *, max_new_tok, prefill_chunk_tok, stop_ids=(), pr
 def as_module():
     """This file as the module ``hipexp.hf``."""
     module = ModuleType("hipexp.hf")
-    module.__dict__.update(load=load, install=install, generate=generate, Generation=Generation, Loaded=object)
+    module.__dict__.update(load=load, load_tokenizer=lambda model: TOKENIZER, install=install, generate=generate, Generation=Generation, Loaded=object)
     return module
 
 

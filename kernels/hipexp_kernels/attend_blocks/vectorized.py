@@ -3,11 +3,14 @@
 The query heads of a key/value head are rows of the same product. The two parts are merged by their log-sum-exp.
 """
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 
 from hipexp_kernels.merge_lse.vectorized import merge_lse
-from hipexp_kernels.rope import AttendRotation, rotate
+from hipexp_kernels.rope import AttendRotation, RopeTable, phase, turn
+from hipexp_kernels.rows import KeyRows, Rows
 
 
 def attend_blocks(
@@ -15,87 +18,75 @@ def attend_blocks(
     rotation: AttendRotation | None, softcap: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     H, N, Q, D = q.shape
-    K, G = k.shape[0], H // k.shape[0]
-    lists = [slice(s, s + 1) for s in range(K)] if blocks.shape[0] > 1 else [slice(0, K)]
+    K, T, _ = k.shape
+    table = rotation.table if rotation else None
+    keys = KeyRows(k, table, once=T <= N * (sink_tok + blocks.shape[2] * block_tok + window_tok))
+    values = Rows(v)
+    q = keys.convert(q).unflatten(0, (K, H // K))
+    out, lse = torch.zeros(q.shape, dtype=v.dtype, device=v.device), torch.full(q.shape[:-1], float("-inf"), device=v.device)
     starts, is_exact, counted = first.tolist(), exact.tolist(), counts.tolist()
-    far_out, far_lse = torch.zeros_like(q), torch.full((H, N, Q), float("-inf"), device=q.device)
-    prefix = _rotated_prefix(k, max((p for p, e in zip(starts, is_exact, strict=True) if e), default=0), rotation)
+    alone = int(Q == 1)  # a single query attends to itself with the others: no causal part is left
+    prefix = _exact_keys(k, max((p + alone for p, e in zip(starts, is_exact, strict=True) if e), default=0), keys, table)
+    lists = [slice(s, s + 1) for s in range(K)] if blocks.shape[0] > 1 else [slice(0, K)]
     for n, start in enumerate(starts):
+        end, near = start + alone, max(0, start - window_tok + 1)
+        position = torch.arange(start, start + Q, device=q.device).clamp(max=T - 1)
         for s, heads in enumerate(lists):
             if is_exact[n]:
-                keys, values, query = prefix[heads, :start], v[heads, :start], _rotate_queries(q[:, n], start, rotation)
+                tile_k, tile_v, at = prefix[heads, :end], v[heads, :end], position
             else:
-                chosen = _tokens(blocks[s, n, : counted[s][n]], block_tok, start - window_tok)
-                keys, values, query = _tile(q[:, n], k[heads], v[heads], chosen, start, sink_tok, window_tok, rotation)
-            if keys.shape[1]:
-                rows = query.view(K, G, Q, D)[heads].reshape(-1, G * Q, D)
-                out, lse = attend_all(rows, keys, values, scale, softcap)
-                far_out.view(K, G, N, Q, D)[heads, :, n] = out.view(-1, G, Q, D)
-                far_lse.view(K, G, N, Q)[heads, :, n] = lse.view(-1, G, Q)
-    own_out, own_lse = _attend_own_block(q, k, v, first, scale, rotation, softcap)
-    return merge_lse([far_out, own_out], [far_lse, own_lse])
+                token, n_far = _tokens(blocks[s, n, : counted[s][n]], block_tok, min(sink_tok, near), near, end)
+                tile_k, tile_v = keys.gather(token[None], heads), values.gather(token[None], heads)
+                if rotation:
+                    tile_k = turn(tile_k, phase(*rotation.keys(token, start, start + Q - 1, n_far, window_tok), D))
+                    at = rotation.query(position, start, n_far, start - near + 1)
+            if tile_k.shape[1]:
+                rows = q[heads, :, n] if table is None else turn(q[heads, :, n], phase(table.cos[at], table.sin[at], D))
+                far_out, far_lse = attend_all(rows.flatten(1, 2).to(v.dtype), tile_k.to(v.dtype), tile_v, scale, softcap)
+                out[heads, :, n], lse[heads, :, n] = far_out.unflatten(1, (-1, Q)), far_lse.unflatten(1, (-1, Q))
+    if not alone:
+        own_out, own_lse = _attend_own_block(q, keys, values, first, T, scale, table, softcap)
+        out, lse = merge_lse([out, own_out], [lse, own_lse])
+    return out.flatten(0, 1), lse.flatten(0, 1)
 
 
-def attend_all(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None, mask: Tensor | None = None, causal: bool = False) -> tuple[Tensor, Tensor]:
-    """Softmax attention of ``q`` ``[K, R, D]`` over all keys ``[K, n, D]`` (or where ``mask`` is true, or causally if there are as many queries as keys): output and log-sum-exp ``[K, R]``."""
+def attend_all(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Softmax attention of ``q`` ``[K, R, D]`` over all keys ``[K, n, D]`` (or where ``mask`` is true): output and log-sum-exp ``[K, R]``."""
     if q.device.type == "cpu" and softcap is None and mask is None:
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q[None], k[None], v[None], is_causal=causal, scale=scale)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q[None], k[None], v[None], scale=scale)
         return out[0], lse[0].float()
     logits = (q @ k.transpose(-1, -2)).float() * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    if causal:
-        mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
         logits = logits.masked_fill(~mask, float("-inf"))
     return torch.softmax(logits, -1).to(v.dtype) @ v, torch.logsumexp(logits, -1)
 
 
-def _tokens(starts: Tensor, block_tok: int, edge: int) -> Tensor:
-    """Token indices of ascending blocks, up to and including ``edge``."""
-    tokens = (starts[:, None] + torch.arange(block_tok, device=starts.device)).flatten()
-    return tokens[: int((tokens <= edge).sum())]
+def _tokens(chosen: Tensor, block_tok: int, n_sink: int, near: int, end: int) -> tuple[Tensor, int]:
+    """Tokens of a tile: sinks, those of the chosen blocks that lie before ``near``, and ``near`` to ``end``; and how many come before ``near``."""
+    selected = (chosen[:, None] + torch.arange(block_tok, device=chosen.device)).flatten()
+    selected = selected[: int((selected < near).sum())]
+    sinks, window = torch.arange(n_sink, device=chosen.device), torch.arange(near, end, device=chosen.device)
+    return torch.cat([sinks, selected, window]), n_sink + len(selected)
 
 
-def _tile(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, start: int, sink_tok: int, window_tok: int, rotation: AttendRotation | None):
-    """Keys and values before the block, packed as sinks, selected, window, and the block's queries ``[H, Q, D]``, all rotated."""
-    near = max(0, start - window_tok + 1)
-    n_sink = min(sink_tok, near)
-    n_far = n_sink + chosen.shape[0]
-    keys = torch.cat([k[:, :n_sink], k.index_select(1, chosen), k[:, near:start]], 1)
-    values = torch.cat([v[:, :n_sink], v.index_select(1, chosen), v[:, near:start]], 1)
-    if rotation is None:
-        return keys, values, q
-    last = start + q.shape[1] - 1
-    if rotation.mode == "streaming":
-        token = torch.empty(keys.shape[1], device="meta")  # only its length matters
-    else:
-        token = torch.cat([torch.arange(n_sink, device=k.device), chosen, torch.arange(near, start, device=k.device)])
-    at = rotation.query(torch.arange(start, last + 1, device=k.device), start, n_far, start - near + 1)
-    return rotate(keys, *rotation.keys(token, start, last, n_far, window_tok)), values, rotate(q, rotation.table.cos[at], rotation.table.sin[at])
-
-
-def _rotated_prefix(k: Tensor, length: int, rotation: AttendRotation | None) -> Tensor:
+def _exact_keys(k: Tensor, length: int, keys: KeyRows, table: RopeTable | None) -> Tensor:
     """The first ``length`` keys at their true positions, for blocks that attend to everything."""
-    return k[:, :length] if rotation is None else rotate(k[:, :length], rotation.table.cos[:length], rotation.table.sin[:length])
+    prefix = keys.convert(k[:, :length])
+    return prefix if table is None else turn(prefix, phase(table.cos[:length], table.sin[:length], k.shape[-1]))
 
 
-def _rotate_queries(q: Tensor, start: int, rotation: AttendRotation | None) -> Tensor:
-    end = start + q.shape[1]
-    return q if rotation is None else rotate(q, rotation.table.cos[start:end], rotation.table.sin[start:end])
-
-
-def _attend_own_block(q: Tensor, k: Tensor, v: Tensor, first: Tensor, scale: float, rotation: AttendRotation | None, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """Causal attention of every block to its own tokens; only their distances matter, so positions start at 0."""
-    H, N, Q, D = q.shape
-    K, T, _ = k.shape
+def _attend_own_block(q: Tensor, keys: KeyRows, values: Rows, first: Tensor, n_keys: int, scale: float, table: RopeTable | None, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """Causal attention of every block ``[K, G, N, Q, D]`` to its own tokens; only their distances matter, so positions start at 0."""
+    K, _, N, Q, D = q.shape
     row = torch.arange(Q, device=q.device)
-    own = (first[:, None] + row).clamp(max=T - 1).flatten()
-    keys, values = k.index_select(1, own).view(K * N, Q, D), v.index_select(1, own).view(K * N, Q, D)
-    query = q.view(K, H // K, N, Q, D).transpose(1, 2)
-    if rotation is not None:
-        cos, sin = rotation.table.cos[:Q], rotation.table.sin[:Q]
-        query, keys = rotate(query, cos, sin), rotate(keys, cos, sin)
-    causal = (row[:, None] >= row).repeat(H // K, 1)
-    out, lse = attend_all(query.reshape(K * N, -1, D), keys, values, scale, softcap, causal)
-    return out.view(K, N, -1, Q, D).transpose(1, 2).reshape(H, N, Q, D), lse.view(K, N, -1, Q).transpose(1, 2).reshape(H, N, Q)
+    own = (first[:, None] + row).clamp(max=n_keys - 1)[None]
+    own_k, own_v = keys.gather(own), values.gather(own)
+    if table is not None:
+        factor = phase(table.cos[:Q], table.sin[:Q], D)
+        q, own_k = turn(q, factor), turn(own_k, factor)
+    causal = (row[:, None] >= row).repeat(q.shape[1], 1)
+    rows = q.transpose(1, 2).reshape(K * N, -1, D).to(own_v.dtype)
+    out, lse = attend_all(rows, own_k.flatten(0, 1).to(own_v.dtype), own_v.flatten(0, 1), scale, softcap, causal)
+    return out.view(K, N, -1, Q, D).transpose(1, 2), lse.view(K, N, -1, Q).transpose(1, 2)

@@ -37,7 +37,7 @@ def score_chunks(
     the rows), the better half stays (ties: right); the score is the best probe on the path (InfiniteHiP, arXiv
     2502.08910, algorithm 1, with centres as in HiP, arXiv 2406.09827). A chunk of one token is probed as a right half.
     ``exact``: the best token of the chunk, probed as a right half.
-    Raises ``ValueError`` on shapes that do not match.
+    ``chunk_tok`` is a power of two. Raises ``ValueError`` if it is not, and on shapes that do not match.
     """
     H, N, R, D = q_left.shape
     S = starts.shape[0]
@@ -45,6 +45,7 @@ def score_chunks(
     require(k.ndim == 3 and k.shape[-1] == D and H % k.shape[0] == 0, f"score_chunks: k {tuple(k.shape)} does not go with q {tuple(q_left.shape)}")
     require(S in (1, k.shape[0]) and starts.shape[1] in (1, N), f"score_chunks: starts {tuple(starts.shape)} do not go with {N} blocks")
     require(counts.shape == (S, N) and limits.shape == (N,), f"score_chunks: counts {tuple(counts.shape)} and limits {tuple(limits.shape)} must be {(S, N)} and {(N,)}")
+    require(chunk_tok > 0 and chunk_tok & (chunk_tok - 1) == 0, f"score_chunks: chunk_tok={chunk_tok} must be a power of two")
     require(representative in REPRESENTATIVES, f"representative={representative!r} is unknown; use {' or '.join(REPRESENTATIVES)}")
     run = choose(impl, {"reference": reference, "vectorized": vectorized})
     return run(q_left, q_right, k, starts, counts, limits, chunk_tok=chunk_tok, representative=representative, rotation=rotation)

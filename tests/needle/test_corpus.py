@@ -1,0 +1,51 @@
+"""Training prompts: what they ask for is in them, within the length, and never from the evaluation's seeds."""
+
+import random
+
+import pytest
+
+from hipexp.needle.corpus import PromptMaker
+from hipexp.needle.tokenizer import train_tokenizer
+from hipexp.suites.infbench import make_sample
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer()
+
+
+def encoder(tokenizer):
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("length", [96, 128, 192, 384, 1536, 6144])
+def test_prompts_fit_and_answers_are_in_the_needle(tokenizer, length):
+    maker = PromptMaker(encoder(tokenizer), seed=3)
+    for _ in range(20):
+        ids, weight, links = maker.prompt(length)
+        assert len(ids) == len(weight) <= length and ids[0] == 1
+        for begin, end, low, high, after in links:
+            assert low < high <= begin + 1 <= end < len(ids) and after >= 0
+            asked = tokenizer.decode([i for i in ids[begin + 1 : end + 1] if i != 2]).strip(' ".')
+            assert asked in tokenizer.decode(ids[low:high])
+            assert all(weight[begin + 1 : end + 1])
+
+
+def test_prompts_vary(tokenizer):
+    maker = PromptMaker(encoder(tokenizer), seed=4)
+    prompts = [tokenizer.decode(maker.prompt(768)[0]) for _ in range(40)]
+    assert len({prompt[:30] for prompt in prompts}) > 12, "wording"
+    assert len({prompt.count('": "') for prompt in prompts}) > 8, "number of pairs"
+
+
+def test_evaluated_keys_are_not_those_of_training(tokenizer):
+    encode = encoder(tokenizer)
+    trained = {answer for seed in range(50) for answer in _answers(PromptMaker(encode, seed=seed), tokenizer)}
+    asked = {make_sample("kv_retrieval", i, 20, 3000, lambda text: encode(text), 0, "default").references[0] for i in range(20)}
+    assert not trained & asked
+    assert random.Random("needle-train/0").random() != random.Random("hipexp-eval/0").random()
+
+
+def _answers(maker, tokenizer):
+    ids, _, links = maker.prompt(1024)
+    return [tokenizer.decode(ids[begin + 1 : end]).strip(' ".') for begin, end, *_ in links]
