@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from hipexp_kernels import merge_lse
 from hipexp_kernels.attend_blocks.vectorized import attend_all
@@ -22,6 +23,15 @@ def attend_dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     own_k, own_v = (x[:, T - Q :].repeat_interleave(H // K, 0) for x in (k, v))
     if T == Q:
         return F.scaled_dot_product_attention(q[None], own_k[None], own_v[None], is_causal=True, scale=scale)[0]
-    own, own_lse = attend_all(q, own_k, own_v, scale, causal=True)
+    own, own_lse = _attend_causally(q, own_k, own_v, scale)
     far, far_lse = attend_all(q.reshape(K, -1, D), k[:, : T - Q], v[:, : T - Q], scale)
     return merge_lse([far.reshape(H, Q, D), own], [far_lse.reshape(H, Q), own_lse])[0]
+
+
+def _attend_causally(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Causal attention ``[H, Q, D]`` among as many queries as keys, and its log-sum-exp ``[H, Q]``."""
+    if q.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q[None], k[None], v[None], is_causal=True, scale=scale)
+        return out[0], lse[0]
+    causal = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()
+    return attend_all(q, k, v, scale, mask=causal)

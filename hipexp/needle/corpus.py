@@ -249,7 +249,7 @@ class PromptMaker:
         """One training sequence of at most ``length`` tokens.
 
         Returns token ids, the loss weight of each (1 for answers, 0 elsewhere) and the links
-        ``(asking_from, asking_to, needle_from, needle_to, after)`` in token positions: ``after`` tokens behind the needle may point to it too.
+        ``(asking_from, asking_to, needle_from, needle_to, after)`` in token positions; ``after`` tokens behind the needle may tell of it.
         """
         while True:
             segments = self.draw(length)

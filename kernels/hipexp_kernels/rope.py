@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,11 @@ class RopeTable:
 
     cos: Tensor
     sin: Tensor
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """The angles as complex numbers ``[P, R/2]``."""
+        return torch.complex(self.cos, self.sin)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -68,15 +73,14 @@ def paired(x: Tensor, half: int) -> Tensor:
     return first if 2 * half == x.shape[-1] else torch.cat([first, x[..., 2 * half :]], -1)
 
 
-def phase(cos: Tensor, sin: Tensor, width: int) -> Tensor:
-    """The angles ``[..., R/2]`` as complex factors ``[..., width/2]`` of paired dimensions; 1 for those that are not rotated."""
-    rest = (0, width // 2 - cos.shape[-1])
-    return torch.complex(pad(cos, rest, value=1.0), pad(sin, rest)) if rest[1] else torch.complex(cos, sin)
-
-
-def turn(x: Tensor, factor: Tensor) -> Tensor:
-    """Rotate paired ``x`` ``[..., D]`` by :func:`phase` factors ``[..., D/2]`` (broadcast)."""
-    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * factor).flatten(-2)
+def turn(x: Tensor, factor: Tensor, scratch: bool = False) -> Tensor:
+    """Rotate the first dimensions of paired ``x`` ``[..., D]`` by complex factors ``[..., R/2]`` (broadcast); ``scratch``: in place if possible."""
+    z = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    shape = torch.broadcast_shapes(z.shape[:-1], factor.shape[:-1])
+    if not scratch or z.shape[:-1] != shape:
+        z = z.expand(*shape, -1).clone()
+    z[..., : factor.shape[-1]].mul_(factor)
+    return torch.view_as_real(z).flatten(-2)
 
 
 def dynamic_positions(token: Tensor, first: Tensor, last: Tensor, trained_tok: int) -> Tensor:
@@ -114,20 +118,19 @@ class AttendRotation:
             return position - first + window_tok
         return position
 
-    def keys(self, token: Tensor, first: int, last: int, n_far: int, window_tok: int) -> tuple[Tensor, Tensor]:
-        """cos and sin ``[n, R/2]`` of the keys ``token`` ``[n]``: ``n_far`` sinks and selected ones, then a run of window keys."""
-        table, device = self.table, token.device
+    def keys(self, token: Tensor, first: int, last: int, n_far: int, window_tok: int) -> Tensor:
+        """Complex factors ``[n, R/2]`` of the keys ``token`` ``[n]``: ``n_far`` sinks and selected ones, then a run of window keys."""
+        factor, device = self.table.factor, token.device
         if self.mode == "streaming":
-            return table.cos[: token.shape[0]], table.sin[: token.shape[0]]
-        packed = torch.arange(token.shape[0], device=device)
-        if self.mode == "infllm":
-            at = (packed - n_far + 1).clamp(min=0)
-            return table.cos[at], table.sin[at]
+            return factor[: len(token)]
         if self.mode == "native":
-            return table.cos[token], table.sin[token]
+            return factor.index_select(0, token)
+        packed = torch.arange(len(token), device=device)
+        if self.mode == "infllm":
+            return factor.index_select(0, (packed - n_far + 1).clamp(min=0))
         if self.mode == "dynamic":
             near = torch.where(packed < n_far, (packed + first - window_tok + 1 - n_far).clamp(min=0), token)
             far = dynamic_positions(token, torch.tensor(first, device=device), torch.tensor(last, device=device), self.trained_tok)
             far = torch.where(packed < n_far, far, token)
-            return 0.75 * table.cos[near] + 0.25 * table.cos[far], 0.75 * table.sin[near] + 0.25 * table.sin[far]
+            return 0.75 * factor.index_select(0, near) + 0.25 * factor.index_select(0, far)
         raise ValueError(f"attention rotation {self.mode!r} is unknown; use streaming, infllm, native or dynamic")

@@ -23,14 +23,14 @@ def rope_table(rows, rotary):
 
 
 def turned(x, phase):
-    """``x`` with its first ``2 * len(phase)`` numbers multiplied, as complex pairs (t, t + half), by ``phase``."""
-    half = len(phase)
+    """``x`` with its first numbers multiplied, as complex pairs (t, t + half), by ``phase`` ``[..., half]``."""
+    half = phase.shape[-1]
     z = (x[..., :half] + 1j * x[..., half : 2 * half]) * phase
     return np.concatenate([z.real, z.imag, x[..., 2 * half :]], -1)
 
 
 def phase(position, rotary):
-    return FACTOR * np.exp(1j * position * frequencies(rotary))
+    return FACTOR * np.exp(1j * np.asarray(position)[..., None] * frequencies(rotary))
 
 
 def squeezed(i, first, last, trained):
@@ -113,7 +113,8 @@ def attend_blocks(q, k, v, blocks, counts, first, exact, block_tok, sink_tok, wi
         if mode:
             rule = "native" if exact[n] else mode
             query = turned(query, phase(p, rotary))
-            keys = np.stack([turned(key, key_phase(rule, i, u - len(far), p0, p0 + Q - 1, window_tok, rotary, trained)) for u, (key, i) in enumerate(zip(keys, tokens, strict=True))])
+            far_phase = far_phases(rule, far, p0, p0 + Q - 1, window_tok, rotary, trained)
+            keys = turned(keys, np.concatenate([far_phase, phase(near, rotary)]))
         logits = keys @ query * scale
         if softcap:
             logits = softcap * np.tanh(logits / softcap)
@@ -123,11 +124,13 @@ def attend_blocks(q, k, v, blocks, counts, first, exact, block_tok, sink_tok, wi
     return out, lse
 
 
-def key_phase(rule, i, u, first, last, window_tok, rotary, trained):
-    """Phase of key ``i``, the ``-u``-th before the window (``u >= 0``: in it), for a query that keeps its true position."""
-    if u >= 0 or rule == "native":
-        return phase(i, rotary)
+def far_phases(rule, far, first, last, window_tok, rotary, trained):
+    """Phases of the keys before the window, for a query and window keys that keep their true positions."""
+    if rule == "native":
+        return phase(far, rotary)
     if rule == "infllm":
-        return phase(first - window_tok, rotary)
-    packed = phase(first - window_tok + 1 + u, rotary)
-    return packed if rule == "streaming" else 0.75 * packed + 0.25 * phase(squeezed(i, first, last, trained), rotary)
+        return phase(np.full(len(far), first - window_tok), rotary)
+    packed = phase(first - window_tok + 1 - len(far) + np.arange(len(far)), rotary)
+    if rule == "streaming":
+        return packed
+    return 0.75 * packed + 0.25 * phase(np.array([squeezed(i, first, last, trained) for i in far.tolist()]), rotary)

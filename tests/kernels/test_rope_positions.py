@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from hipexp_kernels.rope import AttendRotation, KeyRotation, RopeTable, rotate
+from hipexp_kernels.rope import AttendRotation, KeyRotation, RopeTable, paired, rotate, turn
 
 INDEX = RopeTable(torch.arange(200.0)[:, None], torch.arange(200.0)[:, None] + 0.5)  # cos of position p is p itself
 
@@ -49,9 +49,9 @@ def attend_positions(mode, first, last, far, near, window_tok, trained_tok=64):
     """cos column of an :data:`INDEX` table: the positions of a block's queries and of its keys."""
     rotation = AttendRotation(mode, INDEX, trained_tok)
     query = rotation.query(torch.arange(first, last + 1), first, len(far), window_tok)
-    cos, sin = rotation.keys(torch.tensor(far + near), first, last, len(far), window_tok)
-    assert torch.equal(sin, cos + 0.5)
-    return query.tolist(), cos[:, 0].tolist()
+    factor = rotation.keys(torch.tensor(far + near), first, last, len(far), window_tok)
+    assert torch.equal(factor.imag, factor.real + 0.5)
+    return query.tolist(), factor.real[:, 0].tolist()
 
 
 # Block 100..101, window 4 (keys 97..99 before the block, 100 and 101 in it), sinks 0 and 1, blocks 40..43 and 60..63.
@@ -94,6 +94,8 @@ def test_rotation_is_a_product_of_complex_numbers(width, rotary):
     turned = rotate(torch.from_numpy(x).float(), table.cos[at], table.sin[at])
     expected = np.stack([brute.turned(row, brute.phase(int(p), rotary)) for row, p in zip(x, at, strict=True)])
     np.testing.assert_allclose(turned, expected, atol=1e-5)
+    pairs = turn(paired(torch.from_numpy(x).float(), rotary // 2), table.factor[at])
+    torch.testing.assert_close(pairs, paired(turned, rotary // 2))
 
 
 def test_rotation_broadcasts():

@@ -13,13 +13,14 @@ from hipexp_kernels import score_chunks
 from hipexp_kernels.rope import KeyRotation
 
 IMPLS = ("reference", "vectorized")
+HEADS = [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (1, 4), (2, 4), (1, 8)]  # key/value heads, query heads of each
 VECTORIZED = importlib.import_module("hipexp_kernels.score_chunks.vectorized")
 
 
 @st.composite
 def calls(draw, integers=False):
     """Arguments of a call, by name: heads, blocks, lists and limits of all kinds; garbage where nothing may be read."""
-    K, G, N, R = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 4, 8])), draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    (K, G), N, R = draw(st.sampled_from(HEADS)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
     D, T, chunk = draw(st.sampled_from([4, 6, 16])), draw(st.integers(1, 90)), draw(st.sampled_from([1, 2, 4, 8, 16, 32]))
     C, S, shared = draw(st.integers(0, 6)), draw(st.sampled_from([1, K])), draw(st.booleans())
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))

@@ -43,5 +43,5 @@ def _rotated(rotation: AttendRotation, query: Tensor, keys: Tensor, tokens: Tens
         rotation = AttendRotation("native", rotation.table, rotation.trained_tok)
     n_near_first = min(window_tok, first + 1)  # a window that reaches back to token 0 is shorter
     at = rotation.query(torch.tensor(position), first, n_far, n_near_first)
-    cos, sin = rotation.keys(tokens, first, last, n_far, window_tok)
-    return rotate(query, rotation.table.cos[at], rotation.table.sin[at]), rotate(keys, cos, sin)
+    factor = rotation.keys(tokens, first, last, n_far, window_tok)
+    return rotate(query, rotation.table.cos[at], rotation.table.sin[at]), rotate(keys, factor.real, factor.imag)

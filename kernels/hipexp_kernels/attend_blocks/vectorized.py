@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hipexp_kernels.merge_lse.vectorized import merge_lse
-from hipexp_kernels.rope import AttendRotation, RopeTable, phase, turn
+from hipexp_kernels.rope import AttendRotation, RopeTable, turn
 from hipexp_kernels.rows import KeyRows, Rows
 
 
@@ -38,10 +38,10 @@ def attend_blocks(
                 token, n_far = _tokens(blocks[s, n, : counted[s][n]], block_tok, min(sink_tok, near), near, end)
                 tile_k, tile_v = keys.gather(token[None], heads), values.gather(token[None], heads)
                 if rotation:
-                    tile_k = turn(tile_k, phase(*rotation.keys(token, start, start + Q - 1, n_far, window_tok), D))
+                    tile_k = turn(tile_k, rotation.keys(token, start, start + Q - 1, n_far, window_tok), scratch=True)
                     at = rotation.query(position, start, n_far, start - near + 1)
             if tile_k.shape[1]:
-                rows = q[heads, :, n] if table is None else turn(q[heads, :, n], phase(table.cos[at], table.sin[at], D))
+                rows = q[heads, :, n] if table is None else turn(q[heads, :, n], table.factor[at])
                 far_out, far_lse = attend_all(rows.flatten(1, 2).to(v.dtype), tile_k.to(v.dtype), tile_v, scale, softcap)
                 out[heads, :, n], lse[heads, :, n] = far_out.unflatten(1, (-1, Q)), far_lse.unflatten(1, (-1, Q))
     if not alone:
@@ -52,14 +52,15 @@ def attend_blocks(
 
 def attend_all(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Softmax attention of ``q`` ``[K, R, D]`` over all keys ``[K, n, D]`` (or where ``mask`` is true): output and log-sum-exp ``[K, R]``."""
-    if q.device.type == "cpu" and softcap is None and mask is None:
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q[None], k[None], v[None], scale=scale)
+    bias = None if mask is None else torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
+    if q.device.type == "cpu" and softcap is None:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q[None], k[None], v[None], attn_mask=bias, scale=scale)
         return out[0], lse[0].float()
     logits = (q @ k.transpose(-1, -2)).float() * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    if mask is not None:
-        logits = logits.masked_fill(~mask, float("-inf"))
+    if bias is not None:
+        logits = logits + bias
     return torch.softmax(logits, -1).to(v.dtype) @ v, torch.logsumexp(logits, -1)
 
 
@@ -74,7 +75,7 @@ def _tokens(chosen: Tensor, block_tok: int, n_sink: int, near: int, end: int) ->
 def _exact_keys(k: Tensor, length: int, keys: KeyRows, table: RopeTable | None) -> Tensor:
     """The first ``length`` keys at their true positions, for blocks that attend to everything."""
     prefix = keys.convert(k[:, :length])
-    return prefix if table is None else turn(prefix, phase(table.cos[:length], table.sin[:length], k.shape[-1]))
+    return prefix if table is None else turn(prefix, table.factor[:length], scratch=True)
 
 
 def _attend_own_block(q: Tensor, keys: KeyRows, values: Rows, first: Tensor, n_keys: int, scale: float, table: RopeTable | None, softcap: float | None) -> tuple[Tensor, Tensor]:
@@ -84,8 +85,7 @@ def _attend_own_block(q: Tensor, keys: KeyRows, values: Rows, first: Tensor, n_k
     own = (first[:, None] + row).clamp(max=n_keys - 1)[None]
     own_k, own_v = keys.gather(own), values.gather(own)
     if table is not None:
-        factor = phase(table.cos[:Q], table.sin[:Q], D)
-        q, own_k = turn(q, factor), turn(own_k, factor)
+        q, own_k = turn(q, table.factor[:Q]), turn(own_k, table.factor[:Q], scratch=True)
     causal = (row[:, None] >= row).repeat(q.shape[1], 1)
     rows = q.transpose(1, 2).reshape(K * N, -1, D).to(own_v.dtype)
     out, lse = attend_all(rows, own_k.flatten(0, 1).to(own_v.dtype), own_v.flatten(0, 1), scale, softcap, causal)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hipexp_kernels.rope import KeyRotation, phase, turn
+from hipexp_kernels.rope import KeyRotation, turn
 from hipexp_kernels.rows import KeyRows
 
 FLOATS = 1 << 19  # of gathered keys or products in flight: 2 MiB, found best on a CPU with 0.5 MiB of L2 per core
@@ -21,25 +21,27 @@ def score_chunks(
     q_left: Tensor, q_right: Tensor, k: Tensor, starts: Tensor, counts: Tensor, limits: Tensor, *, chunk_tok: int, representative: str, rotation: KeyRotation | None
 ) -> Tensor:
     H, N, R, D = q_left.shape
+    K, T, _ = k.shape
     S, _, C = starts.shape
     scores = torch.full((H, N, C), NONE, device=k.device)
-    keys = KeyRows(k, rotation.table if rotation else None, once=k.shape[0] * k.shape[1] <= H * N * C)
-    step = min(N, max(1, FLOATS // max(1, H * C * max(R, D))))
-    products = torch.empty(H * step * R * C, device=k.device)
-    for n in range(0, N, max(1, step)):
+    keys = KeyRows(k, rotation.table if rotation else None, once=K * T <= H * N * C)
+    width = max(64, FLOATS // (H * max(R, D)))  # chunks at a time
+    step = max(1, min(N, width // max(1, C)))  # blocks at a time
+    products = torch.empty(H * step * R * min(width, C), device=k.device)
+    for n in range(0, N, step):
         part = slice(n, n + step)
-        candidates = int(counts[:, part].amax())
-        listed = (starts if starts.shape[1] == 1 else starts[:, part])[..., :candidates]
-        present = (torch.arange(candidates, device=k.device) < counts[:, part, None]) & (listed < limits[part, None])
-        if not present.any():
-            continue
-        start, size = _bounds(listed, present, limits[part], chunk_tok, k.shape[1])
-        turned = _of_blocks(rotation, part)
-        left = _Probe(q_left[:, part], keys, turned, products)
-        right = left if q_right is q_left else _Probe(q_right[:, part], keys, turned, products)
-        best = _descend(left, right, start, size, chunk_tok) if representative == "descent" else _scan(right, start, size, chunk_tok)
-        best = best.transpose(1, 2).reshape(S, H // S, -1, candidates).masked_fill(~present[:, None], NONE)
-        scores[:, part, :candidates] = best.view(H, -1, candidates)
+        left = _Probe(q_left[:, part], keys, _of_blocks(rotation, part), products)
+        right = left if q_right is q_left else _Probe(q_right[:, part], keys, left.rotation, products)
+        for c in range(0, int(counts[:, part].amax()), width):
+            rank = torch.arange(c, min(c + width, C), device=k.device)
+            listed = (starts if starts.shape[1] == 1 else starts[:, part])[..., c : c + width]
+            present = (rank < counts[:, part, None]) & (listed < limits[part, None])
+            if not present.any():
+                continue
+            start, size = _bounds(listed, present, limits[part], chunk_tok, T)
+            best = _descend(left, right, start, size, rank, chunk_tok) if representative == "descent" else _scan(right, start, size, rank, chunk_tok)
+            best = best.transpose(1, 2).reshape(S, H // S, -1, len(rank)).masked_fill(~present[:, None], NONE)
+            scores[:, part, c : c + width] = best.view(H, -1, len(rank))
     return scores
 
 
@@ -53,13 +55,13 @@ def _bounds(starts: Tensor, present: Tensor, limits: Tensor, chunk_tok: int, n_k
     return start[:, :, None], (last + 1 - start).clamp(max=chunk_tok)[:, :, None]
 
 
-def _descend(left: _Probe, right: _Probe, start: Tensor, size: Tensor | int, chunk_tok: int) -> Tensor:
+def _descend(left: _Probe, right: _Probe, start: Tensor, size: Tensor | int, rank: Tensor, chunk_tok: int) -> Tensor:
     if chunk_tok == 1:
-        return right(start)
+        return right(start, rank)
     best = None
     for _ in range(chunk_tok.bit_length() - 1):
         half = size // 2
-        score_left, score_right = left(start + half // 2), right(start + half + (size - half) // 2)
+        score_left, score_right = left(start + half // 2, rank), right(start + half + (size - half) // 2, rank)
         if isinstance(size, Tensor):  # a chunk that is down to one token stays there; one that never had two is probed as a right half
             score_left.masked_fill_(size <= 1, NONE)
             if best is not None:
@@ -72,11 +74,11 @@ def _descend(left: _Probe, right: _Probe, start: Tensor, size: Tensor | int, chu
     return best
 
 
-def _scan(right: _Probe, start: Tensor, size: Tensor | int, chunk_tok: int) -> Tensor:
-    best = right(start)
+def _scan(right: _Probe, start: Tensor, size: Tensor | int, rank: Tensor, chunk_tok: int) -> Tensor:
+    best = right(start, rank)
     for offset in range(1, chunk_tok):
         inside = torch.clamp(size - 1, max=offset) if isinstance(size, Tensor) else offset
-        best = torch.maximum(best, right(start + inside))
+        best = torch.maximum(best, right(start + inside, rank))
     return best
 
 
@@ -87,25 +89,21 @@ class _Probe:
         self.keys, self.rotation, self.products = keys, rotation, products
         self.q = keys.convert(q).unflatten(0, (len(keys.heads), -1)).transpose(1, 2).contiguous()
 
-    def __call__(self, token: Tensor) -> Tensor:
-        """Best product over the rows, ``[K, n, G, C]``, with the keys at ``token`` ``[K or 1, n or 1, G or 1, C]``."""
+    def __call__(self, token: Tensor, rank: Tensor) -> Tensor:
+        """Best product over the rows, ``[K, n, G, C]``, with the keys at ``token`` ``[K or 1, n or 1, G or 1, C]`` of the chunks ``rank``."""
         K, n, G, R, D = self.q.shape
         keys = self.keys.gather(token)
         if self.rotation:
-            keys = turn(keys, self._phase(token, D))
+            keys = turn(keys, self._factor(token, rank), scratch=True)
         batch, C = keys.shape[:3].numel(), token.shape[3]
         rows = self.q.view(batch, -1, D)  # those that look at the same keys go into one product
         products = self.products[: batch * rows.shape[1] * C].view(batch, -1, C)
         torch.bmm(rows, keys.view(batch, C, D).transpose(1, 2), out=products)
         return products.view(-1, R, C).amax(1).view(K, n, G, C)
 
-    def _phase(self, token: Tensor, width: int) -> Tensor:
-        rotation, C = self.rotation, token.shape[3]
-        if rotation.mode == "rank":
-            return phase(rotation.table.cos[:C], rotation.table.sin[:C], width)
-        at = rotation.positions(token, torch.arange(C, device=token.device))
-        cos, sin = (x.index_select(0, at.flatten()).view(*at.shape, -1) for x in (rotation.table.cos, rotation.table.sin))
-        return phase(cos, sin, width)
+    def _factor(self, token: Tensor, rank: Tensor) -> Tensor:
+        at = rank if self.rotation.mode == "rank" else self.rotation.positions(token, rank)
+        return self.rotation.table.factor.index_select(0, at.flatten()).unflatten(0, at.shape)
 
 
 def _of_blocks(rotation: KeyRotation | None, part: slice) -> KeyRotation | None:
