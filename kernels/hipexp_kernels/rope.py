@@ -67,20 +67,18 @@ class KeyRotation:
         raise ValueError(f"key rotation {self.mode!r} is unknown; use rank, native, dynamic or self_extend")
 
 
-def paired(x: Tensor, half: int) -> Tensor:
-    """Reorder ``x`` ``[..., D]`` (fp32) so that dimension ``t`` lies beside ``t + half``, as one complex number."""
-    first = torch.view_as_real(torch.complex(x[..., :half], x[..., half : 2 * half])).flatten(-2)
-    return first if 2 * half == x.shape[-1] else torch.cat([first, x[..., 2 * half :]], -1)
+def paired(x: Tensor, table: RopeTable) -> Tensor:
+    """``x`` ``[..., D]`` (fp32) as complex numbers ``[..., D/2]``: dimension ``t`` with the one it is rotated with, others two by two."""
+    half = table.cos.shape[1]
+    z = torch.complex(x[..., :half], x[..., half : 2 * half])
+    return z if 2 * half == x.shape[-1] else torch.cat([z, torch.complex(x[..., 2 * half :: 2], x[..., 2 * half + 1 :: 2])], -1)
 
 
-def turn(x: Tensor, factor: Tensor, scratch: bool = False) -> Tensor:
-    """Rotate the first dimensions of paired ``x`` ``[..., D]`` by complex factors ``[..., R/2]`` (broadcast); ``scratch``: in place if possible."""
-    z = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    shape = torch.broadcast_shapes(z.shape[:-1], factor.shape[:-1])
-    if not scratch or z.shape[:-1] != shape:
-        z = z.expand(*shape, -1).clone()
-    z[..., : factor.shape[-1]].mul_(factor)
-    return torch.view_as_real(z).flatten(-2)
+def turn(z: Tensor, factor: Tensor, scratch: bool = False) -> Tensor:
+    """Rotate the first dimensions of paired ``z`` by complex factors ``[..., R/2]``: ``[..., D]`` in paired order. ``scratch``: ``z`` is overwritten."""
+    if factor.shape[-1] < z.shape[-1]:
+        factor = torch.cat([factor, factor.new_ones(*factor.shape[:-1], z.shape[-1] - factor.shape[-1])], -1)
+    return torch.view_as_real(torch.mul(z, factor, out=z if scratch else None)).flatten(-2)
 
 
 def dynamic_positions(token: Tensor, first: Tensor, last: Tensor, trained_tok: int) -> Tensor:

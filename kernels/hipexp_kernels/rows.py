@@ -16,33 +16,33 @@ class Rows:
         if x.stride(2) != 1 or x.stride(1) != D or x.stride(0) % D:
             x = x.contiguous()
         head = x.stride(0) // D
+        self.n_tok = T
         self.rows = x.as_strided(((K - 1) * head + T, D), (D, 1))
         self.heads = head * torch.arange(K, device=x.device)  # the row of each head's first token
-        self.buffer: Tensor | None = None
+        self.buffer = self.rows[:0]
 
     def gather(self, token: Tensor, heads: slice = slice(None)) -> Tensor:
         """Rows ``[K, ..., D]`` at ``token`` ``[K or 1, ...]``, in memory that the next call uses again."""
         row = token + self.heads[heads].view(-1, *[1] * (token.ndim - 1))
-        D = self.rows.shape[1]
-        if self.buffer is None or self.buffer.shape[0] < row.numel():
-            self.buffer = self.rows.new_empty(row.numel(), D)
-        return torch.index_select(self.rows, 0, row.flatten(), out=self.buffer[: row.numel()]).view(*row.shape, D)
+        n_rows, width = row.numel(), self.rows.shape[1]
+        if len(self.buffer) < n_rows:
+            self.buffer = self.rows.new_empty(n_rows, width)
+        return torch.index_select(self.rows, 0, row.flatten(), out=self.buffer[:n_rows]).view(*row.shape, width)
 
 
 class KeyRows(Rows):
-    """Raw keys in fp32; if they will be rotated (``table``), with their dimensions in pairs.
+    """Raw keys in fp32; if they will be rotated (``table``), as complex numbers (see :func:`hipexp_kernels.rope.paired`).
 
     ``once``: all keys are converted now, otherwise each time what was gathered.
     """
 
     def __init__(self, k: Tensor, table: RopeTable | None, once: bool):
-        self.half = None if table is None else table.cos.shape[1]
-        self.once = once
+        self.table, self.once = table, once
         super().__init__(self.convert(k) if once else k)
 
     def convert(self, x: Tensor) -> Tensor:
         """Any keys or queries ``[..., D]`` in that form."""
-        return x.float() if self.half is None else paired(x.float(), self.half)
+        return x.float() if self.table is None else paired(x.float(), self.table)
 
     def gather(self, token: Tensor, heads: slice = slice(None)) -> Tensor:
         keys = super().gather(token, heads)

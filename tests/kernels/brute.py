@@ -7,7 +7,6 @@ import math
 
 import numpy as np
 import torch
-
 from hipexp_kernels.rope import RopeTable
 
 BASE, FACTOR = 1000.0, 1.25  # an attention factor other than 1, as YaRN has one
@@ -52,7 +51,9 @@ def probe_position(mode, i, rank, first, last, trained):
     return i
 
 
-def score_chunks(q_left, q_right, k, starts, counts, limits, chunk_tok, representative, mode=None, rotary=0, trained=0, first=None, last=None):
+def score_chunks(
+    q_left, q_right, k, starts, counts, limits, chunk_tok, representative, mode=None, rotary=0, trained=0, first=None, last=None
+):
     """Scores ``[H, N, C]`` and, for each, the smallest margin of a decision on its path."""
     H, N = q_left.shape[:2]
     group, C = H // len(k), starts.shape[2]
@@ -97,7 +98,9 @@ def attended(n_keys, block_starts, position, first, sink_tok, window_tok, block_
     return i[far], i[near]
 
 
-def attend_blocks(q, k, v, blocks, counts, first, exact, block_tok, sink_tok, window_tok, scale, mode=None, rotary=0, trained=0, softcap=None):
+def attend_blocks(
+    q, k, v, blocks, counts, first, exact, block_tok, sink_tok, window_tok, scale, mode=None, rotary=0, trained=0, softcap=None
+):
     """Output and log-sum-exp; NaN in the rows at or past the end. Keys are numbered backwards from the query (the published form)."""
     H, N, Q, _ = q.shape
     group, T = H // len(k), k.shape[1]

@@ -1,14 +1,14 @@
 """Attention over sinks, selected blocks and window: brute force, dense equality, partition, padding."""
 
-import brute
 import numpy as np
 import pytest
 import torch
+from hipexp_kernels import attend_blocks
+from hipexp_kernels.rope import AttendRotation
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hipexp_kernels import attend_blocks
-from hipexp_kernels.rope import AttendRotation
+import brute
 
 IMPLS = ("reference", "vectorized")
 HEADS = [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (1, 4), (2, 4), (1, 8)]  # key/value heads, query heads of each
@@ -80,7 +80,19 @@ def prefill(D=32, H=4, K=2, T=300, Q=16, block=8, sink=16, window=64, keep=6, se
         counts[0, n] = min(keep, len(grid))
         blocks[0, n, : counts[0, n]] = np.sort(rng.choice(grid, counts[0, n], replace=False))
     q, k, v = (rng.standard_normal(shape) for shape in ((H, len(first), Q, D), (K, T, D), (K, T, D)))
-    return dict(q=q, k=k, v=v, blocks=blocks, counts=counts, first=first, exact=np.zeros(len(first), bool), block_tok=block, sink_tok=sink, window_tok=window, scale=D**-0.5)
+    return dict(
+        q=q,
+        k=k,
+        v=v,
+        blocks=blocks,
+        counts=counts,
+        first=first,
+        exact=np.zeros(len(first), bool),
+        block_tok=block,
+        sink_tok=sink,
+        window_tok=window,
+        scale=D**-0.5,
+    )
 
 
 @pytest.mark.parametrize("D", [32, 64, 80, 128])
@@ -100,8 +112,15 @@ def dense(call, mode):
     q = q.flatten(1, 2)[:, :T]
     if mode:
         turn = brute.phase(np.arange(T)[:, None], q.shape[-1])
-        q, k = (torch.from_numpy(np.stack([brute.turned(row, turn[t]) for t, row in enumerate(x.numpy().swapaxes(0, 1))]).swapaxes(0, 1)).float() for x in (q, k))
-    out = torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=call["scale"], enable_gqa=True)[0]
+        q, k = (
+            torch.from_numpy(
+                np.stack([brute.turned(row, turn[t]) for t, row in enumerate(x.numpy().swapaxes(0, 1))]).swapaxes(0, 1)
+            ).float()
+            for x in (q, k)
+        )
+    out = torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=call["scale"], enable_gqa=True)[
+        0
+    ]
     return out.numpy()
 
 
@@ -150,7 +169,16 @@ def test_what_is_not_attended_is_not_read(impl, mode, call, noise):
     read = np.zeros(call["k"].shape[:2], bool)
     for s, n in np.ndindex(call["counts"].shape):
         p0 = int(call["first"][n])
-        far, near = brute.attended(T, call["blocks"][s, n, : call["counts"][s, n]], min(p0 + Q, T) - 1, p0, call["sink_tok"], call["window_tok"], call["block_tok"], call["exact"][n])
+        far, near = brute.attended(
+            T,
+            call["blocks"][s, n, : call["counts"][s, n]],
+            min(p0 + Q, T) - 1,
+            p0,
+            call["sink_tok"],
+            call["window_tok"],
+            call["block_tok"],
+            call["exact"][n],
+        )
         read[s if S > 1 else slice(None), np.concatenate([far, near])] = True
     for name in "kv":
         call[name] = np.where(read[..., None], call[name], np.nan)
@@ -165,7 +193,10 @@ def test_blocks_are_independent(impl):
     call = prefill(T=190)
     whole, lse = run(impl, call, "streaming", 32)
     for n in (0, 5, 8, 11):
-        alone = {name: x[:, n : n + 1] if name in ("q", "blocks", "counts") else x[n : n + 1] if name in ("first", "exact") else x for name, x in call.items()}
+        alone = {
+            name: x[:, n : n + 1] if name in ("q", "blocks", "counts") else x[n : n + 1] if name in ("first", "exact") else x
+            for name, x in call.items()
+        }
         rows = valid_rows(alone)[0]
         for mine, theirs in zip(run(impl, alone, "streaming", 32), (whole, lse), strict=True):
             np.testing.assert_array_equal(mine[:, 0, rows], theirs[:, n, rows])

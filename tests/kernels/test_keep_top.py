@@ -1,13 +1,13 @@
 """Selection of the best chunks: brute force, ties, padding."""
 
-import brute
 import numpy as np
 import pytest
 import torch
+from hipexp_kernels import keep_top
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hipexp_kernels import keep_top
+import brute
 
 IMPLS = ("reference", "vectorized")
 

@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from hipexp_kernels import merge_lse
 from hypothesis import given
 from hypothesis import strategies as st
-
-from hipexp_kernels import merge_lse
 
 IMPLS = ("reference", "vectorized")
 
@@ -67,7 +66,9 @@ def test_nothing_at_all(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_keeps_the_type_of_the_outputs(impl):
-    out, lse = merge_lse([torch.ones(2, 3, dtype=torch.bfloat16), torch.zeros(2, 3, dtype=torch.bfloat16)], [torch.zeros(2), torch.zeros(2)], impl=impl)
+    out, lse = merge_lse(
+        [torch.ones(2, 3, dtype=torch.bfloat16), torch.zeros(2, 3, dtype=torch.bfloat16)], [torch.zeros(2), torch.zeros(2)], impl=impl
+    )
     assert out.dtype == torch.bfloat16 and (out == 0.5).all() and lse.dtype == torch.float32
 
 

@@ -2,15 +2,15 @@
 
 import importlib
 
-import brute
 import numpy as np
 import pytest
 import torch
+from hipexp_kernels import score_chunks
+from hipexp_kernels.rope import KeyRotation
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hipexp_kernels import score_chunks
-from hipexp_kernels.rope import KeyRotation
+import brute
 
 IMPLS = ("reference", "vectorized")
 HEADS = [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (1, 4), (2, 4), (1, 8)]  # key/value heads, query heads of each
@@ -120,7 +120,9 @@ def one_head(products, chunk_tok, limit=None, representative="descent", impl="re
     starts = torch.arange(0, len(products), chunk_tok)[None, None]
     counts = torch.tensor([[starts.shape[-1]]])
     q = torch.ones(1, 1, 1, 1)
-    return score_chunks(q, q, k, starts, counts, torch.tensor([limit or len(products)]), chunk_tok=chunk_tok, representative=representative, impl=impl)[0, 0].tolist()
+    return score_chunks(
+        q, q, k, starts, counts, torch.tensor([limit or len(products)]), chunk_tok=chunk_tok, representative=representative, impl=impl
+    )[0, 0].tolist()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -197,7 +199,10 @@ def test_isolated_spike_is_found_by_exact(impl):
         (dict(impl="triton9"), "impl='triton9' is unknown"),
         (dict(chunk_tok=0), "chunk_tok=0 must be a power of two"),
         (dict(chunk_tok=12), "chunk_tok=12 must be a power of two"),
-        (dict(rotation=KeyRotation("sideways", brute.rope_table(60, 8), 64, torch.zeros(2), torch.zeros(2))), "key rotation 'sideways' is unknown"),
+        (
+            dict(rotation=KeyRotation("sideways", brute.rope_table(60, 8), 64, torch.zeros(2), torch.zeros(2))),
+            "key rotation 'sideways' is unknown",
+        ),
     ],
 )
 def test_refusals(change, message):

@@ -40,8 +40,14 @@ def attend_blocks(
     """
     H, N, _, D = q.shape
     S = blocks.shape[0]
-    require(k.shape == v.shape and k.ndim == 3 and k.shape[-1] == D and H % k.shape[0] == 0, f"attend_blocks: k {tuple(k.shape)} and v {tuple(v.shape)} do not go with q {tuple(q.shape)}")
-    require(S in (1, k.shape[0]) and blocks.shape[1] == N and counts.shape == (S, N), f"attend_blocks: blocks {tuple(blocks.shape)} and counts {tuple(counts.shape)} do not go with {N} query blocks")
+    require(
+        k.shape == v.shape and k.ndim == 3 and k.shape[-1] == D and H % k.shape[0] == 0,
+        f"attend_blocks: k {tuple(k.shape)} and v {tuple(v.shape)} do not go with q {tuple(q.shape)}",
+    )
+    require(
+        S in (1, k.shape[0]) and blocks.shape[1] == N and counts.shape == (S, N),
+        f"attend_blocks: blocks {tuple(blocks.shape)} and counts {tuple(counts.shape)} do not go with {N} query blocks",
+    )
     require(first.shape == exact.shape == (N,), f"attend_blocks: first {tuple(first.shape)} and exact {tuple(exact.shape)} must be {(N,)}")
     run = choose(impl, {"reference": reference, "vectorized": vectorized})
     sizes = dict(block_tok=block_tok, sink_tok=sink_tok, window_tok=window_tok)

@@ -29,7 +29,9 @@ def attend_blocks(
                 tokens = torch.tensor(far + near)
                 query, keys = q[h, n, r].float(), k[h // (H // K), tokens].float()
                 if rotation is not None:
-                    query, keys = _rotated(rotation, query, keys, tokens, position, start, start + Q - 1, len(far), window_tok, bool(exact[n]))
+                    query, keys = _rotated(
+                        rotation, query, keys, tokens, position, start, start + Q - 1, len(far), window_tok, bool(exact[n])
+                    )
                 logits = keys @ query * scale
                 if softcap is not None:
                     logits = softcap * torch.tanh(logits / softcap)
@@ -38,7 +40,18 @@ def attend_blocks(
     return out, lse
 
 
-def _rotated(rotation: AttendRotation, query: Tensor, keys: Tensor, tokens: Tensor, position: int, first: int, last: int, n_far: int, window_tok: int, exact: bool):
+def _rotated(
+    rotation: AttendRotation,
+    query: Tensor,
+    keys: Tensor,
+    tokens: Tensor,
+    position: int,
+    first: int,
+    last: int,
+    n_far: int,
+    window_tok: int,
+    exact: bool,
+):
     if exact:
         rotation = AttendRotation("native", rotation.table, rotation.trained_tok)
     n_near_first = min(window_tok, first + 1)  # a window that reaches back to token 0 is shorter

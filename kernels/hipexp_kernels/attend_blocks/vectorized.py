@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hipexp_kernels.merge_lse.vectorized import merge_lse
-from hipexp_kernels.rope import AttendRotation, RopeTable, turn
+from hipexp_kernels.rope import AttendRotation, turn
 from hipexp_kernels.rows import KeyRows, Rows
 
 
@@ -19,35 +19,34 @@ def attend_blocks(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     H, N, Q, D = q.shape
     K, T, _ = k.shape
-    table = rotation.table if rotation else None
-    keys = KeyRows(k, table, once=T <= N * (sink_tok + blocks.shape[2] * block_tok + window_tok))
+    keys = KeyRows(k, rotation.table if rotation else None, once=T <= N * (sink_tok + blocks.shape[2] * block_tok + window_tok))
     values = Rows(v)
-    q = keys.convert(q).unflatten(0, (K, H // K))
-    out, lse = torch.zeros(q.shape, dtype=v.dtype, device=v.device), torch.full(q.shape[:-1], float("-inf"), device=v.device)
-    starts, is_exact, counted = first.tolist(), exact.tolist(), counts.tolist()
+    q = keys.convert(q).view(K, H // K, N, Q, -1).transpose(1, 2)
+    near = (first - window_tok + 1).clamp(min=0)  # where the window begins
+    selected, n_selected = _selected(blocks, counts, near, block_tok)
+    n_far = near.clamp(max=sink_tok) + n_selected
+    rows = _queries(q, first, exact, n_far, first - near + 1, T, rotation).to(v.dtype).reshape(K, N, -1, D)
+    out, lse = torch.zeros_like(rows), torch.full(rows.shape[:3], float("-inf"), device=q.device)
     alone = int(Q == 1)  # a single query attends to itself with the others: no causal part is left
-    prefix = _exact_keys(k, max((p + alone for p, e in zip(starts, is_exact, strict=True) if e), default=0), keys, table)
-    lists = [slice(s, s + 1) for s in range(K)] if blocks.shape[0] > 1 else [slice(0, K)]
-    for n, start in enumerate(starts):
-        end, near = start + alone, max(0, start - window_tok + 1)
-        position = torch.arange(start, start + Q, device=q.device).clamp(max=T - 1)
+    prefix = _true_keys(k, int((first[exact] + alone).amax()) if exact.any() else 0, keys)
+    lists = [slice(s, s + 1) for s in range(K)] if len(blocks) > 1 else [slice(0, K)]
+    for n, (start, begin, is_exact) in enumerate(zip(first.tolist(), near.tolist(), exact.tolist(), strict=True)):
+        end, last = start + alone, start + Q - 1
         for s, heads in enumerate(lists):
-            if is_exact[n]:
-                tile_k, tile_v, at = prefix[heads, :end], v[heads, :end], position
+            if is_exact:
+                tile_k, tile_v = prefix[heads, :end], v[heads, :end]
             else:
-                token, n_far = _tokens(blocks[s, n, : counted[s][n]], block_tok, min(sink_tok, near), near, end)
+                sinks, window = torch.arange(min(sink_tok, begin), device=k.device), torch.arange(begin, end, device=k.device)
+                token = torch.cat([sinks, selected[s, n, : n_selected[s, n]], window])
                 tile_k, tile_v = keys.gather(token[None], heads), values.gather(token[None], heads)
                 if rotation:
-                    tile_k = turn(tile_k, rotation.keys(token, start, start + Q - 1, n_far, window_tok), scratch=True)
-                    at = rotation.query(position, start, n_far, start - near + 1)
+                    tile_k = turn(tile_k, rotation.keys(token, start, last, int(n_far[s, n]), window_tok), scratch=True)
             if tile_k.shape[1]:
-                rows = q[heads, :, n] if table is None else turn(q[heads, :, n], table.factor[at])
-                far_out, far_lse = attend_all(rows.flatten(1, 2).to(v.dtype), tile_k.to(v.dtype), tile_v, scale, softcap)
-                out[heads, :, n], lse[heads, :, n] = far_out.unflatten(1, (-1, Q)), far_lse.unflatten(1, (-1, Q))
+                out[heads, n], lse[heads, n] = attend_all(rows[heads, n], tile_k.to(v.dtype), tile_v, scale, softcap)
     if not alone:
-        own_out, own_lse = _attend_own_block(q, keys, values, first, T, scale, table, softcap)
-        out, lse = merge_lse([out, own_out], [lse, own_lse])
-    return out.flatten(0, 1), lse.flatten(0, 1)
+        own_out, own_lse = _attend_own_block(q, keys, values, first, scale, softcap)
+        out, lse = merge_lse([out, own_out.view(out.shape)], [lse, own_lse.view(lse.shape)])
+    return out.view(K, N, -1, Q, D).transpose(1, 2).reshape(H, N, Q, D), lse.view(K, N, -1, Q).transpose(1, 2).reshape(H, N, Q)
 
 
 def attend_all(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -64,29 +63,35 @@ def attend_all(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | N
     return torch.softmax(logits, -1).to(v.dtype) @ v, torch.logsumexp(logits, -1)
 
 
-def _tokens(chosen: Tensor, block_tok: int, n_sink: int, near: int, end: int) -> tuple[Tensor, int]:
-    """Tokens of a tile: sinks, those of the chosen blocks that lie before ``near``, and ``near`` to ``end``; and how many come before ``near``."""
-    selected = (chosen[:, None] + torch.arange(block_tok, device=chosen.device)).flatten()
-    selected = selected[: int((selected < near).sum())]
-    sinks, window = torch.arange(n_sink, device=chosen.device), torch.arange(near, end, device=chosen.device)
-    return torch.cat([sinks, selected, window]), n_sink + len(selected)
+def _selected(blocks: Tensor, counts: Tensor, near: Tensor, block_tok: int) -> tuple[Tensor, Tensor]:
+    """Tokens ``[S, N, M * block_tok]`` of the selected blocks, and how many of them, from the first on, lie before ``near`` ``[S, N]``."""
+    tokens = (blocks[..., None] + torch.arange(block_tok, device=blocks.device)).flatten(2)
+    slot = torch.arange(tokens.shape[2], device=blocks.device)
+    return tokens, ((slot < counts[..., None] * block_tok) & (tokens < near[:, None])).sum(-1)
 
 
-def _exact_keys(k: Tensor, length: int, keys: KeyRows, table: RopeTable | None) -> Tensor:
+def _queries(q: Tensor, first: Tensor, exact: Tensor, n_far: Tensor, n_near: Tensor, n_keys: int, rotation: AttendRotation | None) -> Tensor:
+    """Converted queries ``[K, N, G, Q, ...]``, rotated as ``[K, N, G, Q, D]``; rows past the end, where a table may end too, like the last one."""
+    if rotation is None:
+        return q
+    position = (first[:, None] + torch.arange(q.shape[3], device=q.device)).clamp(max=n_keys - 1)
+    at = torch.where(exact[:, None], position, rotation.query(position, first[:, None], n_far[..., None], n_near[:, None]))
+    return turn(q, rotation.table.factor[at].unsqueeze(-3))
+
+
+def _true_keys(k: Tensor, length: int, keys: KeyRows) -> Tensor:
     """The first ``length`` keys at their true positions, for blocks that attend to everything."""
     prefix = keys.convert(k[:, :length])
-    return prefix if table is None else turn(prefix, table.factor[:length], scratch=True)
+    return prefix if keys.table is None else turn(prefix, keys.table.factor[:length], scratch=True)
 
 
-def _attend_own_block(q: Tensor, keys: KeyRows, values: Rows, first: Tensor, n_keys: int, scale: float, table: RopeTable | None, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """Causal attention of every block ``[K, G, N, Q, D]`` to its own tokens; only their distances matter, so positions start at 0."""
-    K, _, N, Q, D = q.shape
+def _attend_own_block(q: Tensor, keys: KeyRows, values: Rows, first: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """Causal attention of every block ``[K, N, G, Q, ...]`` to its own tokens; only their distances matter, so positions start at 0."""
+    K, N, G, Q, _ = q.shape
     row = torch.arange(Q, device=q.device)
-    own = (first[:, None] + row).clamp(max=n_keys - 1)[None]
-    own_k, own_v = keys.gather(own), values.gather(own)
-    if table is not None:
-        q, own_k = turn(q, table.factor[:Q]), turn(own_k, table.factor[:Q], scratch=True)
-    causal = (row[:, None] >= row).repeat(q.shape[1], 1)
-    rows = q.transpose(1, 2).reshape(K * N, -1, D).to(own_v.dtype)
-    out, lse = attend_all(rows, own_k.flatten(0, 1).to(own_v.dtype), own_v.flatten(0, 1), scale, softcap, causal)
-    return out.view(K, N, -1, Q, D).transpose(1, 2), lse.view(K, N, -1, Q).transpose(1, 2)
+    own = (first[:, None] + row).clamp(max=keys.n_tok - 1)[None]
+    own_k, own_v = keys.gather(own), values.gather(own).flatten(0, 1)
+    if keys.table is not None:
+        q, own_k = turn(q, keys.table.factor[:Q]), turn(own_k, keys.table.factor[:Q], scratch=True)
+    causal = (row[:, None] >= row).repeat(G, 1)
+    return attend_all(q.reshape(K * N, G * Q, -1).to(own_v.dtype), own_k.flatten(0, 1).to(own_v.dtype), own_v, scale, softcap, causal)

@@ -16,6 +16,9 @@ def keep_top(scores: Tensor, counts: Tensor, keep: int, *, impl: str = "auto") -
     no more than ``keep`` entries all of them are kept. Returns ``index`` ``[S, N, min(keep, C)]`` (int64, -1 padded) and
     ``kept`` ``[S, N]``. Raises ``ValueError`` on a negative ``keep`` or shapes that do not match.
     """
-    require(scores.ndim == 3 and counts.shape == scores.shape[:2], f"keep_top: scores {tuple(scores.shape)} do not go with counts {tuple(counts.shape)}")
+    require(
+        scores.ndim == 3 and counts.shape == scores.shape[:2],
+        f"keep_top: scores {tuple(scores.shape)} do not go with counts {tuple(counts.shape)}",
+    )
     require(keep >= 0, f"keep_top: keep={keep} must not be negative")
     return choose(impl, {"reference": reference, "vectorized": vectorized})(scores, counts, min(keep, scores.shape[-1]))

@@ -17,5 +17,8 @@ def merge_lse(outs: list[Tensor], lses: list[Tensor], *, impl: str = "auto") -> 
     """
     require(len(outs) == len(lses) > 0, f"merge_lse needs as many lses as outs, and at least one; got {len(outs)} and {len(lses)}")
     for out, lse in zip(outs, lses, strict=True):
-        require(out.shape == outs[0].shape and lse.shape == out.shape[:-1], f"merge_lse: out {tuple(out.shape)} does not go with lse {tuple(lse.shape)}")
+        require(
+            out.shape == outs[0].shape and lse.shape == out.shape[:-1],
+            f"merge_lse: out {tuple(out.shape)} does not go with lse {tuple(lse.shape)}",
+        )
     return choose(impl, {"reference": reference, "vectorized": vectorized})(outs, lses)

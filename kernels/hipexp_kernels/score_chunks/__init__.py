@@ -42,9 +42,15 @@ def score_chunks(
     H, N, R, D = q_left.shape
     S = starts.shape[0]
     require(q_right.shape == q_left.shape, f"score_chunks: q_left {tuple(q_left.shape)} and q_right {tuple(q_right.shape)} differ")
-    require(k.ndim == 3 and k.shape[-1] == D and H % k.shape[0] == 0, f"score_chunks: k {tuple(k.shape)} does not go with q {tuple(q_left.shape)}")
+    require(
+        k.ndim == 3 and k.shape[-1] == D and H % k.shape[0] == 0,
+        f"score_chunks: k {tuple(k.shape)} does not go with q {tuple(q_left.shape)}",
+    )
     require(S in (1, k.shape[0]) and starts.shape[1] in (1, N), f"score_chunks: starts {tuple(starts.shape)} do not go with {N} blocks")
-    require(counts.shape == (S, N) and limits.shape == (N,), f"score_chunks: counts {tuple(counts.shape)} and limits {tuple(limits.shape)} must be {(S, N)} and {(N,)}")
+    require(
+        counts.shape == (S, N) and limits.shape == (N,),
+        f"score_chunks: counts {tuple(counts.shape)} and limits {tuple(limits.shape)} must be {(S, N)} and {(N,)}",
+    )
     require(chunk_tok > 0 and chunk_tok & (chunk_tok - 1) == 0, f"score_chunks: chunk_tok={chunk_tok} must be a power of two")
     require(representative in REPRESENTATIVES, f"representative={representative!r} is unknown; use {' or '.join(REPRESENTATIVES)}")
     run = choose(impl, {"reference": reference, "vectorized": vectorized})

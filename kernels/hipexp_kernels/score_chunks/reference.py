@@ -7,7 +7,16 @@ from hipexp_kernels.rope import KeyRotation, rotate
 
 
 def score_chunks(
-    q_left: Tensor, q_right: Tensor, k: Tensor, starts: Tensor, counts: Tensor, limits: Tensor, *, chunk_tok: int, representative: str, rotation: KeyRotation | None
+    q_left: Tensor,
+    q_right: Tensor,
+    k: Tensor,
+    starts: Tensor,
+    counts: Tensor,
+    limits: Tensor,
+    *,
+    chunk_tok: int,
+    representative: str,
+    rotation: KeyRotation | None,
 ) -> Tensor:
     H, N, _, _ = q_left.shape
     S, C, group = starts.shape[0], starts.shape[2], H // k.shape[0]

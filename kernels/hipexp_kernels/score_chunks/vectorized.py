@@ -18,7 +18,16 @@ NONE = float("-inf")
 
 
 def score_chunks(
-    q_left: Tensor, q_right: Tensor, k: Tensor, starts: Tensor, counts: Tensor, limits: Tensor, *, chunk_tok: int, representative: str, rotation: KeyRotation | None
+    q_left: Tensor,
+    q_right: Tensor,
+    k: Tensor,
+    starts: Tensor,
+    counts: Tensor,
+    limits: Tensor,
+    *,
+    chunk_tok: int,
+    representative: str,
+    rotation: KeyRotation | None,
 ) -> Tensor:
     H, N, R, D = q_left.shape
     K, T, _ = k.shape
@@ -32,16 +41,21 @@ def score_chunks(
         part = slice(n, n + step)
         left = _Probe(q_left[:, part], keys, _of_blocks(rotation, part), products)
         right = left if q_right is q_left else _Probe(q_right[:, part], keys, left.rotation, products)
-        for c in range(0, int(counts[:, part].amax()), width):
-            rank = torch.arange(c, min(c + width, C), device=k.device)
-            listed = (starts if starts.shape[1] == 1 else starts[:, part])[..., c : c + width]
+        candidates = int(counts[:, part].amax())
+        for c in range(0, candidates, width):
+            rank = torch.arange(c, min(c + width, candidates), device=k.device)
+            listed = (starts if starts.shape[1] == 1 else starts[:, part])[..., c : c + len(rank)]
             present = (rank < counts[:, part, None]) & (listed < limits[part, None])
             if not present.any():
                 continue
             start, size = _bounds(listed, present, limits[part], chunk_tok, T)
-            best = _descend(left, right, start, size, rank, chunk_tok) if representative == "descent" else _scan(right, start, size, rank, chunk_tok)
+            best = (
+                _descend(left, right, start, size, rank, chunk_tok)
+                if representative == "descent"
+                else _scan(right, start, size, rank, chunk_tok)
+            )
             best = best.transpose(1, 2).reshape(S, H // S, -1, len(rank)).masked_fill(~present[:, None], NONE)
-            scores[:, part, c : c + width] = best.view(H, -1, len(rank))
+            scores[:, part, c : c + len(rank)] = best.view(H, -1, len(rank))
     return scores
 
 
@@ -87,23 +101,25 @@ class _Probe:
 
     def __init__(self, q: Tensor, keys: KeyRows, rotation: KeyRotation | None, products: Tensor):
         self.keys, self.rotation, self.products = keys, rotation, products
-        self.q = keys.convert(q).unflatten(0, (len(keys.heads), -1)).transpose(1, 2).contiguous()
+        q = keys.convert(q)
+        q = torch.view_as_real(q).flatten(-2) if q.is_complex() else q
+        self.q = q.unflatten(0, (len(keys.heads), -1)).transpose(1, 2).contiguous()
 
     def __call__(self, token: Tensor, rank: Tensor) -> Tensor:
         """Best product over the rows, ``[K, n, G, C]``, with the keys at ``token`` ``[K or 1, n or 1, G or 1, C]`` of the chunks ``rank``."""
         K, n, G, R, D = self.q.shape
-        keys = self.keys.gather(token)
         if self.rotation:
-            keys = turn(keys, self._factor(token, rank), scratch=True)
+            at = rank if self.rotation.mode == "rank" else self.rotation.positions(token, rank)
+            token = token.expand(-1, at.shape[1] if at.ndim > 1 else -1, -1, -1)
+            factor = self.keys.table.factor.index_select(0, at.flatten()).unflatten(0, at.shape)
+            keys = turn(self.keys.gather(token), factor, scratch=True)
+        else:
+            keys = self.keys.gather(token)
         batch, C = keys.shape[:3].numel(), token.shape[3]
         rows = self.q.view(batch, -1, D)  # those that look at the same keys go into one product
         products = self.products[: batch * rows.shape[1] * C].view(batch, -1, C)
         torch.bmm(rows, keys.view(batch, C, D).transpose(1, 2), out=products)
         return products.view(-1, R, C).amax(1).view(K, n, G, C)
-
-    def _factor(self, token: Tensor, rank: Tensor) -> Tensor:
-        at = rank if self.rotation.mode == "rank" else self.rotation.positions(token, rank)
-        return self.rotation.table.factor.index_select(0, at.flatten()).unflatten(0, at.shape)
 
 
 def _of_blocks(rotation: KeyRotation | None, part: slice) -> KeyRotation | None:
