@@ -75,14 +75,17 @@ def paired(x: Tensor, table: RopeTable) -> Tensor:
 
 
 def turn(z: Tensor, factor: Tensor, scratch: bool = False) -> Tensor:
-    """Rotate the first dimensions of paired ``z`` by complex factors ``[..., R/2]``: ``[..., D]`` in paired order. ``scratch``: ``z`` is overwritten."""
+    """Rotate the first dimensions of paired ``z`` by complex factors ``[..., R/2]``: ``[..., D]`` in paired order.
+
+    ``scratch``: ``z`` is overwritten.
+    """
     if factor.shape[-1] < z.shape[-1]:
         factor = torch.cat([factor, factor.new_ones(*factor.shape[:-1], z.shape[-1] - factor.shape[-1])], -1)
     return torch.view_as_real(torch.mul(z, factor, out=z if scratch else None)).flatten(-2)
 
 
 def dynamic_positions(token: Tensor, first: Tensor, last: Tensor, trained_tok: int) -> Tensor:
-    """Positions of ``token`` for queries ``first``..``last``: the newest quarter of the trained length is kept, what lies before is squeezed.
+    """Positions of ``token`` for queries ``first``..``last``: the newest quarter of the trained length is kept, the rest squeezed.
 
     The span from 0 to ``first - trained_tok/4`` is mapped linearly onto a span of ``trained_tok * 3/4`` with the same end.
     """

@@ -1,5 +1,7 @@
 """Merging partial attentions: brute force, empty parts, any order."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -34,7 +36,7 @@ def parts(draw):
     logits = rng.standard_normal((3, sum(sizes))) * draw(st.sampled_from([1, 10, 60]))
     values = rng.standard_normal((sum(sizes), 4))
     edges = np.cumsum([0, *sizes])
-    cut = [attention(logits[:, a:b], values[a:b]) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    cut = [attention(logits[:, a:b], values[a:b]) for a, b in itertools.pairwise(edges)]
     return cut, attention(logits, values)
 
 

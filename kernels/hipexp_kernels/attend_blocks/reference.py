@@ -7,8 +7,8 @@ from hipexp_kernels.rope import AttendRotation, rotate
 
 
 def attend_blocks(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, counts: Tensor, first: Tensor, exact: Tensor, *, block_tok: int, sink_tok: int, window_tok: int, scale: float,
-    rotation: AttendRotation | None, softcap: float | None,
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, counts: Tensor, first: Tensor, exact: Tensor, *,
+    block_tok: int, sink_tok: int, window_tok: int, scale: float, rotation: AttendRotation | None, softcap: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     H, N, Q, _ = q.shape
     K, T, _ = k.shape

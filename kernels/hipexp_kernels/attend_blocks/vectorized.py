@@ -14,8 +14,8 @@ from hipexp_kernels.rows import KeyRows, Rows
 
 
 def attend_blocks(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, counts: Tensor, first: Tensor, exact: Tensor, *, block_tok: int, sink_tok: int, window_tok: int, scale: float,
-    rotation: AttendRotation | None, softcap: float | None,
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, counts: Tensor, first: Tensor, exact: Tensor, *,
+    block_tok: int, sink_tok: int, window_tok: int, scale: float, rotation: AttendRotation | None, softcap: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     H, N, Q, D = q.shape
     K, T, _ = k.shape
@@ -49,8 +49,10 @@ def attend_blocks(
     return out.view(K, N, -1, Q, D).transpose(1, 2).reshape(H, N, Q, D), lse.view(K, N, -1, Q).transpose(1, 2).reshape(H, N, Q)
 
 
-def attend_all(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Softmax attention of ``q`` ``[K, R, D]`` over all keys ``[K, n, D]`` (or where ``mask`` is true): output and log-sum-exp ``[K, R]``."""
+def attend_all(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of ``q`` ``[K, R, D]`` over keys ``[K, n, D]`` (where ``mask`` is true): output and log-sum-exp ``[K, R]``."""
     bias = None if mask is None else torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
     if q.device.type == "cpu" and softcap is None:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q[None], k[None], v[None], attn_mask=bias, scale=scale)
@@ -70,8 +72,10 @@ def _selected(blocks: Tensor, counts: Tensor, near: Tensor, block_tok: int) -> t
     return tokens, ((slot < counts[..., None] * block_tok) & (tokens < near[:, None])).sum(-1)
 
 
-def _queries(q: Tensor, first: Tensor, exact: Tensor, n_far: Tensor, n_near: Tensor, n_keys: int, rotation: AttendRotation | None) -> Tensor:
-    """Converted queries ``[K, N, G, Q, ...]``, rotated as ``[K, N, G, Q, D]``; rows past the end, where a table may end too, like the last one."""
+def _queries(
+    q: Tensor, first: Tensor, exact: Tensor, n_far: Tensor, n_near: Tensor, n_keys: int, rotation: AttendRotation | None
+) -> Tensor:
+    """Converted queries ``[K, N, G, Q, ...]``, rotated as ``[K, N, G, Q, D]``; rows past the end are rotated like the last one."""
     if rotation is None:
         return q
     position = (first[:, None] + torch.arange(q.shape[3], device=q.device)).clamp(max=n_keys - 1)

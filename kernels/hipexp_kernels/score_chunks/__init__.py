@@ -39,7 +39,7 @@ def score_chunks(
     ``exact``: the best token of the chunk, probed as a right half.
     ``chunk_tok`` is a power of two. Raises ``ValueError`` if it is not, and on shapes that do not match.
     """
-    H, N, R, D = q_left.shape
+    H, N, _, D = q_left.shape
     S = starts.shape[0]
     require(q_right.shape == q_left.shape, f"score_chunks: q_left {tuple(q_left.shape)} and q_right {tuple(q_right.shape)} differ")
     require(

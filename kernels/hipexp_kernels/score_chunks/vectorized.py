@@ -106,11 +106,12 @@ class _Probe:
         self.q = q.unflatten(0, (len(keys.heads), -1)).transpose(1, 2).contiguous()
 
     def __call__(self, token: Tensor, rank: Tensor) -> Tensor:
-        """Best product over the rows, ``[K, n, G, C]``, with the keys at ``token`` ``[K or 1, n or 1, G or 1, C]`` of the chunks ``rank``."""
+        """Best product over the rows, ``[K, n, G, C]``, with the keys at ``token`` ``[K or 1, n or 1, G or 1, C]`` of chunks ``rank``."""
         K, n, G, R, D = self.q.shape
         if self.rotation:
             at = rank if self.rotation.mode == "rank" else self.rotation.positions(token, rank)
             token = token.expand(-1, at.shape[1] if at.ndim > 1 else -1, -1, -1)
+            assert self.keys.table is not None, "keys that are rotated come with a table"
             factor = self.keys.table.factor.index_select(0, at.flatten()).unflatten(0, at.shape)
             keys = turn(self.keys.gather(token), factor, scratch=True)
         else:
