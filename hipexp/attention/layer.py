@@ -36,11 +36,16 @@ class LayerAttention:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, begin: int, memory: Memory | None = None) -> Tensor:
         """Return ``[H, Q, D]``: queries ``q`` ``[H, Q, D]`` at positions ``begin`` … over raw keys and values ``[K, T, D]``.
 
-        With ``memory`` (decode) ``Q`` must be 1 and the layer's decode stages and refresh schedule apply.
+        With ``memory`` (decode) ``Q`` must be 1 and the layer's decode stages and refresh schedule apply. Raises ValueError if
+        ``Q`` is not, and for a later part of a prompt that does not start where a query block does.
         """
+        if memory and q.shape[1] != 1:
+            raise ValueError(f"a decode step has one query, not {q.shape[1]}")
         stages = self.plan.decode if memory else self.plan.stages
         size = 1 if memory else stages[0].query_block_tok if stages else QUERY_BLOCK_TOK
         block_tok = stages[-1].chunk_tok if stages else 1
+        if stages and begin % size:
+            raise ValueError(f"a part of a prompt begins at token {begin}, inside a query block; cut prompts at multiples of {size} tokens")
         queries = QueryBlocks.cut(q, begin, size)
         attended = queries if memory or not stages else queries.split(stages[-1].query_block_tok)
         exact = attended.last < self.plan.sink_tok + self.plan.window_tok + (stages[-1].keep_tok if stages else 0)

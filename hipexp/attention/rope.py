@@ -46,7 +46,8 @@ def score_rotation(
 ) -> tuple[Tensor, Tensor, KeyRotation | None]:
     """Rotate pooled queries ``[H, N, R, D]`` for the left and the right probe, and say how probed keys are rotated.
 
-    ``position`` ``[N, R]``: position of each pooled query (that of its first member). ``n_chunks`` ``[N]``: candidates of each block.
+    ``position`` ``[N, R]``: position of each pooled query (that of its first member). ``n_chunks`` ``[S, N]``: candidates of each block
+    (``S`` is 1, or the key/value heads if each has its own list).
     ``first``, ``last`` ``[N]``: the block's first and last position.
 
     | strategy        | query                               | key                 |
@@ -69,7 +70,7 @@ def score_rotation(
         left = _with_key_factor(rotate(pooled, table.cos[scan_window_tok + 1], table.sin[scan_window_tok + 1]), table)
         return left, right, None
     if strategy is PruneRope.chunk_indexed:
-        position = torch.minimum(position, n_chunks[:, None] + scan_window_tok)
+        position = torch.minimum(position, n_chunks[..., None] + scan_window_tok).repeat_interleave(len(pooled) // len(n_chunks), 0)
         table = tables.upto(int(n_chunks.max()) + scan_window_tok + 1)
         mode = "rank"
     else:

@@ -75,13 +75,15 @@ def _check_model_fields(model: Model) -> None:
 
 
 def _check_prefill_chunk(model: Model, pipeline: Pipeline) -> None:
-    for number, stage in enumerate(pipeline.stages):
-        if model.prefill_chunk_tok % stage.query_block_tok:
-            raise ConfigError(
-                f"model.prefill_chunk_tok={model.prefill_chunk_tok} must be a multiple of "
-                f"pipeline.stages[{number}].query_block_tok={stage.query_block_tok}; "
-                f"try {_multiples(model.prefill_chunk_tok, stage.query_block_tok)}"
-            )
+    for groups in ([], *([name] for name in pipeline.layers)):
+        plan = pipeline.plan_layer(0, groups)
+        for number, stage in enumerate(plan.stages):
+            if model.prefill_chunk_tok % stage.query_block_tok:
+                raise ConfigError(
+                    f"model.prefill_chunk_tok={model.prefill_chunk_tok} must be a multiple of "
+                    f"{_stage_key(pipeline, plan)(number, 'query_block_tok')}={stage.query_block_tok}; "
+                    f"try {_multiples(model.prefill_chunk_tok, stage.query_block_tok)}"
+                )
 
 
 def _check_task(task: Task) -> None:

@@ -13,22 +13,27 @@ from hipexp.cache import ResidentStore
 
 @dataclass
 class SequenceState:
-    """What one sequence keeps in one layer: keys and values, the refresh state, and how many leading tokens are padding."""
+    """What one sequence keeps in one layer: keys and values, the refresh state, how many leading tokens are padding, how many query
+    blocks did not see all their keys."""
 
     store: ResidentStore = field(default_factory=ResidentStore)
     memory: Memory = field(default_factory=Memory)
     padding: int = 0
+    pruned_blocks: int = 0
 
 
 class SequenceLayer(CacheLayerMixin):
-    """One layer's states, one per batch row. ``update`` hands *itself* to the attention function in place of key and value tensors."""
+    """One layer's states, one per batch row. ``update`` hands *itself* to the attention function in place of key and value tensors.
+
+    ``decoding`` says whether the next tokens are decode steps; None: a single token behind others is one.
+    """
 
     is_sliding = False
 
-    def __init__(self, rows: list[SequenceState] | None = None, reserve_tok: int = 0):
+    def __init__(self, reserve_tok: int = 0, decoding: bool | None = None):
         super().__init__()
-        self.rows = rows or []
-        self.reserve_tok = reserve_tok
+        self.rows: list[SequenceState] = []
+        self.reserve_tok, self.decoding = reserve_tok, decoding
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
@@ -53,21 +58,31 @@ class SequenceLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    def _refused(self, *args, **kwargs):
+        raise NotImplementedError("hipexp's cache only grows: no crop, reset, reordering or repetition (beam search, assisted decoding)")
+
+    crop = reset = reorder_cache = batch_repeat_interleave = batch_select_indices = _refused
+
 
 class SequenceCache(Cache):
     """A cache of :class:`SequenceLayer`; room for ``reserve_tok`` tokens is allocated at once."""
 
-    def __init__(self, n_layers: int, reserve_tok: int = 0):
-        super().__init__(layers=[SequenceLayer(reserve_tok=reserve_tok) for _ in range(n_layers)])
+    def __init__(self, n_layers: int, reserve_tok: int = 0, decoding: bool | None = None):
+        super().__init__(layers=[SequenceLayer(reserve_tok, decoding) for _ in range(n_layers)])
 
     @classmethod
     def of(cls, caches: list[SequenceCache]) -> SequenceCache:
-        """One cache whose batch rows are the sequences of ``caches``, sharing their state."""
-        merged = cls(len(caches[0].layers))
+        """One cache for decode steps whose batch rows are the sequences of ``caches``, sharing their state."""
+        merged = cls(len(caches[0].layers), decoding=True)
         for i, layer in enumerate(merged.layers):
             layer.rows = [row for cache in caches for row in cache.layers[i].rows]
             layer.is_initialized = True
         return merged
+
+    @property
+    def pruned_blocks(self) -> int:
+        """Query blocks, over all layers and rows, that did not see all their keys."""
+        return sum(row.pruned_blocks for layer in self.layers for row in layer.rows)
 
     @property
     def bytes(self) -> int:

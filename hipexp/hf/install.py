@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,8 +18,12 @@ from hipexp.attention.rope import RopeTables
 from hipexp.config.schema import ConfigError, LayerPlan, Pipeline, PruneRope
 from hipexp.hf.cache import SequenceLayer, SequenceState
 from hipexp.hf.dense import attend_dense
+from hipexp.hf.selfcheck import same_as_before
+from hipexp.hf.window import check_transformers
 
-NAME = "hipexp"
+NAME = "hipexp_{}"  # in transformers' registries; every installation has its own
+_NUMBERS = itertools.count()
+BY_LENGTH = ("dynamic", "longrope")  # rotary modules whose angles depend on how many positions they are asked for
 
 
 @dataclass
@@ -35,63 +40,85 @@ class Installed:
 
 
 @contextmanager
-def install(model: PreTrainedModel, pipeline: Pipeline | None) -> Iterator[Installed]:
+def install(model: PreTrainedModel, pipeline: Pipeline | None, trained_tok: int | None = None) -> Iterator[Installed]:
     """Let ``model`` attend through ``pipeline`` inside the context (None: dense, by torch's fastest path); after it the model is as before.
 
     Attached layers keep raw keys in their cache: a hook hands them a rotation by nothing, and the pipeline rotates by its own
-    positions. Raises ConfigError for a model whose decoder does not have the parts that this needs.
+    positions. ``trained_tok`` is what position strategies take for the trained length (None: the config's
+    ``max_position_embeddings``). Raises ConfigError for a model whose decoder does not have the parts that this needs, that does
+    not compute the same under hipexp's attention where it should, or that has an installation already.
     """
+    check_transformers()
     decoder = _decoder(model)
-    layers = {} if pipeline is None else _layer_attentions(model, decoder, pipeline)
+    if pipeline is None and _softcap(model):
+        raise ConfigError(f"model type {model.config.model_type!r} caps its attention logits; without a pipeline that is not supported so far")
+    trained_tok = trained_tok or model.config.get_text_config().max_position_embeddings
+    layers = {} if pipeline is None else _layer_attentions(model, decoder, pipeline, trained_tok)
     installed = Installed(pipeline, layers)
 
-    def attend(module: nn.Module, query: Tensor, key, value, attention_mask: Tensor | None, *, scaling: float, **_):
-        layer = layers.get(module.layer_idx)
-        return _attend_batch(layer, query, key, value, attention_mask, scaling), None
+    def attend(
+        module: nn.Module, query: Tensor, key, value, attention_mask: Tensor | None, *, scaling: float, position_ids: Tensor | None = None, **_
+    ):
+        positions = position_ids if module.layer_idx == 0 else None
+        return _attend_batch(layers.get(module.layer_idx), query, key, value, attention_mask, positions, scaling), None
 
-    before = model.config._attn_implementation
-    with ExitStack() as stack:
-        AttentionInterface.register(NAME, attend)
-        AttentionMaskInterface.register(NAME, flash_attention_mask)
-        stack.callback(_unregister)
+    name, before = NAME.format(next(_NUMBERS)), model.config._attn_implementation
+    with same_as_before(model, layers.values()) as check, ExitStack() as stack:
+        AttentionInterface.register(name, attend)
+        AttentionMaskInterface.register(name, flash_attention_mask)
+        stack.callback(_unregister, name)
         stack.callback(model.set_attn_implementation, before)
-        model.set_attn_implementation(NAME)
+        model.set_attn_implementation(name)
         for i in layers:
             hook = decoder.layers[i].self_attn.register_forward_pre_hook(_rotate_by_nothing, with_kwargs=True)
             stack.callback(hook.remove)
+        check()
         yield installed
 
 
 def _decoder(model: PreTrainedModel) -> nn.Module:
+    config, kind = model.config.get_text_config(), f"model type {model.config.model_type!r}"
+    if str(model.config._attn_implementation).startswith(NAME.format("")):
+        raise ConfigError(f"{kind}: this model has a pipeline installed already; leave that context first")
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     if not (hasattr(decoder, "layers") and hasattr(decoder, "rotary_emb") and hasattr(decoder.layers[0], "self_attn")):
-        raise ConfigError(
-            f"model type {model.config.model_type!r} cannot be attached: it needs decoder.layers[i].self_attn and decoder.rotary_emb"
-        )
-    kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
+        raise ConfigError(f"{kind} cannot be attached: it needs decoder.layers[i].self_attn and decoder.rotary_emb")
+    if not hasattr(decoder.layers[0].self_attn, "scaling"):
+        raise ConfigError(f"{kind} cannot be attached: its attention has no scaling, so it does not use transformers' attention interface")
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
-        raise ConfigError(
-            f"model type {model.config.model_type!r} has layers of kind {', '.join(sorted(kinds))}; only full_attention is supported so far"
-        )
+        raise ConfigError(f"{kind} has layers of kind {', '.join(sorted(kinds))}; only full_attention is supported so far")
+    window = getattr(config, "sliding_window", None)
+    if window is not None and not getattr(config, "layer_types", None):
+        raise ConfigError(f"{kind} attends in a sliding window of {window} tokens; only full attention is supported so far")
     return decoder
 
 
-def _layer_attentions(model: PreTrainedModel, decoder: nn.Module, pipeline: Pipeline) -> dict[int, LayerAttention]:
-    config = model.config
+def _softcap(model: PreTrainedModel) -> float | None:
+    return getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+
+
+def _layer_attentions(model: PreTrainedModel, decoder: nn.Module, pipeline: Pipeline, trained_tok: int) -> dict[int, LayerAttention]:
+    config = model.config.get_text_config()
+    rope_type = getattr(decoder.rotary_emb, "rope_type", None)
+    if rope_type in BY_LENGTH:
+        raise ConfigError(
+            f"model type {model.config.model_type!r} has RoPE of type {rope_type!r}, whose angles depend on the length; "
+            "a pipeline needs fixed ones: default, linear, llama3 or yarn"
+        )
 
     def cos_sin(positions: Tensor) -> tuple[Tensor, Tensor]:
         like = torch.zeros(1, 1, 1, device=model.device)
         cos, sin = decoder.rotary_emb(like, positions[None].to(model.device))
         return cos[0, :, : cos.shape[-1] // 2], sin[0, :, : sin.shape[-1] // 2]
 
-    tables = RopeTables(cos_sin, config.max_position_embeddings)
+    tables = RopeTables(cos_sin, trained_tok)
     rotated = getattr(config, "no_rope_layers", None) or [1] * len(decoder.layers)
     layers = {}
     for plan in pipeline.plan(len(decoder.layers)):
         module = decoder.layers[plan.layer].self_attn
         own = tables if rotated[plan.layer] else None
-        softcap = getattr(config, "attn_logit_softcapping", None)
-        layers[plan.layer] = LayerAttention(plan if own else _without_rope(plan), pipeline.method, own, module.scaling, softcap)
+        layers[plan.layer] = LayerAttention(plan if own else _without_rope(plan), pipeline.method, own, module.scaling, _softcap(model))
     return layers
 
 
@@ -105,19 +132,25 @@ def _rotate_by_nothing(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tu
     return args, {**kwargs, "position_embeddings": (torch.ones_like(cos[:1, :1]), torch.zeros_like(sin[:1, :1]))}
 
 
-def _unregister() -> None:
+def _unregister(name: str) -> None:
     for registry in (AttentionInterface, AttentionMaskInterface):
-        registry._global_mapping.pop(NAME, None)
+        registry._global_mapping.pop(name, None)
 
 
-def _attend_batch(layer: LayerAttention | None, query: Tensor, key, value, mask: Tensor | None, scaling: float) -> Tensor:
+def _attend_batch(
+    layer: LayerAttention | None, query: Tensor, key, value, mask: Tensor | None, positions: Tensor | None, scaling: float
+) -> Tensor:
     """Attention of every batch row by itself: ``[B, Q, H, D]`` from queries ``[B, H, Q, D]``.
 
     ``key`` is our cache layer, or plain tensors ``[B, K, T, D]`` where the caller brought another cache or none.
-    ``mask`` ``[B, T]`` marks padding, which has to be on the left.
+    ``mask`` ``[B, T]`` marks padding, which has to be on the left. ``positions`` ``[B or 1, Q]``, if given, are checked.
     """
     B, H, Q, D = query.shape
-    states = key.rows if isinstance(key, SequenceLayer) else _states_of(key, value)
+    ours = isinstance(key, SequenceLayer)
+    states = key.rows if ours else _states_of(key, value)
+    decoding = key.decoding if ours and key.decoding is not None else Q == 1
+    if mask is not None and mask.ndim != 2:
+        raise ValueError(f"attention_mask {tuple(mask.shape)} must be [batch, tokens] and mark padding on the left; no other mask is supported")
     out = query.new_zeros(B, Q, H, D)
     for b, state in enumerate(states):
         if mask is not None:
@@ -127,14 +160,29 @@ def _attend_batch(layer: LayerAttention | None, query: Tensor, key, value, mask:
         k, v = (x[:, state.padding :] for x in state.store.view())
         begin = k.shape[1] - Q
         skip = max(0, -begin)  # queries that are padding themselves
+        if skip == Q:
+            continue
+        if positions is not None:
+            _check_positions(positions[b if len(positions) > 1 else 0, skip:], begin + skip, state.padding)
         q = query[b, :, skip:]
         if layer is None:
             rows = attend_dense(q, k, v, scaling)
         else:
-            decoding = Q == 1 and begin > 0
-            rows = layer(q, k, v, begin + skip, state.memory if decoding else None)
+            pruned = layer.pruned_blocks
+            rows = layer(q, k, v, begin + skip, state.memory if decoding and begin > 0 else None)
+            state.pruned_blocks += layer.pruned_blocks - pruned
         out[b, skip:] = rows.transpose(0, 1)
     return out
+
+
+def _check_positions(positions: Tensor, begin: int, padding: int) -> None:
+    """Positions that are not ``begin``, ``begin + 1``, … (left padding counted or not) mean a cache or a packing that is not understood."""
+    first, last = int(positions[0]), int(positions[-1])
+    if first not in (begin, begin + padding) or last - first != len(positions) - 1 or bool((positions.diff() != 1).any()):
+        raise ValueError(
+            f"position_ids run from {first} to {last} for the {len(positions)} tokens from {begin} on; hipexp needs one sequence per row, "
+            "in order, and a cache that holds its tokens and nothing else (no packing, no static cache)"
+        )
 
 
 def _states_of(key: Tensor, value: Tensor) -> list[SequenceState]:

@@ -20,7 +20,7 @@ class Generation:
     """What a prompt produced: new tokens (without the stop token) and what they cost.
 
     ``prefill_ms`` of this prompt; ``decode_ms`` of every decode step (shared by the batch); ``peak_bytes`` above the loaded model;
-    ``cache_bytes`` of keys and values; ``exact``: every query block saw all its keys.
+    ``cache_bytes`` of keys and values; ``exact``: every query block of this sequence saw all its keys.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -42,21 +42,20 @@ def generate(
     prefill_chunk_tok: int,
     stop_ids: Collection[int] = (),
     progress: Callable[[int], None] | None = None,
-    pruned_blocks: Callable[[], int] = lambda: 0,
 ) -> list[Generation]:
     """Continue each prompt greedily by at most ``max_new_tok`` tokens, inside :func:`hipexp.hf.install`.
 
     Prompts are prefilled one by one, ``prefill_chunk_tok`` tokens at a time (``progress`` is told how many), and decoded together;
-    so a prompt gives the same tokens alone and in a batch. ``pruned_blocks`` counts pruned query blocks so far.
-    Raises ValueError for an empty prompt and FloatingPointError if the model's logits are not finite.
+    so a prompt gives the same tokens alone and in a batch. Raises ValueError for an empty prompt or a ``prefill_chunk_tok`` that cuts
+    a query block, and FloatingPointError if the model's logits are not finite.
     """
     if any(not prompt for prompt in prompts):
         raise ValueError("every prompt needs at least one token")
-    memory, pruned = PeakMemory(), pruned_blocks()
+    memory = PeakMemory()
     memory.start()
     out, caches, last = [Generation() for _ in prompts], [], []
     for result, prompt in zip(out, prompts, strict=True):
-        cache = SequenceCache(loaded.n_layers, reserve_tok=len(prompt) + max_new_tok)
+        cache = SequenceCache(loaded.n_layers, reserve_tok=len(prompt) + max_new_tok, decoding=False)
         started = time.perf_counter()
         last.append(prefill(loaded.model, cache, prompt, prefill_chunk_tok, progress))
         result.prefill_ms = (time.perf_counter() - started) * 1e3
@@ -64,7 +63,7 @@ def generate(
     decode(loaded.model, caches, last, out, max_new_tok, set(stop_ids))
     for result, cache in zip(out, caches, strict=True):
         result.peak_bytes, result.cache_bytes = memory.peak(), cache.bytes
-        result.exact = pruned_blocks() == pruned
+        result.exact = cache.pruned_blocks == 0
     return out
 
 

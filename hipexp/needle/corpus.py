@@ -89,7 +89,8 @@ EVAL_SHARE = 0.4  # of the training prompts use the wording of the evaluation
 class Segment:
     """A piece of training text; ``answer`` is learned with full weight, ``ends`` puts an end-of-text token behind it.
 
-    ``states`` and ``asks`` name the needle that the piece states or asks for; ``after``: how many tokens behind it may tell of it.
+    ``states`` and ``asks`` name the needle that the piece states or asks for; ``unknown``: how many of the first tokens that state it
+    come before what identifies it; ``after``: how many tokens behind it may tell of it.
     """
 
     text: str
@@ -97,6 +98,7 @@ class Segment:
     ends: bool = False
     states: int | None = None
     asks: int | None = None
+    unknown: int = 0
     after: int = 0
 
 
@@ -190,7 +192,7 @@ class PromptMaker:
         keys, values = ([random_uuid(rng)[:cut] for _ in range(count)] for _ in range(2))
         out = [Segment(f"{intro}\n{{")]
         for i in range(count):
-            out.append(Segment(KV.needle.format(key=keys[i], value=values[i]), states=i))
+            out.append(Segment(KV.needle.format(key=keys[i], value=values[i]), states=i, unknown=word))
             out.append(Segment(", " if i < count - 1 else "}\n"))
         for i in rng.sample(range(count), asked):
             text = (question.format(key=keys[i]) + "\n" if question else "") + KV.prefix.format(key=keys[i])
@@ -263,7 +265,7 @@ class PromptMaker:
                 ids += piece
                 weight += [float(segment.answer)] * len(piece)
                 if segment.states is not None:
-                    stated[segment.states] = (start, len(ids))
+                    stated[segment.states] = (start + segment.unknown, len(ids))
                 if segment.answer:
                     links.append((start - 1, len(ids) - 1, *stated[segment.asks], segment.after))
             if len(ids) <= length or length < 192:

@@ -25,15 +25,18 @@ from hipexp.needle.tokenizer import train_tokenizer
 
 TRAINED_LENGTH = 6144
 TOKENS_PER_STEP = 6144
-STEPS = 3000
+STEPS = 4400
 LENGTH_THAT_DOUBLES = 1500  # a step on sequences of this length takes twice as long as one on very short ones
 # (share of the steps, sequence length)
-LENGTHS = ((0.14, 96), (0.06, 128), (0.08, 192), (0.10, 384), (0.12, 768), (0.12, 1536), (0.14, 3072), (0.24, TRAINED_LENGTH))
+LENGTHS = ((0.10, 96), (0.04, 128), (0.06, 192), (0.08, 384), (0.10, 768), (0.13, 1536), (0.16, 3072), (0.33, TRAINED_LENGTH))
 DECAY = 0.2  # share of the steps, at the end, over which the learning rate falls to nothing
 SHORTER = 0.3  # share of steps drawn from an earlier length
 LM_WEIGHT, LOCALITY_WEIGHT = 0.1, 0.3
 LOCALITY_FROM_TOK = 384  # in shorter prompts there is no room between sinks and window
 LOCALITY_FROM_LAYER = 2
+# In this share of the steps, and in all on short prompts, the layers before LOCALITY_FROM_LAYER see near tokens only, so that the layers
+# with the locality loss do the looking up. "Near": blocks of a sixth, an eighth or a twelfth of the prompt.
+NEAR_SHARE, NEAR_ALWAYS_TOK, NEAR_PARTS, NEAR_SINK_TOK = 0.7, 128, (6, 8, 12), 4
 
 
 def make_config(vocab: int) -> LlamaConfig:
@@ -61,6 +64,7 @@ class Locality:
 
     def __init__(self):
         self.rows = self.target = self.allowed = None
+        self.near_tok = 0
         self.losses: list[torch.Tensor] = []
         self.own: list[torch.Tensor] = []
 
@@ -86,7 +90,29 @@ def _attention(module, query, key, value, attention_mask, *, scaling, **_):
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     if LOCALITY.rows is not None and module.layer_idx >= LOCALITY_FROM_LAYER:
         LOCALITY.add(query, key, scaling)
+    if LOCALITY.near_tok and module.layer_idx < LOCALITY_FROM_LAYER:
+        return _attend_near(query, key, value, LOCALITY.near_tok, scaling).transpose(1, 2), None
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling).transpose(1, 2), None
+
+
+def _attend_near(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, near_tok: int, scale: float) -> torch.Tensor:
+    """Attention ``[B, H, T, D]`` in blocks of ``near_tok``: each sees itself causally, the block before it, and the first few tokens."""
+    B, H, T, D = q.shape
+    blocks = -(-T // near_tok)
+    q, k, v = (F.pad(x, (0, 0, 0, blocks * near_tok - T)) for x in (q, k, v))
+
+    def seen(x: torch.Tensor) -> torch.Tensor:
+        own = x.unflatten(2, (blocks, near_tok))
+        sink = x[:, :, None, :NEAR_SINK_TOK].expand(B, H, blocks, NEAR_SINK_TOK, D)
+        return torch.cat([sink, own.roll(1, 2), own], 3).transpose(1, 2).flatten(0, 1)
+
+    block = torch.arange(blocks)[:, None, None]
+    key, query = torch.arange(NEAR_SINK_TOK + 2 * near_tok), torch.arange(near_tok)[:, None]
+    before, own = key >= NEAR_SINK_TOK, key - NEAR_SINK_TOK - near_tok
+    mask = torch.where(own >= 0, own <= query, torch.where(before, block >= 1, block >= 2))
+    mask = mask.repeat(B, 1, 1)[:, None]
+    out = F.scaled_dot_product_attention(q.unflatten(2, (blocks, near_tok)).transpose(1, 2).flatten(0, 1), seen(k), seen(v), mask, scale=scale)
+    return out.unflatten(0, (B, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :T]
 
 
 def collate(prompts, asking_rows: int = 24):
@@ -174,6 +200,8 @@ def train(out: Path, steps: int, lr: float, minutes: float) -> bool:
             group["lr"] = now
         LOCALITY.rows, LOCALITY.target, LOCALITY.allowed = locality if locality else (None, None, None)
         LOCALITY.losses, LOCALITY.own = [], []
+        near = length <= NEAR_ALWAYS_TOK or rng.random() < NEAR_SHARE
+        LOCALITY.near_tok = length // rng.choice(NEAR_PARTS) if near else 0
         logits = model(ids, use_cache=False).logits[:, :-1]
         each = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(ids.shape[0], -1)
         answers, text = weight[:, 1:], (ids[:, 1:] != 0).float()
@@ -196,6 +224,7 @@ def train(out: Path, steps: int, lr: float, minutes: float) -> bool:
                 text=round(text_loss.item(), 3),
             )
             row |= dict(
+                near=LOCALITY.near_tok,
                 locality=round(local_loss.item(), 3),
                 own=[round(x.item(), 2) for x in LOCALITY.own],
                 right={n: round(v, 3) for n, v in sorted(right.items())},

@@ -116,7 +116,7 @@ def timed(
     """One prefill and ``decode_steps`` decode steps that nothing stops early, with the attention that ``impl`` names."""
     from hipexp import hf
 
-    with hf.install(loaded.model, None if impl == "dense" else experiment.pipeline):
+    with hf.install(loaded.model, None if impl == "dense" else experiment.pipeline, loaded.trained_tok):
         (made,) = hf.generate(
             loaded,
             [sample.tokens],

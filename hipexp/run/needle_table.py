@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from hipexp.run.point import Load
 
 DIGITS, PAIRS = ("passkey", "number_string"), ("kv_retrieval",)
-LATENCY_TOK = (65536, 131072, 262144)
+LATENCY = (((65536, 131072), 3), ((262144,), 1))  # (lengths, rounds): the longest takes dense attention many minutes
 STAGES = range(3)
 NO_GROUP = ("+pipeline=3stage", "pipeline.layers.early.range=''")
 EVERY_STEP = ("+pipeline=3stage", *(f"pipeline.stages.{i}.refresh_steps=1" for i in STAGES))
@@ -92,11 +92,14 @@ def accuracy_points(overrides: Sequence[str]) -> dict[Spec, Named]:
     return found
 
 
-def latency_point(overrides: Sequence[str]) -> Named:
-    """The latency run: dense and 3stage at three lengths in one process."""
-    lengths = ",".join(map(str, LATENCY_TOK))
-    words = ["task=latency", f"task.lengths_tok=[{lengths}]", "task.decode_steps=48", *HIP]
-    return Named(f"latency at {lengths} tokens", compose([*words, *overrides]))
+def latency_points(overrides: Sequence[str]) -> list[Named]:
+    """The latency runs: dense and 3stage, alternating."""
+    made = []
+    for lengths_tok, rounds in LATENCY:
+        lengths = ",".join(map(str, lengths_tok))
+        words = ["task=latency", f"task.lengths_tok=[{lengths}]", "task.decode_steps=48", f"task.repeats={rounds}", *HIP]
+        made.append(Named(f"latency at {lengths} tokens, {rounds} round(s)", compose([*words, *overrides])))
+    return made
 
 
 @dataclass(frozen=True)
@@ -206,10 +209,11 @@ def verdict(reached: bool | float | None) -> str:
     return "not measured" if reached is None else "yes" if reached else "no"
 
 
-def write_table(runs: dict[Spec, Named], times: Named, trained_tok: int) -> Path:
+def write_table(runs: dict[Spec, Named], times: Sequence[Named], trained_tok: int) -> Path:
     """Write ``table.md`` from what is done so far, and ``accuracy.png`` when all of it is; returns the folder."""
     results = {spec: run.summary() for spec, run in runs.items()}
-    rows = times.summary().get("latency", {}).get("rows", [])
+    rows = [row for run in times for row in run.summary().get("latency", {}).get("rows", [])]
+    rows.sort(key=lambda row: row["phase"] != "prefill")
     parts = [
         "# The embedded model, measured",
         f"Trained length {trained_tok} tokens. Scores 0 to 100 with the number of samples in brackets; "
@@ -253,9 +257,9 @@ def main(argv: list[str]) -> int:
     Other words are overrides for every run.
     """
     overrides = [word for word in argv if word != "--dry-run"]
-    runs, times = accuracy_points(overrides), latency_point(overrides)
-    trained_tok = trained_length(times.experiment.model)
-    points, load = [*runs.values(), times], load_once()
+    runs, times = accuracy_points(overrides), latency_points(overrides)
+    trained_tok = trained_length(times[0].experiment.model)
+    points, load = [*runs.values(), *times], load_once()
     if not all(stored(point.experiment) for point in points):
         tell_expected_time(points, load, trained_tok)
         if "--dry-run" in argv:

@@ -193,11 +193,11 @@ def run_samples(experiment: Experiment, suite: Suite, loaded: Loaded, ledger: Le
     from hipexp import hf
 
     todo = [item for item in suite.items() if not ledger.has(item.subtask, item.index)]
-    with hf.install(loaded.model, experiment.pipeline) as installed, token_bar(sum(item.length_tok for item in todo)) as bar:
+    with hf.install(loaded.model, experiment.pipeline, loaded.trained_tok), token_bar(sum(item.length_tok for item in todo)) as bar:
         for batch in batches(todo, experiment.task.batch):
             bar.set_description(f"{experiment.task.name} {batch[0].subtask} {batch[0].index}")
             samples = [suite.sample(item) for item in batch]
-            answers = answer(experiment, loaded, samples, bar.update, lambda: installed.pruned_blocks)
+            answers = answer(experiment, loaded, samples, bar.update)
             for sample, made in zip(samples, answers, strict=True):
                 ledger.append(row_of(suite, sample, made, loaded))
                 for tracker in trackers:
@@ -205,9 +205,7 @@ def run_samples(experiment: Experiment, suite: Suite, loaded: Loaded, ledger: Le
             bar.advance_to(sum(item.length_tok for item in batch))
 
 
-def answer(
-    experiment: Experiment, loaded: Loaded, samples: list[Sample], progress: Callable[[int], None], pruned_blocks: Callable[[], int]
-) -> list[Generation]:
+def answer(experiment: Experiment, loaded: Loaded, samples: list[Sample], progress: Callable[[int], None]) -> list[Generation]:
     """Greedy answers to ``samples``, as a batch; each has its own limit of new tokens, the batch runs to the largest."""
     from hipexp import hf
 
@@ -218,7 +216,6 @@ def answer(
         prefill_chunk_tok=experiment.model.prefill_chunk_tok,
         stop_ids=stop_ids(loaded),
         progress=progress,
-        pruned_blocks=pruned_blocks,
     )
     for sample, made in zip(samples, answers, strict=True):
         del made.tokens[sample.max_new_tok :]

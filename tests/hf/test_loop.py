@@ -29,10 +29,10 @@ def test_dense_agrees_with_generate_of_transformers(loaded, tokens):
 
 def test_stop_tokens_end_a_sequence_but_not_the_batch(loaded, pipeline, tokens):
     prompts = [tokens[:600], tokens[5:700]]
-    with install(loaded.model, pipeline) as installed:
+    with install(loaded.model, pipeline):
         free = run(loaded, prompts, 128)
         stop = free[0].tokens[5]
-        stopped = run(loaded, prompts, 128, stop_ids={stop}, pruned_blocks=lambda: installed.pruned_blocks)
+        stopped = run(loaded, prompts, 128, stop_ids={stop})
     assert stopped[0].tokens == free[0].tokens[: free[0].tokens.index(stop)] and stopped[0].stopped
     assert len(stopped[1].tokens) == [*free[1].tokens, stop].index(stop)
     assert not stopped[0].exact
@@ -40,8 +40,8 @@ def test_stop_tokens_end_a_sequence_but_not_the_batch(loaded, pipeline, tokens):
 
 def test_what_is_measured(loaded, pipeline, tokens):
     seen = []
-    with install(loaded.model, pipeline) as installed:
-        result = run(loaded, [tokens[:200]], 64, n=5, progress=seen.append, pruned_blocks=lambda: installed.pruned_blocks)[0]
+    with install(loaded.model, pipeline):
+        result = run(loaded, [tokens[:200]], 64, n=5, progress=seen.append)[0]
     assert seen == [64, 64, 64, 8] and len(result.decode_ms) == 4 and result.prefill_ms > 0
     assert result.exact and result.cache_bytes >= 4 * 2 * 2 * 204 * 16 * 4
 

@@ -31,7 +31,7 @@ def test_the_demo_ends_with_a_table_and_a_picture(overrides, fake, capsys):
 def test_the_long_table_is_resumable_and_judges_itself(overrides, fake, monkeypatch, capsys):
     few = tuple(Spec(spec.method, spec.times, spec.subtasks, 1, spec.words) for spec in needle_table.SPECS if spec.times == 8)
     monkeypatch.setattr(needle_table, "SPECS", few)
-    monkeypatch.setattr(needle_table, "LATENCY_TOK", (1024, 2048))
+    monkeypatch.setattr(needle_table, "LATENCY", (((1024, 2048), 2), ((3072,), 1)))
     assert needle_table.main(overrides) == 0
     text = capsys.readouterr().out
     assert "expected time:" in text

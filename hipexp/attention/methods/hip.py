@@ -92,7 +92,7 @@ def _score(
     pooled, position = queries.pool(stage.query_stride_tok if queries.size > 1 else 1)
     assert stage.rope is not None, "LayerPlan resolves it"
     q_left, q_right, rotation = score_rotation(
-        stage.rope, tables, pooled * scale, position, counts.amax(0), queries.first, queries.last, scan_window_tok, keys.shape[1]
+        stage.rope, tables, pooled * scale, position, counts, queries.first, queries.last, scan_window_tok, keys.shape[1]
     )
     return score_chunks(
         q_left,
