@@ -13,7 +13,7 @@ DEV := $(VENV)/.dev
 PIP := $(RUN) -m pip --disable-pip-version-check install --constraint constraints.txt --no-build-isolation
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check needle needle-table repro-table2 gpu
+.PHONY: help setup demo test test-all check needle needle-table repro-table2
 
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,14 +42,11 @@ needle-table: $(CORE) ## the long form of the demo: accuracy and time by length 
 repro-table2: $(CORE) ## the paper's table 2 beside ours: make repro-table2 SIZE=needle
 	$(RUN) -m hipexp repro table2 size=$(SIZE)
 
-gpu: ## the GPU tests, with the torch of $(PYTHON) and without .venv
-	PYTHONPATH=.:kernels $(PYTHON) -m pytest -m gpu
-
 $(CORE): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "error: hipexp needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1); name another: make PYTHON=python3.12 ..." >&2; exit 2; }
 	@echo "installing into $(VENV) (a few minutes the first time)"
-	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	test -f $(VENV)/pyvenv.cfg && $(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(RUN) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt setuptools wheel
 	$(PIP) --editable .
 	@touch $@

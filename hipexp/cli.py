@@ -5,10 +5,12 @@ Nothing heavy is imported before it is needed: help and a mistake in the configu
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import traceback
 from importlib import import_module
+from io import TextIOWrapper
 from pathlib import Path
 
 from hipexp.config.schema import ConfigError, Experiment
@@ -54,8 +56,16 @@ exit code: 0 done, 2 bad configuration or input, 1 anything else."""
 def main(argv: list[str] | None = None) -> int:
     """Run one command line (``sys.argv`` by default) and return its exit code. Mistakes of the user are one line on stderr."""
     words = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character gets '?'
     try:
-        return _dispatch(words)
+        code = _dispatch(words)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read stdout has seen enough; Python would complain again when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
     except KeyboardInterrupt as error:
         return _complain(str(error) or "interrupted; the same command continues", FAILED)
     except Exception as error:
@@ -109,8 +119,7 @@ def _run_overrides(words: list[str]) -> int:
         return DONE
     if line.sweep:
         return _run_sweep(line.overrides)
-    own = [word for word in line.overrides if not word.lstrip("+").startswith(("hydra.", "hydra/"))]
-    return _run_point(compose.compose_point(own), words)
+    return _run_point(compose.compose_point(line.overrides), words)
 
 
 def _run_point(experiment: Experiment, words: list[str]) -> int:
@@ -127,8 +136,11 @@ def _run_sweep(overrides: list[str]) -> int:
     """Check all points, then run them through Hydra's launcher: a point that fails does not stop the others."""
     from hipexp.config import compose
     from hipexp.config.check import check_model
+    from hipexp.config.overrides import is_hydra
 
-    if not any(word.lstrip("+").startswith("hydra/sweeper=") for word in overrides):  # others choose their points as they go
+    if any(word.lstrip("+").startswith("hydra/sweeper=") for word in overrides):  # it chooses its points as it goes
+        compose.compose_point([word for word in overrides if is_hydra(word)])
+    else:
         for point in compose.sweep_points(overrides):
             check_model(compose.compose_point(point))
     codes: list[int] = []

@@ -1,6 +1,7 @@
 """The command line: who answers, how fast, and with which exit code."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -108,6 +109,13 @@ def test_a_sweep_runs_all_points_and_leaves_nothing_behind(points, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"] and sys.argv == argv
 
 
+def test_a_sweep_leaves_the_log_of_its_runs_alone(points):
+    log = logging.getLogger("hipexp")
+    log.disabled = False
+    assert cli.main(["-m", "seed=0,1", *MODEL]) == 0
+    assert not log.disabled
+
+
 def test_a_sweep_goes_on_after_a_failure(points, monkeypatch, capsys):
     def run(experiment, overrides):
         points.append(experiment.seed)
@@ -122,6 +130,33 @@ def test_a_sweep_goes_on_after_a_failure(points, monkeypatch, capsys):
 def test_a_mistake_in_one_point_stops_a_sweep_before_it_starts(points, capsys):
     assert cli.main(["-m", "+pipeline=3stage", "pipeline.stages.2.keep_tok=2048,100", *MODEL]) == 2
     assert "pipeline.stages[2].keep_tok=100" in capsys.readouterr().err and not points
+
+
+@pytest.mark.parametrize("word", ["hydra/sweeper=nope", "hydra/launcher=nope"])
+def test_an_unknown_part_of_hydra_is_one_line(points, capsys, word):
+    assert cli.main(["-m", word, "seed=0,1", *MODEL]) == 2
+    assert capsys.readouterr().err == f"error: In 'hydra/config': Could not find '{word.replace('=', '/')}'\n" and not points
+
+
+def test_a_pattern_in_a_sweep(points):
+    assert cli.main(["-m", "pipeline=glob(3stage_*)", *MODEL]) == 0
+    assert [experiment.pipeline.name for experiment, _ in points] == ["3stage_fast", "3stage_flash"]
+
+
+def test_a_terminal_without_a_character_gets_another(tmp_path):
+    script = "import sys; from hipexp import cli; cli.COMMANDS['ls'] = ('show:main', ''); sys.exit(cli.main(['ls']))"
+    (tmp_path / "show.py").write_text("def main(words):\n    print('256→8')\n    return 0\n")
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "256?8\n", "")
+
+
+def test_a_reader_that_has_seen_enough_is_no_defect():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "hipexp", "--help"], stdout=write, stderr=subprocess.PIPE, text=True, timeout=60, cwd=ROOT)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_commands_get_their_words(monkeypatch):

@@ -12,7 +12,7 @@ from torch import Tensor
 class QueryBlocks:
     """Queries ``[H, N, size, D]`` of consecutive blocks; block ``n`` starts at position ``first[n]``, a multiple of ``size``.
 
-    Rows before ``begin`` or from ``end`` on do not exist (only the first and the last block can have such rows).
+    Rows before ``begin`` or from ``end`` on do not exist (:meth:`cut` leaves such rows in the first and the last block only).
     """
 
     q: Tensor
@@ -50,11 +50,12 @@ class QueryBlocks:
         return QueryBlocks(self.q[:, n:], self.first[n:], self.size, begin, self.end)
 
     def split(self, size: int) -> QueryBlocks:
-        """The same queries in smaller blocks."""
+        """The same queries in smaller blocks; those that would begin past the end are left out."""
         H, N, _, D = self.q.shape
         parts = self.size // size
+        n = min(N * parts, -(-(self.end - int(self.first[0])) // size))
         first = (self.first[:, None] + size * torch.arange(parts, device=self.q.device)).flatten()
-        return QueryBlocks(self.q.reshape(H, N * parts, size, D), first, size, self.begin, self.end)
+        return QueryBlocks(self.q.reshape(H, N * parts, size, D)[:, :n], first[:n], size, self.begin, self.end)
 
     def pool(self, stride: int) -> tuple[Tensor, Tensor]:
         """Mean of every ``stride`` neighbouring queries that exist ``[H, N, size/stride, D]``, and the position of the first member.

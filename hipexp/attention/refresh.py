@@ -14,7 +14,7 @@ Candidates = tuple[Tensor, Tensor]  # starts [S, 1, C] and counts [S, 1]
 
 @dataclass
 class Memory:
-    """Refresh state of one sequence in one layer: decode steps done, each stage's candidates, the final selection."""
+    """Refresh state of one sequence in one layer: decode steps done, candidates of each stage but the first, the final selection."""
 
     step: int = 0
     candidates: dict[int, Candidates] = field(default_factory=dict)

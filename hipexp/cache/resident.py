@@ -39,7 +39,7 @@ class ResidentStore:
     def _fitting(self, buffer: Tensor | None, like: Tensor, tokens: int, exact: bool = False) -> Tensor:
         if buffer is not None and buffer.shape[1] >= tokens:
             return buffer
-        grown = like.new_empty(like.shape[0], tokens if exact or buffer is None else max(tokens, tokens + tokens // 2), like.shape[2])
+        grown = like.new_empty(like.shape[0], tokens if exact or buffer is None else tokens + tokens // 2, like.shape[2])
         if buffer is not None:
             grown[:, : self.length] = buffer[:, : self.length]
         return grown

@@ -6,19 +6,30 @@ trained length, read from ``config.json`` without loading it. Every message name
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
+from dataclasses import fields
+from importlib.util import find_spec
+from pathlib import Path
 
 from hipexp.config.model import ModelFacts, read_facts
 from hipexp.config.model import model_folder as model_folder
-from hipexp.config.schema import ConfigError, Experiment, LayerPlan, Model, Pipeline, Stage, Task, range_parts
+from hipexp.config.schema import ConfigError, Experiment, LayerPlan, Model, Pipeline, Stage, Task, Track, range_parts
 
 METHODS = ("hip", "streaming")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-TASKS = ("infbench", "passkey", "latency")
+SAMPLED = ("samples", "length_tok", "truncate_tok", "protocol", "wording", "batch")
+# The fields of ``Task`` that each task uses; a value for another one would be ignored and still change the run key.
+TASKS = {
+    "infbench": ("subtasks", *SAMPLED),
+    "passkey": ("lengths_tok", "depths", *SAMPLED),
+    "latency": ("length_tok", "lengths_tok", "decode_steps", "repeats", "dense_max_tok", "protocol"),
+}
 PROTOCOLS = ("hipexp",)
 OFFLOADS = ("none",)
 TRACKERS = ("local", "wandb")
 TRACK_MODES = ("offline", "online", "disabled")
+WANDB_KEYS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
 
 Key = Callable[[int, str], str]  # (stage number, field) -> the key that set it
 
@@ -28,18 +39,18 @@ def check_experiment(experiment: Experiment) -> None:
     _one_of("offload", experiment.offload.name, OFFLOADS)
     _one_of("track", experiment.track.name, TRACKERS)
     _one_of("track.mode", experiment.track.mode, TRACK_MODES)
+    _check_track(experiment.track)
     _at_least("seed", experiment.seed, 0)
     _check_model_fields(experiment.model)
     _check_task(experiment.task)
     if experiment.pipeline is not None:
-        check_pipeline(experiment.pipeline)
-        _check_prefill_chunk(experiment.model, experiment.pipeline)
+        _check_pipeline(experiment.pipeline, experiment.model)
 
 
 def check_model(experiment: Experiment) -> ModelFacts | None:
-    """Refuse what is wrong for this model, reading its ``config.json``; None if it is on a hub and not here yet.
+    """Refuse what is wrong for this model, reading its ``config.json``; None if it is on a hub.
 
-    Raises ConfigError, also where the folder holds no model. Call ``check_layers`` once a hub's model is here.
+    Raises ConfigError, also where the folder holds no model. A run calls ``check_layers`` once a hub's ``config.json`` is here.
     """
     facts = read_facts(experiment.model)
     if facts is not None:
@@ -52,19 +63,31 @@ def check_layers(experiment: Experiment, facts: ModelFacts) -> None:
     if experiment.pipeline is None:
         return
     for plan in experiment.pipeline.plan(facts.layers):
-        _check_plan(experiment.pipeline, plan)
+        _check_plan(experiment.pipeline, plan, experiment.model)
 
 
-def check_pipeline(pipeline: Pipeline) -> None:
-    """Refuse a pipeline that breaks a rule by itself or under one of its layer groups; raises ConfigError."""
+def _check_pipeline(pipeline: Pipeline, model: Model) -> None:
+    """Refuse a pipeline that breaks a rule by itself or under one of its layer groups."""
     _one_of("pipeline.method", pipeline.method, METHODS)
     _check_stage_count(pipeline)
-    _check_plan(pipeline, pipeline.plan_layer(0, []))
+    _check_plan(pipeline, pipeline.plan_layer(0, []), model)
     for name, group in pipeline.layers.items():
         if not name.isidentifier():
             raise ConfigError(f"pipeline.layers has a group {name!r}; its name must be letters, digits and '_', not beginning with a digit")
         if range_parts(group.range, f"pipeline.layers.{name}.range"):
-            _check_plan(pipeline, pipeline.plan_layer(0, [name]))
+            _check_plan(pipeline, pipeline.plan_layer(0, [name]), model)
+
+
+def _check_track(track: Track) -> None:
+    """Refuse wandb where it is not installed, or online without a key. wandb's own folder of that name is no package."""
+    if track.name != "wandb":
+        return
+    spec = find_spec("wandb")
+    if spec is None or spec.origin is None:
+        raise ConfigError("track=wandb needs the package wandb, which is not installed here; `pip install wandb`, or use track=local")
+    kept = [Path(os.environ.get("NETRC") or "~/.netrc").expanduser(), Path("~/_netrc").expanduser()]
+    if track.mode == "online" and not any(map(os.environ.get, WANDB_KEYS)) and not any(path.exists() for path in kept):
+        raise ConfigError("track.mode=online needs an API key of wandb; `wandb login`, set WANDB_API_KEY, or use track.mode=offline")
 
 
 def _check_model_fields(model: Model) -> None:
@@ -72,18 +95,6 @@ def _check_model_fields(model: Model) -> None:
     _at_least("model.prefill_chunk_tok", model.prefill_chunk_tok, 1)
     if model.trained_tok is not None:
         _at_least("model.trained_tok", model.trained_tok, 1)
-
-
-def _check_prefill_chunk(model: Model, pipeline: Pipeline) -> None:
-    for groups in ([], *([name] for name in pipeline.layers)):
-        plan = pipeline.plan_layer(0, groups)
-        for number, stage in enumerate(plan.stages):
-            if model.prefill_chunk_tok % stage.query_block_tok:
-                raise ConfigError(
-                    f"model.prefill_chunk_tok={model.prefill_chunk_tok} must be a multiple of "
-                    f"{_stage_key(pipeline, plan)(number, 'query_block_tok')}={stage.query_block_tok}; "
-                    f"try {_multiples(model.prefill_chunk_tok, stage.query_block_tok)}"
-                )
 
 
 def _check_task(task: Task) -> None:
@@ -94,16 +105,36 @@ def _check_task(task: Task) -> None:
     for name in ("length_tok", "truncate_tok", "dense_max_tok"):
         if getattr(task, name) is not None:
             _at_least(f"task.{name}", getattr(task, name), 1)
+    for name in ("subtasks", "lengths_tok", "depths"):
+        if getattr(task, name) is not None:
+            _check_list(f"task.{name}", getattr(task, name))
     if task.lengths_tok is not None:
         _all("task.lengths_tok", task.lengths_tok, lambda length: length >= 1, "hold lengths of at least 1 token; try [8192,16384]")
     if task.depths is not None:
         _all("task.depths", task.depths, lambda depth: 0 <= depth <= 1, "hold depths from 0 to 1; try [0,0.5,1]")
-    if task.subtasks is not None and task.name != "infbench":
-        raise ConfigError(f"task.subtasks={task.subtasks} is for task=infbench; leave it out for task={task.name}")
+    _check_used(task)
     if task.name != "latency":
         from hipexp.suites import check_task
 
         check_task(task)
+
+
+def _check_list(key: str, values: list) -> None:
+    if not values:
+        raise ConfigError(f"{key}=[] must hold a value or more; leave it out to let the task choose")
+    again = [value for number, value in enumerate(values) if value in values[:number]]
+    if again:
+        raise ConfigError(f"{key}={values} must not hold {again[0]} twice, which would count it twice; leave one of them out")
+
+
+def _check_used(task: Task) -> None:
+    for item in fields(task):
+        value = getattr(task, item.name)
+        if item.name not in ("name", *TASKS[task.name]) and value != item.default:
+            users = " or ".join(name for name, used in TASKS.items() if item.name in used)
+            raise ConfigError(f"task.{item.name}={value} is for task={users}; leave it out for task={task.name}")
+    if task.length_tok is not None and task.lengths_tok is not None:
+        raise ConfigError(f"task.length_tok={task.length_tok} must not stand beside task.lengths_tok={task.lengths_tok}; leave one out")
 
 
 def _check_stage_count(pipeline: Pipeline) -> None:
@@ -116,7 +147,7 @@ def _check_stage_count(pipeline: Pipeline) -> None:
         raise ConfigError(f"{key}=[] must hold a stage or more for pipeline.method=hip; for sink and window only use +pipeline=streaming")
 
 
-def _check_plan(pipeline: Pipeline, plan: LayerPlan) -> None:
+def _check_plan(pipeline: Pipeline, plan: LayerPlan, model: Model) -> None:
     _at_least("pipeline.sink_tok", plan.sink_tok, 0)
     window_key = _window_key(pipeline, plan)
     _at_least(window_key, plan.window_tok, 1)
@@ -126,6 +157,13 @@ def _check_plan(pipeline: Pipeline, plan: LayerPlan) -> None:
     for stages, key in lists:
         _check_stages(stages, key)
         _check_borders(stages, key, plan, window_key)
+    for number, stage in enumerate(plan.stages):
+        if model.prefill_chunk_tok % stage.query_block_tok:
+            raise ConfigError(
+                f"model.prefill_chunk_tok={model.prefill_chunk_tok} must be a multiple of "
+                f"{_stage_key(pipeline, plan)(number, 'query_block_tok')}={stage.query_block_tok}; "
+                f"try {_multiples(model.prefill_chunk_tok, stage.query_block_tok)}"
+            )
 
 
 def _check_borders(stages: list[Stage], key: Key, plan: LayerPlan, window_key: str) -> None:
@@ -228,5 +266,5 @@ def _one_of(key: str, value: str, known: Iterable[str]) -> None:
 
 
 def _all(key: str, values: list, rule: Callable[[float], bool], words: str) -> None:
-    if not values or not all(map(rule, values)):
+    if not all(map(rule, values)):
         raise ConfigError(f"{key}={values} must {words}")

@@ -12,13 +12,14 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hipexp.config.check import check_experiment
 from hipexp.config.convert import to_plain, to_schema
-from hipexp.config.overrides import GROUPS, CommandLine, conf_dir, group_options, normalise
+from hipexp.config.overrides import ANY_MODEL, GROUPS, CommandLine, conf_dir, group_options, normalise
 from hipexp.config.schema import ConfigError, Experiment
 
 # Hydra 1.4 deprecates version_base; 1.3 warns without it.
@@ -49,14 +50,14 @@ def compose_point(overrides: Sequence[str]) -> Experiment:
 
 
 def _build(config: DictConfig, choices: Any) -> Experiment:
-    """The checked experiment of a composed config; a part without a name gets the option that was chosen."""
+    """The checked experiment of a composed config; a part without a name gets the option that was chosen, or its model's."""
     nodes = {str(key): node for key, node in config.items() if key != "hydra"}
     plain = {key: OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node for key, node in nodes.items()}
     experiment = to_schema(plain, Experiment)
     for group in GROUPS:
         part = getattr(experiment, group)
         if part is not None and not part.name:
-            part.name = str(choices[group])
+            part.name = experiment.model.path.rstrip("/").split("/")[-1] if choices[group] == ANY_MODEL else str(choices[group])
     check_experiment(experiment)
     return experiment
 
@@ -65,13 +66,16 @@ def sweep_points(overrides: Sequence[str]) -> list[list[str]]:
     """The points of a sweep as Hydra's basic sweeper takes them: all combinations, each a list of overrides."""
     with _in_words():
         parsed = OverridesParser.create().parse_overrides(list(overrides))
-    choices = [
-        [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
-        if override.is_sweep_override()
-        else [str(override.input_line)]
-        for override in parsed
-    ]
-    return [list(point) for point in product(*choices)]
+    return [list(point) for point in product(*map(_choices, parsed))]
+
+
+def _choices(override: Override) -> list[str]:
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    try:
+        return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+    except HydraException as error:
+        raise ConfigError(f"{override.input_line} cannot be listed point by point; write the values with commas") from error
 
 
 def run_sweep(overrides: Sequence[str], job: Callable[[Experiment, list[str]], None], sweep_dir: Path) -> None:
@@ -112,4 +116,6 @@ def _in_words() -> Iterator[None]:
         outer = outer.replace("Error merging override ++", "")
         if isinstance(reason, IndexError):
             inner = "there is no entry with this number; they are counted from 0"
+        if outer.startswith("Could not delete"):
+            inner = outer = f"{outer.rstrip('.')}; --cfg job shows what there is"
         raise ConfigError(outer if inner in outer else f"{outer}: {inner}") from error

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from hipexp.config.schema import ConfigError, Experiment
 
 MISSING = "???"  # how a YAML file says that a value must be given
+EXAMPLES = {int: "1024", float: "0.5", str: "text"}
 T = TypeVar("T")
 
 
@@ -120,7 +121,7 @@ def _convert_list(value: Any, kind: Any, key: str) -> list[Any]:
 
 
 def _convert_scalar(value: Any, kind: type, key: str) -> Any:
-    wrong = ConfigError(f"{key}={value} must be {_words(kind)}")
+    wrong = ConfigError(f"{key}={value} must be {_words(kind)}, as in {key}={EXAMPLES[kind]}")
     if kind is str:
         if isinstance(value, str | int | float):
             return str(value)

@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hipexp.config.schema import ConfigError, Model
 
@@ -39,13 +40,24 @@ def model_folder(model: Model) -> Path | None:
 def read_facts(model: Model) -> ModelFacts | None:
     """Layers and trained length from the model's ``config.json``; None for a hub id. Raises ConfigError if it cannot be read."""
     folder = model_folder(model)
-    if folder is None:
-        return None
+    return None if folder is None else facts_in(folder / "config.json", model)
+
+
+def read_config(path: Path, model: Model) -> dict[str, Any]:
+    """What the ``config.json`` of a model holds. Raises ConfigError if it cannot be read."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("no JSON object")
     except (OSError, ValueError) as error:
         repair = "train it with `make needle`" if model.path.startswith("hipexp/") else "check the path"
-        raise ConfigError(f"model.path={model.path} must hold a model, but {folder} has no readable config.json; {repair}") from error
+        raise ConfigError(f"model.path={model.path} must hold a model, but {path.parent} has no readable config.json; {repair}") from error
+    return config
+
+
+def facts_in(path: Path, model: Model) -> ModelFacts:
+    """Layers and trained length from the ``config.json`` at ``path``. Raises ConfigError if they are not there."""
+    config = read_config(path, model)
     config = config.get("text_config", config)
     layers, trained_tok = config.get("num_hidden_layers"), model.trained_tok or config.get("max_position_embeddings")
     if not layers or not trained_tok:

@@ -8,6 +8,7 @@ checked against the schema here, so that most mistakes are answered before Hydra
 from __future__ import annotations
 
 import ast
+import fnmatch
 import os
 import re
 from collections.abc import Iterable
@@ -20,8 +21,10 @@ from hipexp.config.model import PACKAGE
 from hipexp.config.schema import ConfigError
 
 GROUPS = ("model", "pipeline", "offload", "task", "track")
+ANY_MODEL = "hf"  # the model option that leaves the model to the user
 DENSE = "dense"  # the pipeline option that leaves the pipeline out
 NOTHING = ("None", "null")
+LAYER_GROUP = re.compile(r"pipeline\.layers\.\w+")
 # Values that Hydra's grammar computes in a sweep, such as range(1,5); they are checked after composition.
 SWEEP_FUNCTION = re.compile(r"(choice|range|interval|glob|sort|shuffle|tag)\(.*\)", re.DOTALL)
 
@@ -62,7 +65,7 @@ def normalise(argv: Iterable[str], options: dict[str, list[str]]) -> CommandLine
     chosen: dict[str, str] = {}
     for word in words:
         prefix, key, value = _split(word)
-        if key.startswith(("hydra.", "hydra/")):
+        if is_hydra(key):
             line.overrides.append(word)
         elif prefix == "~":
             line.overrides.append(_removal(key))
@@ -74,7 +77,17 @@ def normalise(argv: Iterable[str], options: dict[str, list[str]]) -> CommandLine
         else:
             line.overrides += _assignment(key, value, line.sweep)
     _need_pipeline(line.overrides, chosen.get("pipeline", DENSE), options["pipeline"])
+    if line.show and line.sweep:
+        raise ConfigError("--cfg job shows one point, and -m asks for several; leave one of them out")
+    launch = [word for word in line.overrides if is_hydra(word)]
+    if launch and not line.sweep:
+        raise ConfigError(f"{launch[0]} is about how a sweep is run; add -m, or leave it out")
     return line
+
+
+def is_hydra(word: str) -> bool:
+    """Whether a word is a setting of Hydra's own, such as ``hydra/launcher=joblib``."""
+    return word.lstrip("+~-").startswith(("hydra.", "hydra/"))
 
 
 def _take_flags(argv: list[str]) -> tuple[CommandLine, list[str]]:
@@ -85,7 +98,8 @@ def _take_flags(argv: list[str]) -> tuple[CommandLine, list[str]]:
             line.sweep = True
         elif word in ("--cfg=job", "-c=job") or (word in ("--cfg", "-c") and argv[:1] == ["job"]):
             line.show = True
-            argv[:1] = [] if "=" in word else argv[1:1]
+            if "=" not in word:
+                del argv[0]
         elif word.startswith("-") and "=" not in word:
             raise ConfigError(f"{word} is unknown; settings are written key=value, as in {word.strip('-') or 'seed'}=…; see --help")
         else:
@@ -103,14 +117,16 @@ def _split(word: str) -> tuple[str, str, str]:
 
 def _removal(key: str) -> str:
     field_type(key)
-    if not re.fullmatch(r"pipeline\.layers\.\w+", key):
+    if not LAYER_GROUP.fullmatch(key):
         raise ConfigError(f"~{key} cannot be removed; only a layer group can, as in ~pipeline.layers.early")
     return f"~{key}"
 
 
 def _option(group: str, value: str, options: list[str], sweep: bool) -> str:
     """The option of a group; in a sweep several, with commas."""
-    if sweep and SWEEP_FUNCTION.fullmatch(value):
+    if sweep and value.startswith("glob("):
+        value = ",".join(fnmatch.filter(options, _unquote(value[5:-1]))) or value
+    elif sweep and SWEEP_FUNCTION.fullmatch(value):
         return value
     names = [_unquote(name) for name in split_commas(value)]
     if len(names) > 1 and not sweep:
@@ -125,6 +141,8 @@ def _option(group: str, value: str, options: list[str], sweep: bool) -> str:
 
 def _need_pipeline(overrides: list[str], chosen: str, options: list[str]) -> None:
     keys = [word.lstrip("+~") for word in overrides if word.lstrip("+~").startswith("pipeline.")]
+    if keys and chosen != DENSE and DENSE in chosen.split(","):
+        raise ConfigError(f"{keys[0]} changes a pipeline, and pipeline={chosen} has a point without; run {DENSE} by itself")
     if keys and chosen == DENSE:
         named = ", ".join(name for name in options if name != DENSE)
         raise ConfigError(f"{keys[0]} changes a pipeline, but none is chosen; choose one, as in +pipeline=3stage (there are {named})")
@@ -135,6 +153,8 @@ def _assignment(key: str, value: str, sweep: bool) -> list[str]:
     if "." not in key and key != "seed":
         raise unknown(key, key, [*GROUPS, "seed"])
     kind = field_type(key)
+    if value in (*NOTHING, "{}") and (key == "pipeline.layers" or LAYER_GROUP.fullmatch(key)):
+        raise ConfigError(f"{key}={value} would change nothing; remove a layer group by its name, as in ~pipeline.layers.early")
     if "${" in value or (sweep and SWEEP_FUNCTION.fullmatch(value)):
         return [f"++{key}={value}"]
     choices = split_commas(value)

@@ -208,7 +208,7 @@ class Task:
 
     ``subtasks``     None runs all that the model can do
     ``samples``      samples per subtask (in a grid: per cell)
-    ``length_tok``   prompt length; None is twice the trained length
+    ``length_tok``   prompt length; None is twice the trained length, or leaves it to ``lengths_tok``
     ``truncate_tok`` longest prompt given to the model, the middle of a longer one is cut out; None cuts nothing
     ``lengths_tok``  prompt lengths of a grid or of a latency table; None leaves the choice to the task
     ``depths``       needle depths of a grid, 0.0 (start) to 1.0 (end); None leaves the choice to the task

@@ -7,17 +7,21 @@ import torch.nn.functional as F
 from hipexp_kernels import merge_lse
 from hipexp_kernels.attend_blocks.vectorized import attend_all
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 
 def attend_dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Return ``[H, Q, D]``: the last ``Q`` queries ``[H, Q, D]`` over rotated keys and values ``[K, T, D]``.
 
-    A whole prompt is one causal flash attention. A later chunk is two, over the prefix and over itself, merged by their
-    log-sum-exp, so no mask is ever materialised. The query heads of a key/value head are rows of one product over the prefix:
-    keys are read once per key/value head.
+    On a GPU that is torch's fused attention. On a CPU a whole prompt is one causal flash attention; a later chunk is two, over the
+    prefix and over itself, merged by their log-sum-exp, so no mask is ever materialised. There the query heads of a key/value head
+    are rows of one product over the prefix: keys are read once per key/value head.
     """
     H, Q, D = q.shape
     K, T, _ = k.shape
+    if q.device.type != "cpu":
+        mask = causal_lower_right(Q, T) if Q > 1 else None
+        return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, scale=scale, enable_gqa=H != K)[0]
     if Q == 1:
         return attend_all(q.reshape(K, H // K, D), k, v, scale)[0].reshape(H, 1, D)
     own_k, own_v = (x[:, T - Q :].repeat_interleave(H // K, 0) for x in (k, v))
@@ -30,8 +34,5 @@ def attend_dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 def _attend_causally(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Causal attention ``[H, Q, D]`` among as many queries as keys, and its log-sum-exp ``[H, Q]``."""
-    if q.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q[None], k[None], v[None], is_causal=True, scale=scale)
-        return out[0], lse[0]
-    causal = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()
-    return attend_all(q, k, v, scale, mask=causal)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q[None], k[None], v[None], is_causal=True, scale=scale)
+    return out[0], lse[0]

@@ -51,13 +51,23 @@ def install(model: PreTrainedModel, pipeline: Pipeline | None, trained_tok: int 
     check_transformers()
     decoder = _decoder(model)
     if pipeline is None and _softcap(model):
-        raise ConfigError(f"model type {model.config.model_type!r} caps its attention logits; without a pipeline that is not supported so far")
+        raise ConfigError(
+            f"model type {model.config.model_type!r} caps its attention logits; without a pipeline that is not supported so far"
+        )
     trained_tok = trained_tok or model.config.get_text_config().max_position_embeddings
     layers = {} if pipeline is None else _layer_attentions(model, decoder, pipeline, trained_tok)
     installed = Installed(pipeline, layers)
 
     def attend(
-        module: nn.Module, query: Tensor, key, value, attention_mask: Tensor | None, *, scaling: float, position_ids: Tensor | None = None, **_
+        module: nn.Module,
+        query: Tensor,
+        key,
+        value,
+        attention_mask: Tensor | None,
+        *,
+        scaling: float,
+        position_ids: Tensor | None = None,
+        **_,
     ):
         positions = position_ids if module.layer_idx == 0 else None
         return _attend_batch(layers.get(module.layer_idx), query, key, value, attention_mask, positions, scaling), None
@@ -150,7 +160,9 @@ def _attend_batch(
     states = key.rows if ours else _states_of(key, value)
     decoding = key.decoding if ours and key.decoding is not None else Q == 1
     if mask is not None and mask.ndim != 2:
-        raise ValueError(f"attention_mask {tuple(mask.shape)} must be [batch, tokens] and mark padding on the left; no other mask is supported")
+        raise ValueError(
+            f"attention_mask {tuple(mask.shape)} must be [batch, tokens] and mark padding on the left; no other mask is supported"
+        )
     out = query.new_zeros(B, Q, H, D)
     for b, state in enumerate(states):
         if mask is not None:

@@ -43,7 +43,10 @@ def load(config: Model) -> Loaded:
 def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, without its weights; it never warns about long text, that being the point. Raises as :func:`load`."""
     source, hub = _source(config)
-    tokenizer = AutoTokenizer.from_pretrained(source, **hub)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **hub)
+    except ValueError as failure:
+        raise ConfigError(f"model.path={config.path!r} must come with a tokenizer that transformers can load: {failure}") from failure
     tokenizer.model_max_length = sys.maxsize
     return tokenizer
 

@@ -44,8 +44,9 @@ def same_as_before(model: PreTrainedModel, layers: Collection[LayerAttention]) -
         apart, largest = float((after - before).abs().max()), float(before.abs().max())
         if not apart <= TOLERANCE.get(model.dtype, HALF_TOLERANCE) * largest:
             raise ConfigError(
-                f"model type {model.config.model_type!r} is not supported: on {PROBE_TOK} tokens, where every key is seen, its outputs under "
-                f"hipexp's attention are {apart:.3g} away from its own (the largest is {largest:.3g}); its attention does something else"
+                f"model type {model.config.model_type!r} is not supported: on {PROBE_TOK} tokens, where every key is seen, its outputs "
+                f"under hipexp's attention are {apart:.3g} away from its own (the largest is {largest:.3g}); "
+                "its attention does something else"
             )
         _PASSED.setdefault(model, set()).add(kind)
 

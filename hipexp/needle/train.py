@@ -1,6 +1,6 @@
 """Train ``needle`` from nothing on a CPU: ``python -m hipexp.needle.train`` (``make needle``). Resumable.
 
-A plain Llama (GQA, RoPE base 10000) learns to answer retrieval prompts of growing length. Beside the loss on the answers and
+A plain Llama (GQA, RoPE base 1,000,000) learns to answer retrieval prompts of growing length. Beside the loss on the answers and
 a tenth of the language-model loss there is a *locality* loss: at the tokens that ask for a needle, the best head's
 attention logits should single out the needle's neighbourhood, not one token of it. Large language models have this
 property (keys vary slowly along the text), and every method that judges a chunk by a few of its keys relies on it.
@@ -25,10 +25,20 @@ from hipexp.needle.tokenizer import train_tokenizer
 
 TRAINED_LENGTH = 6144
 TOKENS_PER_STEP = 6144
-STEPS = 4400
+STEPS = 3300
 LENGTH_THAT_DOUBLES = 1500  # a step on sequences of this length takes twice as long as one on very short ones
 # (share of the steps, sequence length)
-LENGTHS = ((0.10, 96), (0.04, 128), (0.06, 192), (0.08, 384), (0.10, 768), (0.13, 1536), (0.16, 3072), (0.33, TRAINED_LENGTH))
+LENGTHS = (
+    (0.11, 96),
+    (0.043, 128),
+    (0.061, 192),
+    (0.085, 384),
+    (0.103, 768),
+    (0.071, 1536),
+    (0.121, 3072),
+    (0.061, 4608),
+    (0.345, TRAINED_LENGTH),
+)
 DECAY = 0.2  # share of the steps, at the end, over which the learning rate falls to nothing
 SHORTER = 0.3  # share of steps drawn from an earlier length
 LM_WEIGHT, LOCALITY_WEIGHT = 0.1, 0.3
@@ -50,7 +60,7 @@ def make_config(vocab: int) -> LlamaConfig:
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=TRAINED_LENGTH,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=True,
         initializer_range=0.08,
         pad_token_id=0,
@@ -111,7 +121,9 @@ def _attend_near(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, near_tok: in
     before, own = key >= NEAR_SINK_TOK, key - NEAR_SINK_TOK - near_tok
     mask = torch.where(own >= 0, own <= query, torch.where(before, block >= 1, block >= 2))
     mask = mask.repeat(B, 1, 1)[:, None]
-    out = F.scaled_dot_product_attention(q.unflatten(2, (blocks, near_tok)).transpose(1, 2).flatten(0, 1), seen(k), seen(v), mask, scale=scale)
+    out = F.scaled_dot_product_attention(
+        q.unflatten(2, (blocks, near_tok)).transpose(1, 2).flatten(0, 1), seen(k), seen(v), mask, scale=scale
+    )
     return out.unflatten(0, (B, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :T]
 
 

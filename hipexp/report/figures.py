@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hipexp.run.ledger import make_folder, replacing
+
 INK, FAINT, EMPTY = "#222222", "#8a8a8a", "#efefef"
 
 
@@ -51,8 +53,9 @@ def draw_heat_maps(path: Path, heading: str, maps: Sequence[HeatMap], vertical: 
     figure.suptitle(heading, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
     if note:
         figure.supxlabel(note, x=0.01, ha="left", fontsize=8, color=FAINT)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    make_folder(path.parent)
+    with replacing(path) as scratch:
+        figure.savefig(scratch, dpi=150, format="png")
     plt.close(figure)
 
 

@@ -8,15 +8,20 @@ from typing import Any
 
 from hipexp.config.schema import ConfigError
 from hipexp.report.tables import text_table
-from hipexp.run.ledger import is_held, read_json, read_rows, runs_root
+from hipexp.run.ledger import is_done, is_held, read_json, read_rows, runs_root
 
 
 def state_of(folder: Path) -> str:
-    """What became of a run: done, running, stopped (the same command continues it), or failed with its class."""
+    """What became of a run: done, running, failed with its class, or stopped or damaged (the same command continues it)."""
     status = read_json(folder / "status.json")
-    if status.get("state") == "running":
-        return "running" if is_held(folder) else "stopped"
-    return f"failed: {status.get('class', 'error')}" if status.get("state") == "failed" else status.get("state", "stopped")
+    match status.get("state"):
+        case "running":
+            return "running" if is_held(folder) else "stopped"
+        case "failed":
+            return f"failed: {status.get('class', 'error')}"
+        case "done" if is_done(folder, status.get("run_key", "")):
+            return "done"
+    return "damaged"
 
 
 def list_runs(root: Path) -> list[dict[str, Any]]:
@@ -26,7 +31,7 @@ def list_runs(root: Path) -> list[dict[str, Any]]:
         folder, status = path.parent, read_json(path)
         summary = read_json(folder / "summary.json")
         record = {"task": folder.parent.name, "run": folder.name, "state": state_of(folder), "samples": len(read_rows(folder))}
-        runs.append(record | {"average": summary.get("average"), "updated": status.get("updated", ""), "folder": str(folder)})
+        runs.append(record | {"average": summary.get("average"), "updated": str(status.get("updated", "")), "folder": str(folder)})
     return sorted(runs, key=lambda run: run["updated"])
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from hipexp import __version__
 from hipexp.run.identity import version_of
+from hipexp.run.ledger import replacing
 
 LOG = logging.getLogger("hipexp")
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "numpy", "hydra-core", "omegaconf", "pyarrow")
@@ -44,12 +45,16 @@ def processor() -> str:
 
 
 def git_revision(folder: Path) -> str | None:
-    """The commit that ``folder`` is checked out at, with ``+`` if files differ from it; None outside a checkout."""
+    """The commit that ``folder`` is checked out at, with ``+`` if files differ from it; None outside a checkout.
+
+    A folder of which a repository around it knows no file is not its checkout: packages may be installed inside one.
+    """
 
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", ".")
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None
@@ -90,6 +95,5 @@ def write_records(folder: Path, head: dict[str, Any], card: dict[str, Any], rows
         own = {"metric": card["metric"].get(row["subtask"], ""), "value": row["score"], "traffic": json.dumps(row.get("traffic", {}))}
         return {name: (same | row | own).get(name) for name in schema.names}
 
-    scratch = folder / ".records.parquet"
-    pq.write_table(pa.Table.from_pylist([record(row) for row in rows], schema=schema), scratch)
-    scratch.replace(folder / "records.parquet")
+    with replacing(folder / "records.parquet") as scratch:
+        pq.write_table(pa.Table.from_pylist([record(row) for row in rows], schema=schema), scratch)

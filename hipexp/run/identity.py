@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hipexp.config.model import model_folder
+from hipexp.config.model import ModelFacts, facts_in, model_folder, read_config
 from hipexp.config.runkey import run_key
 from hipexp.config.schema import Experiment, Model
 from hipexp.suites import infbench
@@ -78,10 +77,20 @@ def dtype_of(model: Model) -> str:
     """The number format of the weights: the configured one, or for ``auto`` what the model's ``config.json`` says."""
     if model.dtype != "auto":
         return model.dtype
-    folder = model_folder(model)
-    path = hub_config(model) if folder is None else folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    path = config_path(model)
+    config = read_config(path, model) if path.is_file() else {}
     return str(config.get("dtype") or config.get("torch_dtype") or "float32")
+
+
+def facts_of(model: Model) -> ModelFacts:
+    """Layers and trained length of a model, wherever it is. Raises ``ConfigError``, ``DataMissing`` for a hub out of reach."""
+    return facts_in(config_path(model), model)
+
+
+def config_path(model: Model) -> Path:
+    """Where the model's ``config.json`` is, or would be in a folder without one. Raises as ``key_of``."""
+    folder = model_folder(model)
+    return hub_config(model) if folder is None else folder / "config.json"
 
 
 def hub_config(model: Model) -> Path:

@@ -7,12 +7,12 @@ import statistics
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from hipexp.config.schema import ConfigError, Experiment, Pipeline
+from hipexp.config.schema import Experiment, Pipeline
 from hipexp.report.tables import text_table
 from hipexp.run.ledger import Ledger
 from hipexp.run.strategy import refresh_pattern
-from hipexp.suites import infbench
-from hipexp.suites.sample import LineEncoder, ProtocolCard, Sample
+from hipexp.suites import infbench, lengths_of
+from hipexp.suites.sample import Encode, LineEncoder, ProtocolCard, Sample
 from hipexp.track import Tracker
 
 if TYPE_CHECKING:
@@ -35,10 +35,10 @@ class Point:
         return f"{self.impl}@{self.length_tok}"
 
 
-def lengths_of(experiment: Experiment, trained_tok: int) -> list[int]:
-    """The prompt lengths to measure, ascending; 1, 2 and 4 times the trained length unless the task names some."""
-    task = experiment.task
-    return sorted(task.lengths_tok or ([task.length_tok] if task.length_tok else [n * trained_tok for n in (1, 2, 4)]))
+def check_lengths(experiment: Experiment, encode: Encode, trained_tok: int) -> None:
+    """Refuse lengths that hold no frame beside the decode steps. Raises ``ConfigError``."""
+    for key, length_tok in lengths_of(experiment.task, trained_tok).items():
+        infbench.check_length("passkey", length_tok, encode, key=key, more_tok=experiment.task.decode_steps)
 
 
 def points(experiment: Experiment, trained_tok: int) -> list[Point]:
@@ -47,7 +47,7 @@ def points(experiment: Experiment, trained_tok: int) -> list[Point]:
     impls = ["dense"] if pipeline is None else ["dense", pipeline.name or pipeline.method]
     return [
         Point(length, impl, repeat)
-        for length in lengths_of(experiment, trained_tok)
+        for length in sorted(lengths_of(experiment.task, trained_tok).values())
         for repeat in range(experiment.task.repeats)
         for impl in impls
         if impl != "dense" or limit is None or length <= limit
@@ -75,15 +75,10 @@ def card(experiment: Experiment) -> ProtocolCard:
 
 
 def measure(experiment: Experiment, loaded: Loaded, ledger: Ledger, trackers: list[Tracker]) -> dict[str, Any]:
-    """Measure every point that is not in the ledger yet; returns the result part of the summary.
-
-    Raises ``ConfigError`` if the task asks for no decode step or no round.
-    """
+    """Measure every point that is not in the ledger yet; returns the result part of the summary."""
     from hipexp.run.point import token_bar
 
     task = experiment.task
-    if task.decode_steps < 1 or task.repeats < 1:
-        raise ConfigError(f"task.decode_steps={task.decode_steps} and task.repeats={task.repeats} must be at least 1")
     encode = LineEncoder(loaded.tokenizer)
     todo = [p for p in points(experiment, loaded.trained_tok) if not ledger.has(p.subtask, p.repeat)]
     with token_bar(sum(point.length_tok for point in todo)) as bar:

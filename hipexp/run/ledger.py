@@ -10,14 +10,17 @@ import errno
 import fcntl
 import json
 import logging
+import math
 import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,17 @@ from hipexp.suites.sample import DataMissing
 
 LOG = logging.getLogger("hipexp")
 FAILURES = ("out_of_memory", "data_missing", "bad_config", "interrupted", "error")
-Say = Callable[[str], None]
+# What every line of samples.jsonl holds; one without a score is a measurement of times and holds more.
+NUMBER = (int, float)
+LINE = {
+    **dict.fromkeys(("subtask", "prediction", "status"), (str,)),
+    **dict.fromkeys(("sample", "context_tok", "new_tok", "removed_tok", "length_tok", "peak_bytes"), (int,)),
+    "references": (list,),
+    "traffic": (dict,),
+    "prefill_ms": NUMBER,
+    "decode_ms": (*NUMBER, type(None)),
+}
+SCORED, TIMED = LINE | {"score": NUMBER, "exact": (bool,)}, LINE | {"impl": (str,), "steps_ms": (list,)}
 
 
 class RunFailed(Exception):
@@ -39,49 +52,81 @@ class Interrupted(KeyboardInterrupt):
 
 def runs_root() -> Path:
     """Where run folders lie: ``$HIPEXP_RUNS``, or ``runs`` in the working directory."""
-    return Path(os.environ.get("HIPEXP_RUNS") or "runs")
+    return Path(os.environ.get("HIPEXP_RUNS") or "runs").expanduser()
 
 
 def run_folder(task: str, model: str, pipeline: str | None, key: str) -> Path:
-    """``<runs>/<task>/<model>_<pipeline or dense>_<first 10 of key>``; other characters in names become ``-``."""
+    """``<runs>/<task>/<model>_<pipeline or dense>_<first 10 of key>``; other characters in names become ``-``.
+
+    The key decides: where a folder has it under other names, that one is meant.
+    """
     names = [re.sub(r"[^\w.+-]+", "-", name) for name in (task, model, pipeline or "dense")]
-    return runs_root() / names[0] / f"{names[1]}_{names[2]}_{key[:10]}"
+    folder = runs_root() / names[0] / f"{names[1]}_{names[2]}_{key[:10]}"
+    with on_disk(folder):
+        return folder if folder.exists() else min(folder.parent.glob(f"*_{key[:10]}"), default=folder)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file in one step: a reader sees the old text or the new one, also after a power failure."""
+@contextmanager
+def on_disk(path: Path) -> Iterator[None]:
+    """Turn what the file system refuses about ``path`` inside the block into ``RunFailed`` with a repair."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            repair = "free some space and run the same command again, finished samples are kept"
+            raise RunFailed(f"disk full: cannot write {path}; {repair}") from error
+        repair = "run the same command again where HIPEXP_RUNS is a folder that can be read and written"
+        raise RunFailed(f"cannot use {path} ({error.strerror or error}); {repair}") from error
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it."""
+    with on_disk(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A scratch file that takes the place of ``path`` when the block is done."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(scratch, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    except OSError as error:
-        raise disk_error(error, path) from error
+        with on_disk(path):
+            yield scratch
+            scratch.replace(path)
     finally:
         with suppress(OSError):
             scratch.unlink()
 
 
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one step: a reader sees the old text or the new one, also after a power failure."""
+    with replacing(path) as scratch, open(scratch, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def write_json(path: Path, data: Any) -> None:
     """Replace a file by ``data`` as JSON; not-a-number is refused with ``ValueError``."""
-    write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, _json(data))
+
+
+def _json(data: Any) -> str:
+    return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What a JSON file of a run folder holds; empty if there is none yet."""
+    """What a JSON file of a run folder holds; empty if there is none yet, or, with a word in the log, if it is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(data, dict):
+            return data
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-
-
-def disk_error(error: OSError, path: Path) -> Exception:
-    """A full disk in words; any other error as it is."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return RunFailed(f"disk full: cannot write {path}; free some space and run the same command again, finished samples are kept")
-    return error
+    except (OSError, ValueError):
+        pass
+    LOG.warning("%s is damaged and counts as missing", path)
+    return {}
 
 
 def classify(error: BaseException) -> str:
@@ -90,7 +135,7 @@ def classify(error: BaseException) -> str:
         return "interrupted"
     if isinstance(error, ConfigError):
         return "bad_config"
-    if isinstance(error, DataMissing | FileNotFoundError):
+    if isinstance(error, DataMissing):
         return "data_missing"
     # torch.OutOfMemoryError on a GPU; a RuntimeError with these words from torch's allocator on a CPU.
     words = str(error).lower()
@@ -101,48 +146,79 @@ def classify(error: BaseException) -> str:
 
 
 def parse_rows(data: bytes) -> tuple[list[dict[str, Any]], int]:
-    """The complete lines of a ``samples.jsonl`` and how many damaged or torn ones there are besides."""
+    """The first whole line of each sample of a ``samples.jsonl``, and how many torn, damaged or repeated lines there are besides."""
     *lines, torn = data.split(b"\n")
-    rows, damaged = [], int(bool(torn))
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
     for line in lines:
-        try:
-            row = json.loads(line)
-            row["subtask"], row["sample"]
-            rows.append(row)
-        except (ValueError, TypeError, KeyError):
-            damaged += 1
-    return rows, damaged
+        with suppress(ValueError):
+            row = json.loads(line, parse_float=_finite, parse_constant=_finite)
+            if is_row(row):
+                rows.setdefault((row["subtask"], row["sample"]), row)
+    return list(rows.values()), len(lines) - len(rows) + bool(torn)
+
+
+def is_row(row: Any) -> bool:
+    """Whether a line holds every field of a finished sample, each of its type."""
+    if not isinstance(row, dict) or "score" not in row:
+        return False
+    kinds = TIMED if row["score"] is None else SCORED
+    if not all(name in row and type(row[name]) in kind for name, kind in kinds.items()):
+        return False
+    return kinds is SCORED or (row["steps_ms"] != [] and all(type(ms) in NUMBER for ms in row["steps_ms"]))
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not finite")
+    return number
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
     """The finished samples of a run, in the order they were done; safe to call while it runs."""
     try:
         return parse_rows((folder / "samples.jsonl").read_bytes())[0]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 
 def is_done(folder: Path, key: str) -> bool:
     """Whether the run of this key is complete in ``folder``."""
     status = read_json(folder / "status.json")
-    return status.get("state") == "done" and status.get("run_key") == key and (folder / "summary.json").exists()
+    if status.get("state") != "done" or status.get("run_key") != key:
+        return False
+    return (folder / "samples.jsonl").is_file() and read_json(folder / "summary.json").get("run_key") == key
 
 
 class Ledger:
     """A run folder held by this process; made by ``open_ledger``.
 
-    ``rows`` are the finished samples; ``dropped`` counts lines that an earlier stop damaged and that are to be done again.
+    ``rows`` are the finished samples; ``dropped`` counts lines that do not count: damaged, repeated, or of a sample that
+    the run does not have.
     """
 
     def __init__(self, folder: Path, key: str):
         self.folder, self.key = folder, key
         self._path = folder / "samples.jsonl"
         self._check_key()
-        data = self._path.read_bytes() if self._path.exists() else b""
+        with on_disk(self._path):
+            data = self._path.read_bytes() if self._path.exists() else b""
         self.rows, self.dropped = parse_rows(data)
         self._finished = {(row["subtask"], row["sample"]) for row in self.rows}
         if self.dropped:
-            write_text(self._path, "".join(map(_line, self.rows)))
+            self._rewrite()
+
+    def _rewrite(self) -> None:
+        write_text(self._path, "".join(map(_line, self.rows)))
+
+    def keep(self, samples: Collection[tuple[str, int]]) -> None:
+        """Drop the lines of all other samples: they are none of this run."""
+        strange = self._finished - set(samples)
+        if strange:
+            self.rows = [row for row in self.rows if (row["subtask"], row["sample"]) not in strange]
+            self._finished -= strange
+            self.dropped += len(strange)
+            self._rewrite()
 
     def _check_key(self) -> None:
         found = read_json(self.folder / "status.json").get("run_key", self.key)
@@ -161,19 +237,20 @@ class Ledger:
     def append(self, row: dict[str, Any]) -> None:
         """Store a finished sample; when this returns it is on the disk. Raises ``RunFailed`` when the disk is full."""
         data = _line(row).encode()
-        file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            size = os.fstat(file).st_size
+        with on_disk(self._path):
+            file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
-                if os.write(file, data) < len(data):
-                    raise OSError(errno.ENOSPC, "short write")
-                os.fsync(file)
-            except OSError as error:
-                with suppress(OSError):
-                    os.ftruncate(file, size)
-                raise disk_error(error, self._path) from error
-        finally:
-            os.close(file)
+                size = os.fstat(file).st_size
+                try:
+                    if os.write(file, data) < len(data):
+                        raise OSError(errno.ENOSPC, "short write")
+                    os.fsync(file)
+                except OSError:
+                    with suppress(OSError):
+                        os.ftruncate(file, size)
+                    raise
+            finally:
+                os.close(file)
         self.rows.append(row)
         self._finished.add((row["subtask"], row["sample"]))
 
@@ -184,7 +261,16 @@ class Ledger:
     def status(self, state: str, **more: Any) -> None:
         """Replace ``status.json``: ``state`` is running, done or failed; ``more`` holds class and message of a failure."""
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        write_json(self.folder / "status.json", {"state": state, "run_key": self.key, "updated": now, "finished": len(self.rows), **more})
+        text = _json({"state": state, "run_key": self.key, "updated": now, "finished": len(self.rows), **more})
+        path = self.folder / "status.json"
+        try:
+            write_text(path, text)
+        except RunFailed:
+            if state != "failed":
+                raise
+            # A full disk has no room for a new file, but the old one has its block.
+            with on_disk(path), open(path, "r+b", buffering=0) as file:
+                file.truncate(file.write(text.encode()))
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -192,14 +278,14 @@ def _line(row: dict[str, Any]) -> str:
 
 
 @contextmanager
-def open_ledger(folder: Path, key: str, say: Say) -> Iterator[Ledger]:
-    """Hold a run folder: other processes wait (and ``say`` so) until this one leaves it.
+def open_ledger(folder: Path, key: str) -> Iterator[Ledger]:
+    """Hold a run folder: other processes wait (and log so) until this one leaves it.
 
     While it is held, log records go to ``log.txt``, SIGTERM becomes ``Interrupted``, and an error that leaves the block is
     written to ``status.json`` with its class.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with stoppable(), locked(folder / ".lock", say), logging_to(folder / "log.txt"):
+    make_folder(folder)
+    with stoppable(), locked(folder / ".lock"), logging_to(folder / "log.txt"):
         ledger = Ledger(folder, key)
         try:
             yield ledger
@@ -214,24 +300,32 @@ def _record_failure(ledger: Ledger, error: BaseException) -> None:
     LOG.error("failed (%s): %s", kind, message, exc_info=error if kind == "error" and not isinstance(error, RunFailed) else None)
     try:
         ledger.status("failed", **{"class": kind, "message": message})
-    except (OSError, RunFailed) as second:
+    except RunFailed as second:
         LOG.error("could not write status.json: %s", second)
 
 
 @contextmanager
-def locked(path: Path, say: Say) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on ``path``; the operating system gives it up when the process dies, however it dies."""
-    with open(path, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            say(f"{path.parent} is being run by {file.read().strip() or 'another process'}; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+    with on_disk(path):
+        file = open(path, "a+b", buffering=0)
+    with file:
+        with on_disk(path):
+            _wait_for(file, path)
+        with suppress(OSError):  # who holds it is good to know, and no more
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
+
+
+def _wait_for(file: FileIO, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().decode(errors="replace").strip() or "another process"
+        LOG.warning("%s is being run by %s; waiting for it", path.parent, holder)
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def is_held(folder: Path) -> bool:
@@ -240,10 +334,10 @@ def is_held(folder: Path) -> bool:
         with open(folder / ".lock", "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return False
-    except FileNotFoundError:
-        return False
     except BlockingIOError:
         return True
+    except OSError:
+        return False
 
 
 @contextmanager
@@ -263,10 +357,26 @@ def stoppable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+class LogFile(logging.FileHandler):
+    """A log that cannot break a run: what does not fit on the disk is lost."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
 @contextmanager
 def logging_to(path: Path) -> Iterator[None]:
     """Append hipexp's log records to ``path`` inside the block."""
-    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    handler = LogFile(path, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     before = LOG.level
     LOG.addHandler(handler)

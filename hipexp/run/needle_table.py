@@ -57,9 +57,9 @@ SPECS = (
     Spec("3stage", 8, PAIRS, 40, EVERY_STEP),
     Spec("3stage", 8, PAIRS, 40, EXACT_SCORES),
     Spec("dense", 1, SUBTASKS, 20, (HELDOUT,)),
-    Spec("3stage", 8, SUBTASKS, 20, (*HIP, HELDOUT)),
-    Spec("3stage without its layer group", 8, SUBTASKS, 20, NO_GROUP),
-    *(Spec("3stage", times, SUBTASKS, 20, HIP) for times in (1, 2, 4)),
+    Spec("3stage", 8, SUBTASKS, 10, (*HIP, HELDOUT)),
+    Spec("3stage without its layer group", 8, SUBTASKS, 10, NO_GROUP),
+    *(Spec("3stage", times, SUBTASKS, 10, HIP) for times in (1, 2, 4)),
     *(Spec("3stage without its layer group", times, SUBTASKS, 10, NO_GROUP) for times in (1, 2, 4)),
     *(Spec("dense", times, SUBTASKS, 10) for times in (2, 4)),
 )

@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hipexp.config.check import check_layers
 from hipexp.config.convert import to_plain
-from hipexp.config.model import read_facts
-from hipexp.config.schema import Experiment, Model, Task
+from hipexp.config.schema import Experiment, Model
 from hipexp.report.tables import text_table
 from hipexp.run import environment
-from hipexp.run.identity import key_of, model_revision
-from hipexp.run.ledger import Ledger, Say, is_done, open_ledger, read_json, read_rows, run_folder
+from hipexp.run.identity import facts_of, key_of, model_revision
+from hipexp.run.ledger import Ledger, is_done, open_ledger, read_json, read_rows, run_folder
 from hipexp.run.strategy import describe
 from hipexp.suites.sample import Item, ProtocolCard, Sample, Suite
 from hipexp.track import Tracker, open_trackers
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("hipexp")
 Load = Callable[[Model], "Loaded"]
+Say = Callable[[str], None]
 EXACT = "exact everywhere: nothing was pruned"
 
 
@@ -70,21 +71,23 @@ def execute(experiment: Experiment, load: Load | None = None, say: Say = lambda 
     """
     key, folder = key_of(experiment), folder_of(experiment)
     if is_done(folder, key):
-        _tell_sweep(experiment, folder)
+        _tell_sweep(experiment, folder, say)
         return folder
-    with open_ledger(folder, key, say) as ledger:
+    with open_ledger(folder, key) as ledger:
         if not ledger.done:
             _run(experiment, ledger, load, say)
     return folder
 
 
-def _tell_sweep(experiment: Experiment, folder: Path) -> None:
+def _tell_sweep(experiment: Experiment, folder: Path, say: Say) -> None:
     """A sweep agent waits for numbers even when the ledger has had them all along."""
     if experiment.track.name == "local":
         return
     from hipexp.track.wandb import in_sweep
 
-    if in_sweep():
+    if not in_sweep():
+        say(f"wandb is told nothing: this result is stored already; to run it again for wandb, move {folder} away")
+    else:
         with following(experiment, folder, read_json(folder / "card.json")) as trackers:
             summary = read_json(folder / "summary.json")
             for tracker in trackers:
@@ -96,12 +99,18 @@ def _run(experiment: Experiment, ledger: Ledger, load: Load | None, say: Say) ->
 
     ledger.status("running")
     ledger.write("config.yaml", environment.to_yaml(resolved(experiment)))
-    if ledger.dropped:
-        say(f"{ledger.dropped} damaged line(s) left by an earlier stop: those samples are done again")
+    facts = facts_of(experiment.model)
+    check_layers(experiment, facts)
     if load is None:
-        refuse_lengths(experiment)
+        open_suite_for(experiment, load_tokenizer(experiment.model), facts.trained_tok)  # refuses lengths before any weights load
     loaded = (load or load_model)(experiment.model)
-    suite = None if experiment.task.name == "latency" else open_suite_for(experiment, loaded)
+    suite = open_suite_for(experiment, loaded.tokenizer, loaded.trained_tok)
+    if suite is None:
+        ledger.keep([(one.subtask, one.repeat) for one in latency.points(experiment, loaded.trained_tok)])
+    else:
+        ledger.keep([(item.subtask, item.index) for item in suite.items()])
+    if ledger.dropped:
+        say(f"{ledger.dropped} line(s) dropped that are damaged, repeated or of no sample of this run: what is missing is done again")
     strategy = describe(experiment.pipeline, loaded.n_layers)
     say("\n".join(strategy))
     if ledger.rows:
@@ -132,23 +141,26 @@ def load_model(model: Model) -> Loaded:
     return hf.load(model)
 
 
-def refuse_lengths(experiment: Experiment) -> None:
-    """Refuse prompts that are too short for their frame, by the tokenizer alone, before any weights load. Raises ``ConfigError``."""
+def load_tokenizer(model: Model) -> Any:
+    """The tokenizer of a configuration's model, without its weights."""
     from hipexp import hf
+
+    return hf.load_tokenizer(model)
+
+
+def open_suite_for(experiment: Experiment, tokenizer: Any, trained_tok: int) -> Suite | None:
+    """The suite of an experiment, for the tokenizer and the trained length of its model; None for latency.
+
+    Raises ``ConfigError`` for a length that is too short for a sample's frame.
+    """
+    from hipexp.run import latency
     from hipexp.suites import open_suite
     from hipexp.suites.sample import LineEncoder
 
-    facts = read_facts(experiment.model)
-    if experiment.task.name != "latency" and facts is not None:
-        open_suite(experiment.task, LineEncoder(hf.load_tokenizer(experiment.model)), facts.trained_tok, experiment.seed)
-
-
-def open_suite_for(experiment: Experiment, loaded: Loaded) -> Suite:
-    """The suite of an experiment, for the tokenizer and the trained length of its model."""
-    from hipexp.suites import open_suite
-    from hipexp.suites.sample import LineEncoder
-
-    return open_suite(experiment.task, LineEncoder(loaded.tokenizer), loaded.trained_tok, experiment.seed)
+    if experiment.task.name == "latency":
+        latency.check_lengths(experiment, LineEncoder(tokenizer), trained_tok)
+        return None
+    return open_suite(experiment.task, LineEncoder(tokenizer), trained_tok, experiment.seed)
 
 
 @contextmanager
@@ -396,9 +408,10 @@ def dense_command(experiment: Experiment, overrides: Sequence[str] | None) -> st
 
 def overrides_of(experiment: Experiment) -> list[str]:
     """Overrides that give model, task and seed of an experiment, as far as they differ from the defaults."""
-    words = [f"model={experiment.model.name}", f"task={experiment.task.name}"]
-    for field in dataclasses.fields(Task):
-        value = getattr(experiment.task, field.name)
-        if field.name != "name" and value != field.default:
-            words.append(f"task.{field.name}={str(value).replace(' ', '')}")
+    words = ["model=hf", f"task={experiment.task.name}"]
+    for group, part in (("model", experiment.model), ("task", experiment.task)):
+        for field in dataclasses.fields(part):
+            value = getattr(part, field.name)
+            if field.name != "name" and value != field.default:
+                words.append(f"{group}.{field.name}={str(value).replace(', ', ',')}")
     return words + ([f"seed={experiment.seed}"] if experiment.seed else [])

@@ -8,7 +8,7 @@ from typing import Any
 from hipexp.config.compose import compose, conf_dir
 from hipexp.config.schema import ConfigError
 from hipexp.report.tables import MISSING, text_table
-from hipexp.run.ledger import runs_root, write_text
+from hipexp.run.ledger import make_folder, runs_root, write_text
 from hipexp.run.several import Named, run_all, trained_length
 
 
@@ -17,11 +17,10 @@ def read_table(name: str) -> dict[str, Any]:
     import yaml
 
     folder = conf_dir() / "experiment"
-    path = folder / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
-        raise ConfigError(f"repro {name}: there is no such table; known: {known}")
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in known:
+        raise ConfigError(f"repro {name}: there is no such table; use one of {', '.join(known)}")
+    return yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
 def read_arguments(argv: list[str]) -> tuple[str, str, list[str]]:
@@ -88,7 +87,7 @@ def main(argv: list[str]) -> int:
     run_all(list(runs.values()))
     text = page(table, runs, trained_length(next(iter(runs.values())).experiment.model))
     path: Path = runs_root() / "repro" / f"{name}_{size}.txt"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_text(path, text + "\n")
     print(text)
     print(path)

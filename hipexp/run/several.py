@@ -58,4 +58,4 @@ def run_all(points: Sequence[Named], load: Load | None = None) -> None:
     load = load or load_once()
     for number, point in enumerate(todo, 1):
         print(f"[{number}/{len(todo)}] {point.name}", flush=True)
-        execute(point.experiment, load, say=lambda text: print(f"    {text}", flush=True) if "waiting" in text else None)
+        execute(point.experiment, load)

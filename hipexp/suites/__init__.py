@@ -19,6 +19,14 @@ def check_task(task: Task) -> None:
         infbench.check_subtasks(task.subtasks or [])
 
 
+def lengths_of(task: Task, trained_tok: int) -> dict[str, int]:
+    """The prompt lengths of a task that has several, by the key that sets each: 1, 2 and 4 times the trained length if none is named."""
+    if task.length_tok is not None:
+        return {"task.length_tok": task.length_tok}
+    lengths_tok = task.lengths_tok or [times * trained_tok for times in (1, 2, 4)]
+    return {f"task.lengths_tok[{number}]": length_tok for number, length_tok in enumerate(lengths_tok)}
+
+
 def open_suite(task: Task, encode: Encode, trained_tok: int, seed: int) -> Suite:
     """The suite that ``task`` names, ready to make samples for the tokenizer behind ``encode``.
 
@@ -39,6 +47,5 @@ def _open(task: Task, encode: Encode, trained_tok: int, seed: int) -> Suite:
     if task.name == "infbench":
         length_tok = 2 * trained_tok if task.length_tok is None else task.length_tok
         return InfBench(tuple(task.subtasks or ()), task.samples, length_tok, encode, seed, task.wording)
-    lengths = task.lengths_tok or ([task.length_tok] if task.length_tok else [n * trained_tok for n in (1, 2, 4)])
     depths = list(DEPTHS) if task.depths is None else task.depths
-    return PasskeyGrid(lengths, depths, task.samples, encode, seed, task.wording)
+    return PasskeyGrid(lengths_of(task, trained_tok), depths, task.samples, encode, seed, task.wording)

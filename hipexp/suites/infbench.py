@@ -192,11 +192,11 @@ def pairs_prompt(words: Wording, pairs: list[tuple[str, str]], asked: str) -> st
     return f"{words.intro}\n{{{body}}}\n{words.question.format(key=asked)}\n{words.prefix.format(key=asked)}"
 
 
-def too_short(subtask: str, length_tok: int, frame_tok: int, max_new_tok: int) -> ConfigError:
-    """The refusal of a length that does not hold a sample's frame."""
+def too_short(subtask: str, length_tok: int, frame_tok: int, new_tok: int, key: str = "task.length_tok") -> ConfigError:
+    """The refusal of a length that does not hold a sample's frame and what is generated after it."""
     return ConfigError(
-        f"task.length_tok={length_tok} is too short for {subtask}: its frame takes {frame_tok} tokens and its answer up to {max_new_tok}; "
-        f"use at least {frame_tok + max_new_tok}"
+        f"{key}={length_tok} is too short for {subtask}: its frame takes {frame_tok} tokens and what is generated up to {new_tok}; "
+        f"use at least {frame_tok + new_tok}"
     )
 
 
@@ -252,14 +252,16 @@ def pairs_sample(index: int, count: int, length_tok: int, encode: Encode, rng: r
     return Sample("kv_retrieval", index, text, encode(text), [pairs[asked][1]], max_new_tok, length_tok, meta=meta)
 
 
-def check_length(subtask: str, length_tok: int, encode: Encode, wording: str = "default") -> None:
-    """Raise ``ConfigError`` if a sample of ``length_tok`` tokens has no room for its frame and one pair or key."""
+def check_length(
+    subtask: str, length_tok: int, encode: Encode, wording: str = "default", key: str = "task.length_tok", more_tok: int = 0
+) -> None:
+    """Raise ``ConfigError``, naming ``key``, if ``length_tok`` has no room for a frame, one pair or key, an answer and ``more_tok``."""
     kind, rng = KINDS[subtask], seeded("frame", subtask)
-    words, key = kind.wording[wording], kind.draw(rng)
-    frame = pairs_prompt(words, [(key, kind.draw(rng))], key) if subtask == "kv_retrieval" else digits_prompt(words, key, 0, 0)
-    max_new_tok = new_token_limit(subtask, encode, wording)
-    if len(encode(frame)) + max_new_tok > length_tok:
-        raise too_short(subtask, length_tok, len(encode(frame)), max_new_tok)
+    words, needle = kind.wording[wording], kind.draw(rng)
+    frame = pairs_prompt(words, [(needle, kind.draw(rng))], needle) if subtask == "kv_retrieval" else digits_prompt(words, needle, 0, 0)
+    frame_tok, new_tok = len(encode(frame)), new_token_limit(subtask, encode, wording) + more_tok
+    if frame_tok + new_tok > length_tok:
+        raise too_short(subtask, length_tok, frame_tok, new_tok, key)
 
 
 def make_sample(subtask: str, index: int, count: int, length_tok: int, encode: Encode, seed: int = 0, wording: str = "default") -> Sample:

@@ -12,12 +12,16 @@ def subtask_name(length_tok: int) -> str:
 
 
 class PasskeyGrid:
-    """``samples`` pass keys at each of ``depths`` (0 to 1) and ``lengths_tok``; sample ``i`` uses depth ``i // samples``."""
+    """``samples`` pass keys at each of ``depths`` (0 to 1) and of ``lengths``; sample ``i`` uses depth ``i // samples``.
 
-    def __init__(self, lengths_tok: list[int], depths: list[float], samples: int, encode: Encode, seed: int, wording: str):
-        self.lengths_tok, self.depths, self.samples = list(lengths_tok), list(depths), samples
+    ``lengths`` are by the key that set them, see ``hipexp.suites.lengths_of``.
+    """
+
+    def __init__(self, lengths: dict[str, int], depths: list[float], samples: int, encode: Encode, seed: int, wording: str):
+        self.lengths_tok, self.depths, self.samples = list(lengths.values()), list(depths), samples
         self.encode, self.seed, self.wording = encode, seed, infbench.check_wording(wording)
-        infbench.check_length("passkey", min(lengths_tok), encode, wording)
+        for key, length_tok in lengths.items():
+            infbench.check_length("passkey", length_tok, encode, wording, key)
 
     def items(self) -> list[Item]:
         return [Item(subtask_name(n), index, n) for n in self.lengths_tok for index in range(len(self.depths) * self.samples)]

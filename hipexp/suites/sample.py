@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -149,9 +149,3 @@ def largest_fit(count: Callable[[int], int], room_tok: int, first_guess: int) ->
         middle = (low + high) // 2
         low, high = (middle, high) if count(middle) <= room_tok else (low, middle)
     return low
-
-
-def by_subtask(items: list[Item]) -> Iterator[tuple[str, list[Item]]]:
-    """Group neighbouring items of the same subtask."""
-    for name, group in itertools.groupby(items, key=lambda item: item.subtask):
-        yield name, list(group)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
-from hipexp.config.schema import ConfigError, Track
+from hipexp.config.schema import Track
 
 
 class Tracker(Protocol):
@@ -22,13 +22,11 @@ class Tracker(Protocol):
 
 
 def open_trackers(track: Track) -> list[Tracker]:
-    """The trackers of a run: the local one, and the one ``track`` names. Raises ``ConfigError`` for an unknown one."""
+    """The trackers of a run: the local one, and the one ``track`` names."""
     from hipexp.track.local import LocalTracker
 
     if track.name == "local":
         return [LocalTracker()]
-    if track.name == "wandb":
-        from hipexp.track.wandb import WandbTracker
+    from hipexp.track.wandb import WandbTracker
 
-        return [LocalTracker(), WandbTracker(track)]
-    raise ConfigError(f"track={track.name} is unknown; use local or wandb")
+    return [LocalTracker(), WandbTracker(track)]

@@ -38,6 +38,14 @@ def test_split_keeps_the_queries():
     assert blocks.first.tolist() == list(range(0, 64, 8)) and torch.equal(blocks.rows(blocks.q), q)
 
 
+@given(begin=st.integers(0, 40), count=st.integers(1, 50), size=st.sampled_from([1, 2, 8]))
+def test_split_leaves_out_what_is_past_the_end(begin, count, size):
+    q, whole = torch.randn(2, count, 3), QueryBlocks.cut(torch.zeros(2, count, 3), begin, 16)
+    blocks = QueryBlocks.cut(q, begin, 16).split(size)
+    assert blocks.first.tolist() == list(range(int(whole.first[0]), begin + count, size))
+    assert blocks.q.shape == (2, len(blocks.first), size, 3) and torch.equal(blocks.rows(blocks.q), q)
+
+
 @pytest.mark.parametrize("n", [0, 1, 2])
 def test_from_block(n):
     blocks = QueryBlocks.cut(torch.randn(1, 20, 2), 5, 8).from_block(n)

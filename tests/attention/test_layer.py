@@ -2,11 +2,16 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
+from hipexp_kernels import attend_blocks
+from hipexp_kernels.rope import AttendRotation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import brute
+import plain
 from hipexp.attention import LayerAttention, Memory
 from hipexp.attention.blocks import QueryBlocks
 from hipexp.attention.methods import hip
@@ -58,48 +63,109 @@ def dense(q, k, v, begin):
     return logits.masked_fill(hidden, float("-inf")).softmax(-1) @ v
 
 
-def plain_select(p, q, k, first, size, end):
-    """The method for one block, written out with Python lists: relative rotation, descent, shared heads."""
-    made, group = p.stages if size > 1 else p.decode, q.shape[0] // k.shape[0]
-    scan = p.window_tok - made[0].chunk_tok
-    cos, sin = cos_sin(torch.arange(scan + 2))
+def of_brute(rotary, trained):
+    """Tables with an attention factor, as YaRN has one."""
 
-    def turn(x, at):
-        a, b = x[: D // 2], x[D // 2 :]
-        return torch.cat([a * cos[at] - b * sin[at], b * cos[at] + a * sin[at]])
+    def cos_sin(positions):
+        table = brute.rope_table(int(positions.max()) + 1, rotary)
+        return table.cos[positions], table.sin[positions]
 
-    chunks = [s for s in range(p.sink_tok, first, made[0].chunk_tok) if s <= first - scan]
-    for i, stage in enumerate(made):
-        stride = stage.query_stride_tok if size > 1 else 1
-        score = []
-        for start in chunks:
-            best = -1e30
-            for h in range(q.shape[0]):
-                rows = [q[h, r : min(r + stride, end)].mean(0) * D**-0.5 for r in range(0, end, stride)]
-                left, right = start, min(start + stage.chunk_tok, first)
-                while right - left > 1:
-                    mid = (left + right) // 2
-                    a = max(float(turn(x, scan + 1) @ k[h // group, (left + mid) // 2]) for x in rows)
-                    b = max(float(turn(x, scan) @ k[h // group, (mid + right) // 2]) for x in rows)
-                    left, right, best = (left, mid, max(best, a, b)) if a > b else (mid, right, max(best, a, b))
-            score.append(best)
-        kept = sorted(sorted(range(len(chunks)), key=lambda c: -score[c])[: stage.keep_tok // stage.chunk_tok])
-        chunks = [chunks[c] for c in kept]
-        if i + 1 < len(made):
-            chunks = [s + t for s in chunks for t in range(0, stage.chunk_tok, made[i + 1].chunk_tok) if s + t < first]
-    return chunks
+    return RopeTables(cos_sin, trained)
 
 
-@pytest.mark.parametrize("T", [300, 331])
-def test_selection_is_the_plain_method(T):
-    p = plan()
-    q, k, _ = random_qkv(T)
-    blocks = QueryBlocks.cut(q, 0, 16)
-    late = blocks.from_block(8)
-    selection = hip.select(p, p.stages, late, k, tables(), D**-0.5, None)
-    for n, first in enumerate(late.first.tolist()):
-        expected = plain_select(p, q[:, first : first + 16], k, first, 16, min(16, T - first))
-        assert selection.blocks[0, n, : selection.counts[0, n]].tolist() == expected
+@st.composite
+def layers(draw, strategy):
+    """A plan, random queries, keys and values of a sequence, rotated dimensions and trained length."""
+    width, rotary = draw(st.sampled_from([(8, 8), (8, 6), (10, 4)]))
+    (K, G), T = draw(st.sampled_from([(1, 1), (1, 3), (2, 1), (2, 2)])), draw(st.integers(120, 220))
+    sizes = draw(st.sampled_from([(32, 8, 4), (16, 8, 8), (32, 4, 1), (16, 8, 2)]))
+    keep = draw(st.integers(2, 5)) * sizes[0]
+
+    def drawn(last_keep, last_block):
+        representatives = [draw(st.sampled_from(list(Representative))) for _ in sizes]
+        numbers = (keep, 16, 4, 6), (32, 16, draw(st.sampled_from([1, 4])), 3), (last_keep, last_block, 1, 2)
+        return [Stage(c, *n, r, strategy) for c, n, r in zip(sizes, numbers, representatives, strict=True)]
+
+    prefill, decode = drawn(16, draw(st.sampled_from([16, 8]))), drawn(draw(st.sampled_from([16, 24])), 16)
+    plan = LayerPlan(
+        0, prefill, decode, sink_tok=draw(st.sampled_from([0, 8, 16])), window_tok=draw(st.sampled_from([16, 32, 48])),
+        heads=draw(st.sampled_from(list(Heads))), attend=draw(st.sampled_from(list(AttendRope))), groups=[],
+    )  # fmt: skip
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    return plan, *(rng.standard_normal((n, T, width)) for n in (K * G, K, K)), rotary, draw(st.sampled_from([64, 100, 4096]))
+
+
+def fp32(*arrays):
+    return (torch.from_numpy(x).float() for x in arrays)
+
+
+@pytest.mark.parametrize("strategy", list(PruneRope))
+@given(data=st.data())
+@settings(max_examples=20)
+def test_selection_is_the_plain_method(strategy, data):
+    p, q, k, _, rotary, trained = data.draw(layers(strategy))
+    n = data.draw(st.integers(3, (q.shape[1] - 1) // 16))
+    queries, keys = fp32(q, k)
+    selection = hip.select(p, p.stages, QueryBlocks.cut(queries, 0, 16).from_block(n), keys, of_brute(rotary, trained), 0.3, None)
+    last = p.stages[-1].query_block_tok
+    for at in range(16 * n, min(16 * (n + 1), q.shape[1]), last):
+        for s, (own_q, own_k) in enumerate(plain.lists(p, q, k)):
+            chosen = selection.blocks[s, (at - 16 * n) // last, : selection.counts[s, (at - 16 * n) // last]]
+            assert chosen.tolist() == plain.select(p, p.stages, own_q, own_k, at, rotary, trained)
+
+
+def attention_of(p, rotary, trained, softcap):
+    rotates = p.stages[0].rope is not PruneRope.none
+    return LayerAttention(p, "hip", of_brute(rotary, trained) if rotates else None, 0.3, softcap)
+
+
+@pytest.mark.parametrize("strategy", list(PruneRope))
+@given(data=st.data(), softcap=st.sampled_from([None, 2.0]))
+@settings(max_examples=10)
+def test_prefill_is_the_plain_method(strategy, data, softcap):
+    p, q, k, v, rotary, trained = data.draw(layers(strategy))
+    out = attention_of(p, rotary, trained, softcap)(*fp32(q, k, v), 0)
+    size = p.stages[-1].query_block_tok
+    first = data.draw(st.integers(0, (q.shape[1] - 1) // size)) * size
+    exact = first + size <= p.sink_tok + p.window_tok + p.stages[-1].keep_tok
+    chosen = [[] if exact else plain.select(p, p.stages, *own, first, rotary, trained) for own in plain.lists(p, q, k)]
+    expected = plain.attend(p, p.stages, q, k, v, first, size, chosen, exact, rotary, trained, 0.3, softcap)
+    np.testing.assert_allclose(out[:, first : first + size], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", list(PruneRope))
+@given(data=st.data(), steps=st.integers(1, 14), softcap=st.sampled_from([None, 2.0]))
+@settings(max_examples=10)
+def test_decode_through_refreshes_is_the_plain_method(strategy, data, steps, softcap):
+    """Every step from the chunks that stages have remembered, decode stages of their own, across the boundary of what fits."""
+    p, q, k, v, rotary, trained = data.draw(layers(strategy))
+    budget = p.sink_tok + p.window_tok + p.decode[-1].keep_tok
+    end = data.draw(st.sampled_from([q.shape[1], min(q.shape[1], max(budget + 3, steps + 1))]))
+    q, k, v = (x[:, :end] for x in (q, k, v))
+    attention = attention_of(p, rotary, trained, softcap)
+    out, memory = decode(p, *fp32(q, k, v), end - steps, attention)
+    assert memory.step == steps and attention.pruned_blocks == sum(at >= budget for at in range(end - steps, end))
+    own = plain.lists(p, q, k)
+    remembered, chosen = [{} for _ in own], None
+    for step, at in enumerate(range(end - steps, end)):
+        due = 0 if chosen is None else next((i for i, stage in enumerate(p.decode) if step % stage.refresh_steps == 0), 3)
+        if at >= budget and due < 3:
+            chosen = [plain.select(p, p.decode, *x, at, rotary, trained, kept, due) for x, kept in zip(own, remembered, strict=True)]
+        expected = plain.attend(
+            p, p.decode, q, k[:, : at + 1], v[:, : at + 1], at, 1, chosen or [[]], at < budget, rotary, trained, 0.3, softcap
+        )
+        np.testing.assert_allclose(out[:, at - end], expected[:, 0], atol=1e-4)
+
+
+@pytest.mark.parametrize("sink", [0, 8])
+@pytest.mark.parametrize("window", [16, 32, 64])
+@given(begin=st.integers(0, 300), count=st.integers(1, 60))
+def test_candidates_of_the_first_stage(sink, window, begin, count):
+    p = dataclasses.replace(plan(), sink_tok=sink, window_tok=window)
+    queries = QueryBlocks.cut(torch.zeros(1, count, 1), begin, 1)
+    starts, counts = hip.first_candidates(queries, sink, max(0, window - 32), 32)
+    for first, n in zip(range(begin, begin + count), counts[0], strict=True):
+        assert starts[0, 0, :n].tolist() == plain.first_candidates(p, p.stages, first)
 
 
 @given(T=st.integers(130, 420), heads=st.sampled_from(list(Heads)), rope=st.sampled_from([r for r in PruneRope if r is not PruneRope.none]))
@@ -125,20 +191,24 @@ def test_equal_to_dense_when_everything_fits(T, attend):
     assert one.pruned_blocks == 0
 
 
+@pytest.mark.parametrize("steps", [False, True])
+@pytest.mark.parametrize("spare", [0, 1])
+def test_exact_up_to_the_last_token_that_fits(steps, spare):
+    """Sinks, window and final budget hold 112 tokens, or 111: the last position of the block 96..111 is then one too far."""
+    p = dataclasses.replace(plan(), window_tok=71 + spare)
+    q, k, v = random_qkv(112)
+    one = layer(p)
+    out = one(q[:, 111:], k, v, 111, Memory()) if steps else one(q, k, v, 0)
+    same = torch.allclose(out, dense(q, k, v, 0)[:, -out.shape[1] :], atol=1e-5)
+    assert (one.pruned_blocks, same) == ((0, True) if spare else (1, False))
+
+
 def test_equal_to_dense_when_the_selection_holds_everything():
     """Past the exact path, with budgets that keep all candidates, packed positions are the true ones."""
-    p = plan()
-    for stage in p.stages:
-        stage.keep_tok = 512
-    p = dataclasses.replace(p, sink_tok=8)
+    every = [dataclasses.replace(stage, keep_tok=512) for stage in stages()]
     q, k, v = random_qkv(400)
-    one = layer(p)
-    one.plan.stages[-1].keep_tok = 512
     blocks = QueryBlocks.cut(q, 0, 16)
-    selection = hip.select(p, p.stages, blocks, k, tables(), D**-0.5, None)
-    from hipexp_kernels import attend_blocks
-    from hipexp_kernels.rope import AttendRotation
-
+    selection = hip.select(plan(), every, blocks, k, tables(), D**-0.5, None)
     out, _ = attend_blocks(
         blocks.q, k, v, selection.blocks, selection.counts, blocks.first, torch.zeros(len(blocks.first), dtype=torch.bool),
         block_tok=4, sink_tok=8, window_tok=64, scale=D**-0.5, rotation=AttendRotation("streaming", tables().upto(2048), 256),
@@ -171,17 +241,32 @@ def decode(p, q, k, v, start, attention=None):
     return torch.cat([attention(q[:, t : t + 1], k[:, : t + 1], v[:, : t + 1], t, memory) for t in range(start, q.shape[1])], 1), memory
 
 
-def test_cached_stages_reproduce_the_full_pipeline():
-    """If every query is the same, a stage that starts from its cached input finds what the full pipeline finds, until its input grows."""
-    q, k, v = random_qkv(340)
-    q = q[:, :1].expand(-1, 340, -1).contiguous()
-    cached, every = plan(refresh=(8, 4, 2)), plan(refresh=(1, 1, 1))
-    _, memory = decode(cached, q, k, v, 300)
-    fresh = hip.select(every, every.decode, QueryBlocks.cut(q[:, 339:], 339, 1), k, tables(), D**-0.5, None)
-    mem = Memory(step=2, candidates=dict(memory.candidates), selection=memory.selection)
-    again = hip.select(cached, cached.decode, QueryBlocks.cut(q[:, 339:], 339, 1), k, tables(), D**-0.5, mem)
-    assert torch.equal(again.blocks, memory.selection.blocks)
-    assert fresh.blocks.shape == again.blocks.shape
+@pytest.mark.parametrize("rope", list(PruneRope))
+@pytest.mark.parametrize("heads", list(Heads))
+def test_cached_stages_reproduce_the_full_pipeline(rope, heads):
+    """A stage that starts from its remembered chunks, with the same query, finds bit for bit what the full pipeline finds."""
+    q, k, _ = random_qkv(340)
+    p, query, full = plan(rope, heads), QueryBlocks.cut(q[:, 339:], 339, 1), Memory()
+    fresh = hip.select(p, p.decode, query, k, tables(), D**-0.5, full)
+    for step, due in ((4, 1), (2, 2), (3, 3)):
+        again = Memory(step, dict(full.candidates), full.selection)
+        assert again.first_stage_due(p.decode) == due
+        selection = hip.select(p, p.decode, query, k, tables(), D**-0.5, again)
+        assert torch.equal(selection.blocks, fresh.blocks) and torch.equal(selection.counts, fresh.counts)
+        assert sorted(again.candidates) == [1, 2]
+
+
+@pytest.mark.parametrize("rope", [PruneRope.relative, PruneRope.chunk_indexed])
+def test_steps_with_the_same_query_and_the_same_first_candidates_agree(rope):
+    """Between 296 and 327 no chunk joins the first stage: cached stages and a recomputation at every step select the same."""
+    q, k, _ = random_qkv(328)
+    query, cached, every = q[:, :1], Memory(), Memory()
+    for at in range(296, 328):
+        for memory, refresh in ((cached, (8, 4, 2)), (every, (1, 1, 1))):
+            p = plan(rope, refresh=refresh)
+            hip.select(p, p.decode, QueryBlocks.cut(query, at, 1), k[:, : at + 1], tables(), D**-0.5, memory)
+            memory.step += 1
+        assert torch.equal(cached.selection.blocks, every.selection.blocks)
 
 
 def test_decode_refreshing_every_step_equals_prefill_with_single_query_blocks():
@@ -237,12 +322,14 @@ def test_per_kv_lists_differ_and_shared_lists_do_not():
         assert torch.equal(own[head], alone.blocks[0])
 
 
-def test_smaller_query_blocks_in_later_stages():
+@pytest.mark.parametrize("T", [90, 400, 401])
+def test_smaller_query_blocks_in_later_stages(T):
+    """90 and 401 leave whole small blocks of the last one without a query."""
     p = plan()
     p.stages[2].query_block_tok = 4
-    q, k, v = random_qkv(400)
+    q, k, v = random_qkv(T)
     whole = layer(p)(q, k, v, 0)
-    cut = [layer(p)(q[:, b : b + 80], k[:, : b + 80], v[:, : b + 80], b) for b in range(0, 400, 80)]
+    cut = [layer(p)(q[:, b : b + 80], k[:, : b + 80], v[:, : b + 80], b) for b in range(0, T, 80)]
     assert torch.allclose(torch.cat(cut, 1), whole, atol=1e-6)
 
 

@@ -1,13 +1,15 @@
 """Every mistake is refused with key, value, rule and repair."""
 
+import dataclasses
 import json
+import sys
 
 import pytest
 
-from hipexp.config.check import check_layers, check_model
+from hipexp.config.check import TASKS, check_experiment, check_layers, check_model
 from hipexp.config.compose import compose
 from hipexp.config.model import ModelFacts
-from hipexp.config.schema import ConfigError
+from hipexp.config.schema import ConfigError, Experiment, Model, Task, Track
 
 S3 = "+pipeline=3stage"
 CASES = {
@@ -106,7 +108,43 @@ CASES = {
     "decode steps": (["task=latency", "task.decode_steps=0"], "task.decode_steps=0 must be at least 1; try 1"),
     "length": (["task.length_tok=-5"], "task.length_tok=-5 must be at least 1"),
     "lengths": (["task=passkey", "task.lengths_tok=[0]"], "task.lengths_tok=[0] must hold lengths of at least 1 token; try [8192,16384]"),
-    "no lengths": (["task=passkey", "task.lengths_tok=[]"], "task.lengths_tok=[] must hold lengths"),
+    "no lengths": (["task=passkey", "task.lengths_tok=[]"], "task.lengths_tok=[] must hold a value or more; leave it out"),
+    "no subtasks": (["task.subtasks=[]"], "task.subtasks=[] must hold a value or more; leave it out to let the task choose"),
+    "a length twice": (
+        ["task=passkey", "task.lengths_tok=[8192,16384,8192]"],
+        "task.lengths_tok=[8192, 16384, 8192] must not hold 8192 twice, which would count it twice; leave one of them out",
+    ),
+    "a depth twice": (["task=passkey", "task.depths=[0.5,0,0.50]"], "task.depths=[0.5, 0.0, 0.5] must not hold 0.5 twice"),
+    "one length and several": (
+        ["task=latency", "task.length_tok=8192", "task.lengths_tok=[16384]"],
+        "task.length_tok=8192 must not stand beside task.lengths_tok=[16384]; leave one out",
+    ),
+    "a field of another task": (
+        ["task=passkey", "task.decode_steps=20"],
+        "task.decode_steps=20 is for task=latency; leave it out for task=passkey",
+    ),
+    "a grid for infbench": (
+        ["task.lengths_tok=[8192]"],
+        "task.lengths_tok=[8192] is for task=passkey or latency; leave it out for task=infbench",
+    ),
+    "samples of latency": (["task=latency", "task.samples=3"], "task.samples=3 is for task=infbench or passkey"),
+    "a prefill chunk for a group": (
+        [S3, "pipeline.layers.early.stages.0.query_block_tok=128", "model.prefill_chunk_tok=64"],
+        "model.prefill_chunk_tok=64 must be a multiple of pipeline.layers.early.stages.0.query_block_tok=128; try 128",
+    ),
+    "groups that are nothing": (
+        [S3, "pipeline.layers={}"],
+        "pipeline.layers={} would change nothing; remove a layer group by its name, as in ~pipeline.layers.early",
+    ),
+    "a group that is nothing": (
+        [S3, "pipeline.layers.early=None"],
+        "pipeline.layers.early=None would change nothing; remove a layer group",
+    ),
+    "a removal of nothing": ([S3, "~pipeline.layers.nope"], "'pipeline.layers.nope' does not exist; --cfg job shows what there is"),
+    "an empty number": ([S3, "pipeline.stages.2.keep_tok="], "keep_tok= must be a whole number, as in pipeline.stages.2.keep_tok=1024"),
+    "Hydra's own settings": (["hydra/launcher=joblib"], "hydra/launcher=joblib is about how a sweep is run; add -m, or leave it out"),
+    "several points shown": (["--cfg", "job", "-m"], "--cfg job shows one point, and -m asks for several; leave one of them out"),
+    "online without a key": (["track=wandb", "track.mode=online"], "track.mode=online needs an API key of wandb; `wandb login`"),
     "depths": (["task=passkey", "task.depths=[50]"], "task.depths=[50.0] must hold depths from 0 to 1; try [0,0.5,1]"),
     "an unknown subtask": (["task.subtasks=[passkeys]"], "unknown subtask 'passkeys'; known: passkey, number_string, kv_retrieval"),
     "subtasks of a task without": (
@@ -124,6 +162,14 @@ CASES = {
     "seed": (["seed=-1"], "seed=-1 must be at least 0"),
     "an interpolation into nothing": (["seed=${sead}"], "sead"),
 }
+
+
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch, tmp_path):
+    """Nobody is logged in to wandb."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.mark.parametrize("argv, message", CASES.values(), ids=CASES)
@@ -177,3 +223,36 @@ def test_a_model_without_trained_length(tmp_path):
     with pytest.raises(ConfigError, match=r"set model\.trained_tok"):
         check_model(compose(["model=hf", f"model.path={tmp_path}"]))
     assert check_model(compose(["model=hf", f"model.path={tmp_path}", "model.trained_tok=4096"])) == ModelFacts(2, 4096)
+
+
+def test_a_group_that_is_switched_off_does_not_decide_the_prefill_chunk():
+    off = ["pipeline.layers.early.range=''", "pipeline.layers.early.stages.0.query_block_tok=128"]
+    assert compose([S3, *off, "model.prefill_chunk_tok=64"]).model.prefill_chunk_tok == 64
+
+
+@pytest.mark.parametrize("text", ["[]", "7", "{", ""])
+def test_a_model_whose_config_is_no_object(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"has no readable config\.json; check the path"):
+        check_model(compose(["model=hf", f"model.path={tmp_path}"]))
+
+
+def test_every_field_of_a_task_is_used_by_some_task():
+    names = {item.name for item in dataclasses.fields(Task)} - {"name"}
+    assert names == set().union(*TASKS.values())
+
+
+def test_a_key_of_wandb_may_lie_in_netrc(tmp_path):
+    (tmp_path / ".netrc").touch()
+    assert compose(["track=wandb", "track.mode=online"]).track.mode == "online"
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_wandb_must_be_installed(monkeypatch, tmp_path, folder):
+    """A run of wandb leaves a folder ``wandb``, which Python would take for a package."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    if folder:
+        (tmp_path / "wandb").mkdir()
+    with pytest.raises(ConfigError, match="track=wandb needs the package wandb, which is not installed here; `pip install wandb`"):
+        check_experiment(Experiment(Model("org/model"), Task("infbench"), track=Track("wandb")))

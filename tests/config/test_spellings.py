@@ -87,6 +87,18 @@ def test_a_range_with_commas(value):
     assert compose([S3, f"pipeline.layers.early.range={value}"]).pipeline.layers["early"].range == "0,2,4"
 
 
+@pytest.mark.parametrize("words", [["--cfg=job"], ["-c=job"], ["--cfg", "job"], ["-c", "job"]])
+def test_showing_the_configuration_takes_no_other_word(words):
+    line = normalise([*words, S3, "seed=3"], {"pipeline": ["3stage"]})
+    assert line.show and line.overrides == ["+pipeline=3stage", "++seed=3"]
+
+
+def test_models_that_are_no_option_are_called_by_their_path(model_path):
+    assert compose(["model=hf", "model.path=Qwen/Qwen3-0.6B"]).model.name == "Qwen3-0.6B"
+    assert compose(model_path).model.name == "five-layers"
+    assert compose([*model_path, "model.name=mine"]).model.name == "mine"
+
+
 def test_brackets_as_errors_print_them():
     assert compose([S3, "pipeline.stages[2].keep_tok=1024"]) == compose([S3, "pipeline.stages.2.keep_tok=1024"])
 
@@ -177,3 +189,23 @@ def test_points_of_a_sweep():
     assert {e.pipeline and e.pipeline.name for e in experiments} == {None, "2stage"}
     assert {e.task.length_tok for e in experiments} == {8192, None}
     assert {tuple(e.task.subtasks) for e in experiments} == {("passkey",), ("kv_retrieval",)}
+
+
+def test_a_pattern_in_a_sweep_names_the_options_it_matches():
+    options = {"pipeline": ["2stage", "3stage", "3stage_fast"]}
+    assert normalise(["-m", "pipeline=glob(3*)"], options).overrides == ["+pipeline=3stage,3stage_fast"]
+    with pytest.raises(ConfigError, match=r"pipeline=glob\(x\*\) is unknown; known here: 2stage"):
+        normalise(["-m", "pipeline=glob(x*)"], options)
+
+
+@pytest.mark.parametrize("word", ["seed=interval(1,2)", "seed=glob(1*)"])
+def test_what_a_sweep_cannot_list_is_refused(word):
+    with pytest.raises(ConfigError, match="cannot be listed point by point; write the values with commas"):
+        sweep_points([word])
+
+
+def test_a_pipeline_key_does_not_go_with_a_dense_point():
+    with pytest.raises(
+        ConfigError, match=r"sink_tok=64 changes a pipeline, and pipeline=dense,3stage has a point without; run dense by itself"
+    ):
+        normalise(["-m", "+pipeline=dense,3stage", "pipeline.sink_tok=64"], {"pipeline": ["3stage", "dense"]})

@@ -1,16 +1,190 @@
 """A pipeline in a transformers model: exact when it fits, invisible when it is gone."""
 
+import dataclasses
+
 import pytest
 import torch
-from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel
+import transformers as tf
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
 
-from hipexp.config.schema import AttendRope, ConfigError
-from hipexp.hf import install
+from hipexp.config.schema import AttendRope, ConfigError, LayerGroup, PruneRope, Rope, StageOverride
+from hipexp.hf import generate, install
+from hipexp.hf.cache import SequenceCache
 
 
 @torch.inference_mode()
 def logits(model, ids, **kwargs):
     return model(torch.tensor([ids]), use_cache=False, **kwargs).logits[0]
+
+
+def tiny(config, **changes):
+    """A model of two layers with random weights; ``config``: name of its class in transformers."""
+    sizes = dict(
+        vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=512, pad_token_id=0, eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(getattr(tf, config)(**{**sizes, **changes}), attn_implementation="eager").eval()
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.15)
+    return model
+
+
+def rope(kind, **values):
+    return {"rope_parameters": {"rope_theta": 10000.0, "rope_type": kind, **values}}
+
+
+LLAMA3 = rope("llama3", factor=8.0, original_max_position_embeddings=64, low_freq_factor=1.0, high_freq_factor=4.0)
+LONGROPE = rope("longrope", short_factor=[1.0] * 8, long_factor=[4.0] * 8, original_max_position_embeddings=128)
+ALL_FULL = {"layer_types": ["full_attention"] * 2, "head_dim": 16}
+FAMILIES = {
+    "llama": ("LlamaConfig", {}),
+    "llama-linear": ("LlamaConfig", rope("linear", factor=4.0)),
+    "llama-llama3": ("LlamaConfig", LLAMA3),
+    "llama-yarn": ("LlamaConfig", rope("yarn", factor=4.0, original_max_position_embeddings=128)),
+    "mistral": ("MistralConfig", {"sliding_window": None}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3, head dimension 20": ("Qwen3Config", {"head_dim": 20}),
+    "phi3, partial": ("Phi3Config", {"sliding_window": None, "partial_rotary_factor": 0.5}),
+    "gemma, head dimension 24": ("GemmaConfig", {"head_dim": 24}),
+    "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 0]}),
+    "olmo2": ("Olmo2Config", {}),
+    "granite": ("GraniteConfig", {"attention_multiplier": 0.3}),
+    "stablelm, partial": ("StableLmConfig", {}),
+}
+
+
+def is_restored(model):
+    assert model.config._attn_implementation == "eager"
+    assert not any(layer.self_attn._forward_pre_hooks for layer in model.get_decoder().layers)
+    assert not registered()
+
+
+def registered():
+    return [name for table in (AttentionInterface, AttentionMaskInterface) for name in table._global_mapping if name.startswith("hipexp")]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_compute_their_own_logits_when_everything_fits(family, pipeline, tokens):
+    name, changes = FAMILIES[family]
+    model = tiny(name, **changes)
+    before = logits(model, tokens[:250])
+    for installed in (None, pipeline):
+        with install(model, installed) as now:
+            torch.testing.assert_close(logits(model, tokens[:250]), before, atol=2e-4, rtol=1e-4)
+            assert now.pruned_blocks == 0
+    is_restored(model)
+
+
+def test_a_softcap_is_taken_over(pipeline, tokens):
+    model = tiny("Gemma2Config", **ALL_FULL, attn_logit_softcapping=2.0)
+    before = logits(model, tokens[:250])
+    with install(model, pipeline) as installed:
+        assert {layer.softcap for layer in installed.layers.values()} == {2.0}
+        torch.testing.assert_close(logits(model, tokens[:250]), before, atol=2e-4, rtol=1e-4)
+
+
+def test_layers_without_rope_are_not_rotated(pipeline):
+    with install(tiny("SmolLM3Config", no_rope_layers=[1, 0]), pipeline) as installed:
+        rotated, plain = installed.layers[0], installed.layers[1]
+    assert plain.tables is None and {stage.rope for stage in plain.plan.stages + plain.plan.decode} == {PruneRope.none}
+    assert rotated.tables is not None and PruneRope.none not in {stage.rope for stage in rotated.plan.stages + rotated.plan.decode}
+
+
+REFUSED = {
+    "interleaved RoPE, glm": ("GlmConfig", {"head_dim": 16}, "'glm' is not supported.*does something else"),
+    "interleaved RoPE, cohere": ("CohereConfig", {}, "'cohere' is not supported.*does something else"),
+    "sliding window": ("MistralConfig", {"sliding_window": 64}, "'mistral' attends in a sliding window of 64 tokens"),
+    "sliding layers": ("Gemma2Config", {"head_dim": 16}, "'gemma2' has layers of kind full_attention, sliding_attention"),
+    "longrope": ("Phi3Config", {"sliding_window": None, "original_max_position_embeddings": 128, **LONGROPE}, "RoPE of type 'longrope'"),
+    "dynamic RoPE": ("LlamaConfig", rope("dynamic", factor=4.0), "RoPE of type 'dynamic'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_models_that_a_pipeline_cannot_serve_are_refused_and_restored(case, pipeline, tokens):
+    name, changes, message = REFUSED[case]
+    model = tiny(name, **changes)
+    before = logits(model, tokens[:100])
+    with pytest.raises(ConfigError, match=message), install(model, pipeline):
+        pass
+    assert torch.equal(logits(model, tokens[:100]), before)
+    is_restored(model)
+
+
+def test_capped_logits_are_refused_without_a_pipeline():
+    model = tiny("Gemma2Config", **ALL_FULL, attn_logit_softcapping=2.0)
+    with pytest.raises(ConfigError, match="caps its attention logits"), install(model, None):
+        pass
+    is_restored(model)
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_a_second_installation_is_refused_and_the_first_one_stays(loaded, pipeline, tokens, dense):
+    with install(loaded.model, pipeline):
+        before = logits(loaded.model, tokens[:400])
+        with (
+            pytest.raises(ConfigError, match="installed already; leave that context first"),
+            install(loaded.model, None if dense else pipeline),
+        ):
+            pass
+        assert torch.equal(logits(loaded.model, tokens[:400]), before)
+
+
+def test_two_models_at_once_do_not_disturb_each_other(loaded, pipeline, tokens):
+    other, pruned = tiny("LlamaConfig"), lambda: logits(loaded.model, tokens[:400])
+    dense = logits(other, tokens[:400])
+    with install(loaded.model, pipeline):
+        before = pruned()
+        with install(other, None):
+            assert torch.equal(pruned(), before)
+            assert torch.allclose(logits(other, tokens[:400]), dense, atol=2e-4)
+        assert torch.equal(pruned(), before) and torch.equal(logits(other, tokens[:400]), dense)
+    assert not registered()
+
+
+def test_every_layer_gets_its_own_plan(pipeline):
+    """Also after the check on installation, which widens the windows for a while."""
+    pipeline.window_tok = 64
+    pipeline.layers["late"] = LayerGroup("1", window_tok=96, stages={"2": StageOverride(keep_tok=64)})
+    with install(tiny("LlamaConfig"), pipeline) as installed:
+        plans = [installed.layers[i].plan for i in (0, 1)]
+    assert plans == pipeline.plan(2) and (plans[0].window_tok, plans[1].window_tok, plans[1].stages[2].keep_tok) == (64, 96, 64)
+    assert installed.pruned_blocks == 0
+
+
+@pytest.mark.parametrize("strategy", [Rope(PruneRope.dynamic), Rope(PruneRope.self_extend), Rope(attend=AttendRope.dynamic)])
+def test_the_trained_length_reaches_the_strategies(loaded, pipeline, tokens, strategy):
+    pipeline = dataclasses.replace(pipeline, rope=strategy, layers={})
+
+    def under(trained):
+        with install(loaded.model, pipeline, trained):
+            return logits(loaded.model, tokens[:700])[-64:]
+
+    assert torch.equal(under(None), under(512)), "that of the config"
+    assert not torch.allclose(under(128), under(512), atol=1e-2)
+
+
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("mask", r"attention_mask \(1, 1, 300, 300\) must be \[batch, tokens\]"),
+        ("packed", "position_ids run from 0 to 149 for the 300 tokens from 0 on"),
+        ("stretched", "position_ids run from 0 to 897 for the 300 tokens"),
+        ("static", "no packing, no static cache"),
+    ],
+)
+def test_calls_that_are_not_understood_are_refused(loaded, pipeline, tokens, dense, what, message):
+    call = {
+        "mask": lambda: dict(attention_mask=torch.zeros(1, 1, 300, 300), use_cache=False),
+        "packed": lambda: dict(position_ids=(torch.arange(300) % 150)[None], use_cache=False),
+        "stretched": lambda: dict(position_ids=3 * torch.arange(300)[None], use_cache=False),
+        "static": lambda: dict(past_key_values=StaticCache(config=loaded.model.config, max_cache_len=512)),
+    }
+    with install(loaded.model, None if dense else pipeline), pytest.raises(ValueError, match=message), torch.inference_mode():
+        loaded.model(torch.tensor([tokens[:300]]), **call[what]())
 
 
 @pytest.mark.parametrize("attend", list(AttendRope))
@@ -43,7 +217,7 @@ def test_the_model_is_restored(loaded, pipeline, tokens, fails):
     assert torch.equal(logits(model, tokens[:400]), before)
     assert model.config._attn_implementation == "sdpa"
     assert not any(layer.self_attn._forward_pre_hooks for layer in model.model.layers)
-    assert "hipexp" not in AttentionInterface._global_mapping
+    assert not registered()
 
 
 def test_left_padding_changes_nothing(loaded, pipeline, tokens):
@@ -55,6 +229,51 @@ def test_left_padding_changes_nothing(loaded, pipeline, tokens):
         both = loaded.model(ids, attention_mask=mask, use_cache=False).logits
         assert torch.allclose(both[0, 37:], alone, atol=1e-4)
         assert torch.allclose(both[1], logits(loaded.model, tokens[:737]), atol=1e-4)
+
+
+def padded(tokens, padding):
+    """Two prompts of the same length, the first with ``padding`` on its left, and their mask."""
+    ids = torch.tensor([[0] * padding + tokens[:600], tokens[: 600 + padding]])
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    return ids, mask
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_generate_of_transformers_with_left_padding_and_our_cache(loaded, pipeline, tokens, dense):
+    ids, mask = padded(tokens, 37)
+    with install(loaded.model, None if dense else pipeline), torch.inference_mode():
+        cache = SequenceCache(loaded.n_layers)
+        out = loaded.model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=14, do_sample=False, pad_token_id=0)
+        for row, prompt in zip(out, (tokens[:600], tokens[:637]), strict=True):
+            assert row[637:].tolist() == generate(loaded, [prompt], max_new_tok=14, prefill_chunk_tok=8192)[0].tokens
+        assert {row.memory.step for layer in cache.layers for row in layer.rows} == {0 if dense else 13}
+
+
+@pytest.mark.parametrize("make", [lambda loaded: SequenceCache(loaded.n_layers), lambda loaded: DynamicCache(config=loaded.model.config)])
+def test_chunks_in_which_a_row_is_all_padding(loaded, pipeline, tokens, make):
+    """128 tokens of padding: in the first two chunks of 64 only the second row has queries."""
+    ids, mask = padded(tokens, 128)
+    with install(loaded.model, pipeline), torch.inference_mode():
+        cache = make(loaded)
+        for part in torch.arange(ids.shape[1]).split(64):
+            end, shift = int(part[-1]) + 1, torch.tensor([[128], [0]])
+            positions = (part[None] - shift).clamp(min=0)
+            out = loaded.model(ids[:, part], attention_mask=mask[:, :end], position_ids=positions, past_key_values=cache).logits[:, -1]
+        for mine, prompt in zip(out, (tokens[:600], tokens[:728]), strict=True):
+            assert torch.allclose(mine, logits(loaded.model, prompt)[-1], atol=1e-4)
+
+
+def test_our_cache_only_grows():
+    cache = SequenceCache(2)
+    cache.update(torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5, 4), 0)
+    row = torch.tensor([0])
+    for method, arguments in dict(
+        crop=(3,), reset=(), reorder_cache=(row,), batch_repeat_interleave=(2,), batch_select_indices=(row,)
+    ).items():
+        with pytest.raises(NotImplementedError, match="only grows"):
+            getattr(cache, method)(*arguments)
+    assert cache.get_seq_length() == 5
 
 
 def test_right_padding_is_refused(loaded, pipeline, tokens):

@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from hipexp_kernels import score_chunks
 
-from hipexp.hf import generate, install
+from hipexp.attention.methods import hip
+from hipexp.hf import Generation, generate, install
+from hipexp.hf.cache import SequenceCache
+from hipexp.hf.loop import decode
 
 
 def run(loaded, prompts, chunk, n=24, **kwargs):
@@ -18,6 +22,56 @@ def test_same_tokens_for_any_chunk_alone_and_in_a_batch(loaded, pipeline, tokens
         together = [result.tokens for result in run(loaded, prompts, 128)]
     for each, batched in zip(alone, together, strict=True):
         assert each == [batched] * 3 and len(batched) == 24
+
+
+@pytest.mark.parametrize("length", [961, 1025])
+def test_a_last_chunk_of_one_token_is_still_prefill(loaded, pipeline, tokens, length):
+    """1 more than 15 or 16 times 64: with some chunk sizes the last token of the prompt comes alone, like a decode step."""
+    prompts = [tokens[:length], tokens[3:600]]
+    with install(loaded.model, pipeline):
+        alone = [run(loaded, [prompts[0]], chunk)[0].tokens for chunk in (64, 192, 320, 8192)]
+        together = run(loaded, prompts, 64)[0].tokens
+        assert alone == [together] * 4 and len(together) == 24
+        last = [prefilled(loaded, prompts[0], chunk) for chunk in (64, 192, 320, 8192)]
+    for cache, logits in last:
+        assert torch.allclose(logits, last[-1][1], atol=1e-4)
+        assert all(row.memory.step == 0 for layer in cache.layers for row in layer.rows)
+
+
+@torch.inference_mode()
+def prefilled(loaded, prompt, chunk):
+    """The cache after a prompt, and the logits of its last token."""
+    cache, ids = SequenceCache(loaded.n_layers, decoding=False), torch.tensor([prompt])
+    for part in ids.split(chunk, 1):
+        positions = torch.arange(cache.get_seq_length(), cache.get_seq_length() + part.shape[1])[None]
+        logits = loaded.model(part, position_ids=positions, past_key_values=cache, use_cache=True).logits[0, -1]
+    return cache, logits
+
+
+def test_a_chunk_that_cuts_a_query_block_is_refused(loaded, pipeline, tokens):
+    with install(loaded.model, pipeline), pytest.raises(ValueError, match=r"begins at token 100, inside a query block.*multiples of 64"):
+        run(loaded, [tokens[:300]], 100)
+
+
+def test_decode_steps_refresh_stages_as_scheduled(loaded, pipeline, tokens, monkeypatch):
+    """Refresh 16/8/4: of nine steps the first runs three stages, the fifth one and the ninth two, in each of four layers."""
+    scored = []
+    monkeypatch.setattr(hip, "score_chunks", lambda *args, **kwargs: scored.append(1) or score_chunks(*args, **kwargs))
+    with install(loaded.model, pipeline):
+        cache, _ = prefilled(loaded, tokens[:900], 8192)
+        scored.clear()
+        out = [Generation()]
+        with torch.inference_mode():
+            decode(loaded.model, [cache], [5], out, 10, set())
+    assert len(out[0].decode_ms) == 9 and len(scored) == (3 + 1 + 2) * 4
+    assert [row.memory.step for layer in cache.layers for row in layer.rows] == [9] * 4
+
+
+def test_exact_is_said_of_every_sequence_by_itself(loaded, pipeline, tokens):
+    with install(loaded.model, pipeline):
+        assert [result.exact for result in run(loaded, [tokens[:40], tokens[:900], tokens[:200]], 64, n=2)] == [True, False, True]
+        assert run(loaded, [tokens[:40]], 64, n=2)[0].exact
+        assert [result.exact for result in run(loaded, [tokens[:270]], 64, n=2)] == [False], "a decode step counts too"
 
 
 def test_dense_agrees_with_generate_of_transformers(loaded, tokens):

@@ -60,7 +60,7 @@ def score_chunks(
     scores, margins = np.full((H, N, C), -np.inf), np.full((H, N, C), np.inf)
     for h, n, c in np.ndindex(H, N, C):
         s, b = (h // group) % len(starts), n % starts.shape[1]
-        begin, end = int(starts[s, b, c]), min(int(starts[s, b, c]) + chunk_tok, int(limits[n]))
+        begin, end = int(starts[s, b, c]), min(int(starts[s, b, c]) + chunk_tok, int(limits[n]), k.shape[1])
         if c >= counts[s, n] or begin >= end:
             continue
 

@@ -58,6 +58,17 @@ def test_absent_candidates_are_chosen_last(impl):
     assert keep_top(scores, torch.tensor([[5]]), 2, impl=impl)[0].tolist() == [[[0, 3]]]
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("at", [(0, 0, 0), (0, 1, 2), (1, 0, 3)])
+def test_a_score_that_is_no_number_is_an_error_if_it_counts(impl, at):
+    counts = torch.tensor([[1, 3], [4, 0]])
+    scores = torch.arange(20.0).view(2, 2, 5).masked_fill(torch.arange(5) >= counts[..., None], float("nan"))
+    assert keep_top(scores, counts, 2, impl=impl)[0].tolist() == [[[0, -1], [1, 2]], [[2, 3], [-1, -1]]]
+    scores[at] = float("nan")
+    with pytest.raises(FloatingPointError, match="a score is NaN"):
+        keep_top(scores, counts, 2, impl=impl)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -67,6 +67,18 @@ def test_nothing_at_all(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize(("out", "lse", "sum"), [(1, np.nan, np.nan), (np.nan, 0, np.log(2)), (np.nan, -300, 0), (np.nan, np.inf, np.inf)])
+def test_what_is_no_number_stays_visible(impl, order, out, lse, sum):
+    """Only an lse of -inf is an empty part. +inf is what a logit that overflowed leaves, with NaN as output."""
+    bad, good = (np.array([[out, 1.0], [2.0, 2.0]]), np.array([lse, 0.0])), (np.ones((2, 2)), np.zeros(2))
+    nothing = (np.full((2, 2), np.nan), np.full(2, -np.inf))
+    merged, total = merge([bad, nothing, good][::order], impl)
+    assert np.isnan(merged[0, 0]) and total[0] == pytest.approx(sum, nan_ok=True)
+    assert merged[1].tolist() == [1.5, 1.5] and total[1] == pytest.approx(np.log(2))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_keeps_the_type_of_the_outputs(impl):
     out, lse = merge_lse(
         [torch.ones(2, 3, dtype=torch.bfloat16), torch.zeros(2, 3, dtype=torch.bfloat16)], [torch.zeros(2), torch.zeros(2)], impl=impl

@@ -25,7 +25,7 @@ def calls(draw, integers=False):
     C, S, shared = draw(st.integers(0, 6)), draw(st.sampled_from([1, K])), draw(st.booleans())
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     random = (lambda *shape: rng.integers(-2, 3, shape).astype(float)) if integers else (lambda *shape: rng.standard_normal(shape))
-    limits = rng.integers(1, T + 1, N)
+    limits = rng.integers(1, T + 1, N) if draw(st.booleans()) else rng.integers(1, 2 * T + 2, N)  # also beyond the last key
     if shared and S == 1:
         starts = np.sort(rng.choice(T + chunk, size=min(C, T), replace=False))[None, None]
         counts = rng.integers(0, starts.shape[-1] + 1, (S, N))
@@ -138,6 +138,7 @@ def test_chunks_are_cut_at_the_limit(impl):
     assert one_head([1, 2, 3, 9, 9, 9, 9, 9], 4, limit=3, impl=impl) == [3.0, float("-inf")]
     assert one_head([1, 2, 3, 9, 9, 9, 9, 9], 4, limit=3, representative="exact", impl=impl) == [3.0, float("-inf")]
     assert one_head([5], 4, impl=impl) == [5.0]  # fewer tokens than a chunk
+    assert one_head([1, 2, 9, 3, 4, 5], 4, limit=100, representative="exact", impl=impl) == [9.0, 5.0]  # a limit beyond the last key
     assert one_head([5, 6, 4], 1, impl=impl) == [5.0, 6.0, 4.0]
 
 

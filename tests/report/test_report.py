@@ -7,7 +7,7 @@ from hipexp.config.schema import ConfigError
 from hipexp.report import listing
 from hipexp.report.figures import Axis, HeatMap, draw_heat_maps
 from hipexp.report.tables import duration, markdown_table, show, text_table
-from hipexp.run.ledger import open_ledger
+from hipexp.run.ledger import SCORED, RunFailed, open_ledger
 
 KEY = "0123456789abcdef"
 
@@ -40,8 +40,9 @@ def test_heat_maps_are_pictures(tmp_path):
 
 
 def run(folder, state, **more):
-    with open_ledger(folder, KEY, print) as book:
-        book.append({"subtask": "passkey", "sample": 0, "score": 100.0})
+    with open_ledger(folder, KEY) as book:
+        book.append({name: kinds[0]() for name, kinds in SCORED.items()})
+        book.write("summary.json", {"run_key": KEY, "average": 100.0})
         book.status(state, **more)
 
 
@@ -66,10 +67,29 @@ def test_runs_are_listed_with_what_became_of_them(tmp_path, monkeypatch, capsys)
 
 
 def test_a_run_that_is_held_is_running(tmp_path):
-    with open_ledger(tmp_path, KEY, print) as book:
+    with open_ledger(tmp_path, KEY) as book:
         book.status("running")
         assert listing.state_of(tmp_path) == "running"
     assert listing.state_of(tmp_path) == "stopped"
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [("status.json", b""), ("status.json", b"\0\0"), ("status.json", b"[]"), ("summary.json", b"{"), ("samples.jsonl", None)],
+)
+def test_a_damaged_run_is_listed_as_one(tmp_path, monkeypatch, capsys, name, content):
+    monkeypatch.setenv("HIPEXP_RUNS", str(tmp_path))
+    folder = tmp_path / "infbench" / "needle_dense_0123456789"
+    run(folder, "done")
+    (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
+    assert listing.main([]) == 0
+    assert "damaged" in capsys.readouterr().out
+
+
+def test_a_picture_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunFailed, match=r"cannot use .*HIPEXP_RUNS"):
+        draw_heat_maps(tmp_path / "file" / "map.png", "", [HeatMap("dense", {})], Axis("", ["a"]), Axis("", ["b"]))
 
 
 def test_no_runs_yet(tmp_path, monkeypatch, capsys):

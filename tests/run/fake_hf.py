@@ -87,7 +87,9 @@ def generate(loaded, prompts, *, max_new_tok, prefill_chunk_tok, stop_ids=(), pr
 def as_module():
     """This file as the module ``hipexp.hf``."""
     module = ModuleType("hipexp.hf")
-    module.__dict__.update(load=load, load_tokenizer=lambda model: TOKENIZER, install=install, generate=generate, Generation=Generation, Loaded=object)
+    module.__dict__.update(
+        load=load, load_tokenizer=lambda model: TOKENIZER, install=install, generate=generate, Generation=Generation, Loaded=object
+    )
     return module
 
 

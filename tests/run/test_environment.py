@@ -1,7 +1,11 @@
+import errno
 import subprocess
+
+import pytest
 
 from hipexp.config.schema import Model
 from hipexp.run import environment, identity
+from hipexp.run.ledger import RunFailed
 
 
 def test_versions_and_machine_are_recorded():
@@ -24,6 +28,30 @@ def test_changed_files_show_in_the_git_revision(tmp_path):
     assert len(environment.git_revision(tmp_path)) == 40
     (tmp_path / "file").write_text("2")
     assert environment.git_revision(tmp_path).endswith("+")
+
+
+def test_a_package_inside_another_repository_has_no_revision(tmp_path):
+    subprocess.run(["git", "-C", str(tmp_path), "init"], check=True, capture_output=True)
+    (tmp_path / "mine").touch()
+    subprocess.run(["git", "-C", str(tmp_path), "add", "."], check=True)
+    subprocess.run(
+        ["git", "-c", "user.name=t", "-c", "user.email=t@t", "-C", str(tmp_path), "commit", "-m", "1"], check=True, capture_output=True
+    )
+    (tmp_path / "venv").mkdir()
+    assert environment.git_revision(tmp_path)
+    assert environment.git_revision(tmp_path / "venv") is None
+
+
+def test_a_full_disk_leaves_no_half_table(tmp_path, monkeypatch):
+    def write(table, path):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pyarrow.parquet.write_table", write)
+    head, card = {"run_key": "", "model": "", "pipeline": None}, {"suite": "", "protocol": "", "metric": {}}
+    with pytest.raises(RunFailed, match=r"disk full: cannot write .*records\.parquet"):
+        environment.write_records(tmp_path, head, card, [])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_key_follows_the_models_content(experiment, model_folder):

@@ -1,6 +1,7 @@
 import pytest
 
 from hipexp.config.compose import compose
+from hipexp.config.schema import ConfigError
 from hipexp.run import latency
 from hipexp.run.ledger import read_json, read_rows
 from hipexp.run.point import execute, report
@@ -37,6 +38,16 @@ def test_a_measurement_is_resumed_per_length_and_implementation(fake, experiment
     execute(one)
     assert fake.calls - calls == 2  # the missing measurement and its warm-up
     assert [row["subtask"] for row in read_rows(folder)] == ["dense@512", "3stage@512", "3stage@1024"]
+
+
+@pytest.mark.parametrize(
+    "task, key",
+    [({"lengths_tok": [512, 100]}, r"task\.lengths_tok\[1\]=100"), ({"lengths_tok": None, "length_tok": 100}, r"task\.length_tok=100")],
+)
+def test_a_length_without_room_is_refused_before_loading(fake, experiment, monkeypatch, task, key):
+    monkeypatch.setattr("hipexp.run.point.load_model", lambda model: pytest.fail("loaded"))
+    with pytest.raises(ConfigError, match=rf"^{key} is too short for passkey: its frame takes \d+ tokens .* use at least \d+"):
+        execute(measured(experiment, decode_steps=48, **task))
 
 
 def test_decode_means_cover_whole_refresh_periods():

@@ -1,5 +1,6 @@
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import yaml
 
 from hipexp.config.compose import compose
 from hipexp.config.schema import ConfigError
+from hipexp.run.identity import key_of
 from hipexp.run.ledger import parse_rows, read_json, read_rows
 from hipexp.run.point import EXACT, execute, folder_of, report, run_point, stored
 
@@ -105,11 +107,45 @@ def test_official_subtasks_and_short_lengths_are_refused(fake, experiment):
     assert read_json(folder_of(experiment(length_tok=40)) / "status.json")["class"] == "bad_config"
 
 
+def test_a_grid_names_the_length_that_is_too_short(fake, experiment):
+    with pytest.raises(ConfigError, match=r"^task\.lengths_tok\[1\]=40 is too short for passkey"):
+        execute(experiment(name="passkey", lengths_tok=[600, 40]))
+
+
+def test_the_layers_of_a_hub_model_are_checked_once_its_config_is_here(fake, experiment, model_folder, monkeypatch):
+    monkeypatch.setattr("hipexp.run.identity.hub_config", lambda model: model_folder / "config.json")
+    one = experiment(compose(["+pipeline=3stage", "pipeline.layers.early.range=7-9"]).pipeline)
+    one.model.path = "org/model"
+    monkeypatch.setattr("hipexp.run.point.load_model", lambda model: pytest.fail("loaded"))
+    with pytest.raises(ConfigError, match="selects no layer: the model has layers 0 to 4"):
+        execute(one)
+
+
+def test_strange_lines_count_for_nothing(fake, experiment):
+    folder = execute(experiment())
+    summary, rows = read_json(folder / "summary.json"), read_rows(folder)
+    strange = [rows[0], {**rows[0], "sample": 99, "score": 0.0}, {**rows[0], "subtask": "other"}, {"subtask": "passkey", "sample": 0}]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *strange]))
+    (folder / "status.json").unlink()
+    calls, said = fake.calls, []
+    execute(experiment(), say=said.append)
+    assert any("4 line(s) dropped" in text for text in said)
+    assert (fake.calls, read_rows(folder), read_json(folder / "summary.json")) == (calls, rows, summary)
+
+
+def test_a_result_is_found_under_another_name(fake, experiment):
+    folder, renamed = execute(experiment()), experiment()
+    renamed.model.name = "mine"
+    assert (execute(renamed), stored(renamed)) == (folder, True)
+
+
 def test_the_dense_result_stands_beside_or_the_command_for_it(fake, experiment):
     execute(experiment(STREAMING))
     words = ["+pipeline=streaming", "task=infbench", "pipeline.sink_tok=256", "task.samples=4"]
     assert "python -m hipexp task=infbench task.samples=4" in report(experiment(STREAMING), words)
-    assert "task.length_tok=600" in report(experiment(STREAMING))
+    command = next(line for line in report(experiment(STREAMING)).splitlines() if "dense on" in line)
+    again = compose(shlex.split(command.split("hipexp ")[1]))
+    assert key_of(again) == key_of(experiment())
     assert EXACT in report(experiment(STREAMING))
     execute(experiment())
     text = report(experiment(STREAMING))

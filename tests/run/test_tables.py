@@ -75,7 +75,7 @@ def test_a_published_table_stands_beside_ours(overrides, fake, capsys):
     assert fake.calls == calls
 
 
-@pytest.mark.parametrize("words", [[], ["size=needle"], ["table99"], ["table2", "size=huge"]])
+@pytest.mark.parametrize("words", [[], ["size=needle"], ["table99"], ["../model/needle"], ["table2", "size=huge"]])
 def test_repro_says_what_it_needs(overrides, words):
     with pytest.raises(ConfigError):
         repro.main(words + overrides if words else words)

@@ -3,7 +3,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from hipexp.config.schema import ConfigError, Track
+from hipexp.config.schema import Track
 from hipexp.run.point import execute
 from hipexp.track import open_trackers
 
@@ -61,9 +61,10 @@ def test_wandb_hears_everything_offline(fake, experiment, wandb):
 
 def test_a_sweep_keeps_the_agents_id_and_gets_stored_results(fake, experiment, wandb, monkeypatch):
     execute(experiment())
-    calls = fake.calls
-    execute(tracked(experiment))
+    calls, said = fake.calls, []
+    execute(tracked(experiment), say=said.append)
     assert wandb.runs == []
+    assert "wandb is told nothing" in said[0]
     monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
     execute(tracked(experiment))
     assert fake.calls == calls
@@ -81,13 +82,4 @@ def test_a_failure_ends_the_wandb_run(fake, experiment, wandb):
 
 def test_wandb_is_optional(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match="pip install"):
-        open_trackers(Track(name="wandb"))
-    with pytest.raises(ConfigError, match="unknown"):
-        open_trackers(Track(name="other"))
     assert len(open_trackers(Track())) == 1
-
-
-def test_a_mode_that_does_not_exist_is_refused(wandb):
-    with pytest.raises(ConfigError, match="offline, online, disabled"):
-        open_trackers(Track(name="wandb", mode="on"))

@@ -25,7 +25,8 @@ def select(
     ``memory`` (decode: one block, one query) lets stages that are not due be skipped; without it every stage runs.
     """
     due = memory.first_stage_due(stages) if memory else 0
-    if memory and due == len(stages) and memory.selection is not None:
+    if memory and due == len(stages):
+        assert memory.selection is not None, "otherwise stage 0 is due"
         return memory.selection
     scan_window_tok = max(0, plan.window_tok - stages[0].chunk_tok)
     lists = keys.shape[0] if plan.heads is Heads.per_kv else 1
@@ -37,11 +38,9 @@ def select(
     for i in range(due, len(stages)):
         stage = stages[i]
         if stage.query_block_tok < queries.size:
-            starts, counts, limits = (
-                _repeat(x, queries.size // stage.query_block_tok, dim) for x, dim in ((starts, 1), (counts, 1), (limits, 0))
-            )
-            queries = queries.split(stage.query_block_tok)
-        if memory:
+            parts, queries = queries.size // stage.query_block_tok, queries.split(stage.query_block_tok)
+            starts, counts, limits = (_repeat(x, parts, dim, len(queries.first)) for x, dim in ((starts, 1), (counts, 1), (limits, 0)))
+        if memory and i:
             memory.candidates[i] = (starts, counts)
         scores = _score(stage, queries, keys, starts, counts, limits, scan_window_tok, tables, scale)
         scores = scores.unflatten(0, (lists, -1)).amax(1)
@@ -107,5 +106,6 @@ def _score(
     )
 
 
-def _repeat(x: Tensor, times: int, dim: int) -> Tensor:
-    return x if x.shape[dim] == 1 and dim == 1 and x.ndim == 3 else x.repeat_interleave(times, dim)
+def _repeat(x: Tensor, times: int, dim: int, length: int) -> Tensor:
+    """Every entry ``times`` times, ``length`` in all; a list that all blocks share stays one."""
+    return x if x.shape[dim] == 1 and dim == 1 and x.ndim == 3 else x.repeat_interleave(times, dim).narrow(dim, 0, length)

@@ -29,8 +29,8 @@ def attend_blocks(
 ) -> tuple[Tensor, Tensor]:
     """Return the output ``[H, N, Q, D]`` and its log-sum-exp ``[H, N, Q]`` (fp32).
 
-    ``q`` ``[H, N, Q, D]`` raw queries: row ``r`` of block ``n`` stands at position ``first[n] + r`` (rows at or past ``T``
-    are padding, their output is undefined). ``k``, ``v`` ``[K, T, D]`` raw keys and values.
+    ``q`` ``[H, N, Q, D]`` raw queries: row ``r`` of block ``n`` stands at position ``first[n] + r``; ``first[n] < T``, rows
+    at or past ``T`` are padding, their output is undefined. ``k``, ``v`` ``[K, T, D]`` raw keys and values.
     ``blocks`` ``[S, N, M]``: ascending, unique starts of selected blocks of ``block_tok`` tokens, none below ``sink_tok``;
     the first ``counts[s, n]`` count. With ``edge = first[n] - window_tok`` a query at ``p`` attends to the sinks
     ``i < sink_tok, i <= edge``, the selected tokens ``i <= edge`` and the window ``edge < i <= p``: every key once.

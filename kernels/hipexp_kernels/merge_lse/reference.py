@@ -8,6 +8,6 @@ def merge_lse(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     total = torch.logsumexp(torch.stack([lse.float() for lse in lses]), 0)
     merged = torch.zeros_like(outs[0], dtype=torch.float32)
     for out, lse in zip(outs, lses, strict=True):
-        share = torch.where(lse == float("-inf"), torch.zeros_like(total), torch.exp(lse.float() - total))
-        merged += torch.where(share[..., None] == 0, 0.0, out.float() * share[..., None])
+        share = torch.exp(lse.float() - total)[..., None]
+        merged += (out.float() * share).masked_fill((lse == float("-inf"))[..., None], 0)
     return merged.to(outs[0].dtype), total

@@ -29,8 +29,8 @@ def score_chunks(
 
     ``q_left``, ``q_right`` ``[H, N, R, D]``: rotated queries for the left and the right probe of a halving (the same
     tensor if the strategy makes no difference). ``k`` ``[K, T, D]``: raw keys. Chunk ``c`` of block ``n`` holds the tokens
-    from ``starts[s, n, c]`` on, ``chunk_tok`` of them but none at or after ``limits[n]``; only the first ``counts[s, n]``
-    are candidates. ``starts`` is ``[S, N, C]``, or ``[1, 1, C]`` if all blocks look at the same list.
+    from ``starts[s, n, c]`` on, ``chunk_tok`` of them but none at or after ``limits[n]`` or ``T``; only the first
+    ``counts[s, n]`` are candidates. ``starts`` is ``[S, N, C]``, or ``[1, 1, C]`` if all blocks look at the same list.
     ``rotation`` rotates the probed keys; None leaves them raw.
 
     ``descent``: a chunk is halved until one token is left; the centres of both halves are probed (best dot product over
@@ -54,4 +54,5 @@ def score_chunks(
     require(chunk_tok > 0 and chunk_tok & (chunk_tok - 1) == 0, f"score_chunks: chunk_tok={chunk_tok} must be a power of two")
     require(representative in REPRESENTATIVES, f"representative={representative!r} is unknown; use {' or '.join(REPRESENTATIVES)}")
     run = choose(impl, {"reference": reference, "vectorized": vectorized})
+    limits = limits.clamp(max=k.shape[1])
     return run(q_left, q_right, k, starts, counts, limits, chunk_tok=chunk_tok, representative=representative, rotation=rotation)
