@@ -28,7 +28,7 @@ TASKS = {
 PROTOCOLS = ("hipexp",)
 OFFLOADS = ("none",)
 TRACKERS = ("local", "wandb")
-TRACK_MODES = ("offline", "online", "disabled")
+TRACK_MODES = ("offline", "online", "auto", "disabled")
 WANDB_KEYS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
 
 Key = Callable[[int, str], str]  # (stage number, field) -> the key that set it
@@ -85,9 +85,14 @@ def _check_track(track: Track) -> None:
     spec = find_spec("wandb")
     if spec is None or spec.origin is None:
         raise ConfigError("track=wandb needs the package wandb, which is not installed here; `pip install wandb`, or use track=local")
-    kept = [Path(os.environ.get("NETRC") or "~/.netrc").expanduser(), Path("~/_netrc").expanduser()]
-    if track.mode == "online" and not any(map(os.environ.get, WANDB_KEYS)) and not any(path.exists() for path in kept):
+    if track.mode == "online" and not has_wandb_key():
         raise ConfigError("track.mode=online needs an API key of wandb; `wandb login`, set WANDB_API_KEY, or use track.mode=offline")
+
+
+def has_wandb_key() -> bool:
+    """Whether wandb has an API key on this machine: in the environment, or, most likely, in a netrc file that is there."""
+    kept = [Path(os.environ.get("NETRC") or "~/.netrc").expanduser(), Path("~/_netrc").expanduser()]
+    return any(map(os.environ.get, WANDB_KEYS)) or any(path.exists() for path in kept)
 
 
 def _check_model_fields(model: Model) -> None:

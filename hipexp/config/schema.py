@@ -237,7 +237,10 @@ class Task:
 
 @dataclass
 class Track:
-    """Who is told about a run besides its folder: nobody (``local``) or ``wandb``."""
+    """Who is told about a run besides its folder: nobody (``local``) or ``wandb``.
+
+    ``mode`` ``auto``: online where wandb has an API key, else offline.
+    """
 
     name: str = "local"
     project: str = "hipexp"

@@ -25,19 +25,19 @@ from hipexp.needle.tokenizer import train_tokenizer
 
 TRAINED_LENGTH = 6144
 TOKENS_PER_STEP = 6144
-STEPS = 3300
+STEPS = 3000
 LENGTH_THAT_DOUBLES = 1500  # a step on sequences of this length takes twice as long as one on very short ones
 # (share of the steps, sequence length)
 LENGTHS = (
-    (0.11, 96),
-    (0.043, 128),
-    (0.061, 192),
-    (0.085, 384),
-    (0.103, 768),
-    (0.071, 1536),
-    (0.121, 3072),
-    (0.061, 4608),
-    (0.345, TRAINED_LENGTH),
+    (0.12, 96),
+    (0.047, 128),
+    (0.067, 192),
+    (0.093, 384),
+    (0.113, 768),
+    (0.08, 1536),
+    (0.133, 3072),
+    (0.065, 4608),
+    (0.282, TRAINED_LENGTH),
 )
 DECAY = 0.2  # share of the steps, at the end, over which the learning rate falls to nothing
 SHORTER = 0.3  # share of steps drawn from an earlier length

@@ -1,4 +1,4 @@
-"""The Weights & Biases tracker, offline unless ``track.mode=online``. The only importer of wandb."""
+"""The Weights & Biases tracker. The only importer of wandb."""
 
 from __future__ import annotations
 
@@ -6,12 +6,20 @@ import os
 from pathlib import Path
 from typing import Any
 
+from hipexp.config.check import has_wandb_key
 from hipexp.config.schema import Track
 
 
 def in_sweep() -> bool:
     """Whether a sweep agent started this process: it then owns the run's id."""
     return bool(os.environ.get("WANDB_SWEEP_ID"))
+
+
+def mode_of(track: Track) -> str:
+    """wandb's mode; ``auto`` is what WANDB_MODE says, else online where wandb has an API key, else offline."""
+    if track.mode != "auto":
+        return track.mode
+    return os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
 
 
 class WandbTracker:
@@ -33,7 +41,7 @@ class WandbTracker:
         self._run = self._wandb.init(
             project=self._track.project,
             entity=self._track.entity,
-            mode=self._track.mode,
+            mode=mode_of(self._track),
             dir=str(folder),
             config={**config, "card": card},
             job_type=folder.parent.name,

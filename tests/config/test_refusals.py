@@ -158,7 +158,7 @@ CASES = {
     "offload to come": (["offload=host"], "offload=host is unknown; known here: none"),
     "offload by name": (["offload.name=host"], "offload=host is unknown; use none"),
     "tracker": (["track=mlflow"], "track=mlflow is unknown; known here: local, wandb"),
-    "tracker mode": (["track=wandb", "track.mode=offlin"], "track.mode=offlin is unknown; use offline or online or disabled"),
+    "tracker mode": (["track=wandb", "track.mode=offlin"], "track.mode=offlin is unknown; use offline or online or auto or disabled"),
     "seed": (["seed=-1"], "seed=-1 must be at least 0"),
     "an interpolation into nothing": (["seed=${sead}"], "sead"),
 }

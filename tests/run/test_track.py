@@ -3,9 +3,11 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from hipexp.config.check import WANDB_KEYS
 from hipexp.config.schema import Track
 from hipexp.run.point import execute
 from hipexp.track import open_trackers
+from hipexp.track.wandb import mode_of
 
 
 class FakeRun:
@@ -83,3 +85,22 @@ def test_a_failure_ends_the_wandb_run(fake, experiment, wandb):
 def test_wandb_is_optional(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert len(open_trackers(Track())) == 1
+
+
+@pytest.mark.parametrize(
+    ("mode", "environment", "expected"),
+    [
+        ("auto", {}, "offline"),
+        ("auto", {"WANDB_API_KEY": "never sent"}, "online"),
+        ("auto", {"WANDB_API_KEY": "never sent", "WANDB_MODE": "offline"}, "offline"),
+        ("offline", {"WANDB_API_KEY": "never sent"}, "offline"),
+    ],
+)
+def test_auto_is_online_where_there_is_a_key(mode, environment, expected, monkeypatch, tmp_path):
+    for name in (*WANDB_KEYS, "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert mode_of(Track("wandb", mode=mode)) == expected
