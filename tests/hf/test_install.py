@@ -7,7 +7,7 @@ import torch
 import transformers as tf
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
 
-from hipexp.config.schema import AttendRope, ConfigError, LayerGroup, PruneRope, Rope, StageOverride
+from hipexp.config.schema import AttendRope, ConfigError, LayerGroup, Pipeline, PruneRope, Rope, Stage, StageOverride
 from hipexp.hf import generate, install
 from hipexp.hf.cache import SequenceCache
 
@@ -152,6 +152,12 @@ def test_every_layer_gets_its_own_plan(pipeline):
         plans = [installed.layers[i].plan for i in (0, 1)]
     assert plans == pipeline.plan(2) and (plans[0].window_tok, plans[1].window_tok, plans[1].stages[2].keep_tok) == (64, 96, 64)
     assert installed.pruned_blocks == 0
+
+
+def test_a_pipeline_that_sees_less_than_the_check_needs_can_be_installed():
+    small = Pipeline(stages=[Stage(8, 8, query_block_tok=16)], sink_tok=4, window_tok=16)
+    with install(tiny("LlamaConfig"), small) as installed:
+        assert [layer.plan.window_tok for layer in installed.layers.values()] == [16, 16] and installed.pruned_blocks == 0
 
 
 @pytest.mark.parametrize("strategy", [Rope(PruneRope.dynamic), Rope(PruneRope.self_extend), Rope(attend=AttendRope.dynamic)])
