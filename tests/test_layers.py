@@ -29,7 +29,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"hipexp.config.schema", "hipexp.suites", "numpy"},
         {"datasets", "huggingface_hub", "jieba", "lm_eval", "rouge_score"},
     ),
-    "hipexp/track": ({"hipexp.config.schema", "hipexp.track"}, {"wandb"}),
+    "hipexp/track": (CONFIG | {"hipexp.track"}, {"wandb"}),
     "hipexp/report": (
         CONFIG | {"hipexp.report", "hipexp.run.ledger", "hipexp.suites"},
         {"duckdb", "matplotlib", "numpy", "pyarrow", "yaml"},
