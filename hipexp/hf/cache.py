@@ -58,6 +58,8 @@ class SequenceLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    # What transformers would do here works on `keys` and `values`, which stay None: it would fail by AttributeError or do nothing. And it
+    # would need the refresh state of a shorter or another sequence, which nobody kept.
     def _refused(self, *args, **kwargs):
         raise NotImplementedError("hipexp's cache only grows: no crop, reset, reordering or repetition (beam search, assisted decoding)")
 

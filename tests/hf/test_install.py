@@ -271,6 +271,7 @@ def test_chunks_in_which_a_row_is_all_padding(loaded, pipeline, tokens, make):
 
 
 def test_our_cache_only_grows():
+    # Beam search and assisted decoding call these; a silent no-op would leave refresh state that belongs to other tokens.
     cache = SequenceCache(2)
     cache.update(torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5, 4), 0)
     row = torch.tensor([0])
