@@ -70,7 +70,10 @@ def make_config(vocab: int) -> LlamaConfig:
 
 
 class Locality:
-    """Collects the locality loss of one forward pass; ``rows`` [B, R] are asking positions, ``target`` [B, R, T] sums to 1 or 0."""
+    """Collects the locality loss of one forward pass; ``rows`` [B, R] are asking positions, ``target`` [B, R, T] sums to 1 or 0.
+
+    ``near_tok``: block size in tokens of the first layers' attention in this step, 0 for all tokens.
+    """
 
     def __init__(self):
         self.rows = self.target = self.allowed = None
