@@ -138,11 +138,13 @@ def _run_sweep(overrides: list[str]) -> int:
     from hipexp.config.check import check_model
     from hipexp.config.overrides import is_hydra
 
+    points: list[Experiment] = []
     if any(word.lstrip("+").startswith("hydra/sweeper=") for word in overrides):  # it chooses its points as it goes
         compose.compose_point([word for word in overrides if is_hydra(word)])
     else:
-        for point in compose.sweep_points(overrides):
-            check_model(compose.compose_point(point))
+        points = [compose.compose_point(point) for point in compose.sweep_points(overrides)]
+        for experiment in points:
+            check_model(experiment)
     codes: list[int] = []
 
     def job(experiment: Experiment, words: list[str]) -> None:
@@ -153,7 +155,11 @@ def _run_sweep(overrides: list[str]) -> int:
 
     with tempfile.TemporaryDirectory(prefix="hipexp-sweep-") as folder:
         compose.run_sweep(overrides, job, Path(folder))
-    return max(codes, default=DONE)
+    if codes:
+        return max(codes)
+    from hipexp.run.point import stored  # the launcher ran the points in other processes: the run folders tell
+
+    return DONE if all(map(stored, points)) else FAILED
 
 
 def _explain(error: Exception) -> int:

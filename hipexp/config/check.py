@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from hipexp.config.model import ModelFacts, read_facts
-from hipexp.config.model import model_folder as model_folder
+from hipexp.config.overrides import DENSE
 from hipexp.config.schema import ConfigError, Experiment, LayerPlan, Model, Pipeline, Stage, Task, Track, range_parts
 
 METHODS = ("hip", "streaming")
@@ -69,6 +69,8 @@ def check_layers(experiment: Experiment, facts: ModelFacts) -> None:
 def _check_pipeline(pipeline: Pipeline, model: Model) -> None:
     """Refuse a pipeline that breaks a rule by itself or under one of its layer groups."""
     _one_of("pipeline.method", pipeline.method, METHODS)
+    if pipeline.name == DENSE:
+        raise ConfigError(f"pipeline.name={DENSE} is what attention without a pipeline is called; choose another name")
     _check_stage_count(pipeline)
     _check_plan(pipeline, pipeline.plan_layer(0, []), model)
     for name, group in pipeline.layers.items():

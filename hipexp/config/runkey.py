@@ -10,7 +10,7 @@ from hipexp.config.convert import to_plain
 from hipexp.config.schema import Experiment
 
 # Raise it whenever the same experiment can get another score: stored results are then no longer taken for an answer.
-RESULT_VERSION = 1
+RESULT_VERSION = 2
 # Where the model came from; what it is, is said by ``model_revision``.
 MODEL_SOURCE = ("path", "name", "revision")
 

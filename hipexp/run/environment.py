@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hipexp import __version__
-from hipexp.run.identity import version_of
+from hipexp.run.identity import processor, version_of
 from hipexp.run.ledger import replacing
 
 LOG = logging.getLogger("hipexp")
@@ -33,15 +33,6 @@ def describe_environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "git": git_revision(Path(__file__).parent),
     }
-
-
-def processor() -> str:
-    """The processor's name as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def git_revision(folder: Path) -> str | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from functools import lru_cache
+import platform
+from functools import cache, lru_cache
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +36,33 @@ def data_identity(experiment: Experiment) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Device, threads and the versions that decide how fast something is. Imports torch."""
+    """Device, threads, and the versions and sources that decide how fast something is. Imports torch."""
     import torch
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    versions = {name: version_of(name) for name in ("torch", "triton")}
-    return {"device": device, "threads": torch.get_num_threads(), **versions}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+    versions = {name: version_of(name) for name in ("torch", "triton", "transformers")}
+    return {"device": device, "threads": torch.get_num_threads(), "sources": timed_sources(), **versions}
+
+
+def processor() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+@cache
+def timed_sources() -> str:
+    """A hash of the sources whose speed a latency run measures: a faster kernel is another measurement."""
+    hipexp, kernels = Path(__file__).parents[1], find_spec("hipexp_kernels")
+    assert kernels is not None and kernels.origin is not None
+    digest = hashlib.sha256()
+    for folder in (*(hipexp / name for name in ("attention", "cache", "hf")), Path(kernels.origin).parent):
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def version_of(package: str) -> str | None:

@@ -13,7 +13,7 @@ from hipexp.run.ledger import Ledger
 from hipexp.run.strategy import refresh_pattern
 from hipexp.suites import infbench, lengths_of
 from hipexp.suites.sample import Encode, LineEncoder, ProtocolCard, Sample
-from hipexp.track import Tracker
+from hipexp.track import Trackers
 
 if TYPE_CHECKING:
     from hipexp.hf import Generation, Loaded
@@ -24,7 +24,7 @@ WARM_TOK = 2048
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One measurement: ``impl`` is ``dense`` or the pipeline's name; ``repeat`` numbers the rounds."""
+    """One measurement: ``impl`` is ``dense`` or ``pruned``, for the pipeline whatever its name; ``repeat`` numbers the rounds."""
 
     length_tok: int
     impl: str
@@ -43,8 +43,8 @@ def check_lengths(experiment: Experiment, encode: Encode, trained_tok: int) -> N
 
 def points(experiment: Experiment, trained_tok: int) -> list[Point]:
     """Every measurement of the run: by length, then round by round, dense before the pipeline in each round."""
-    pipeline, limit = experiment.pipeline, experiment.task.dense_max_tok
-    impls = ["dense"] if pipeline is None else ["dense", pipeline.name or pipeline.method]
+    limit = experiment.task.dense_max_tok
+    impls = ["dense"] if experiment.pipeline is None else ["dense", "pruned"]
     return [
         Point(length, impl, repeat)
         for length in sorted(lengths_of(experiment.task, trained_tok).values())
@@ -74,7 +74,7 @@ def card(experiment: Experiment) -> ProtocolCard:
     )
 
 
-def measure(experiment: Experiment, loaded: Loaded, ledger: Ledger, trackers: list[Tracker]) -> dict[str, Any]:
+def measure(experiment: Experiment, loaded: Loaded, ledger: Ledger, trackers: Trackers) -> dict[str, Any]:
     """Measure every point that is not in the ledger yet; returns the result part of the summary."""
     from hipexp.run.point import token_bar
 
@@ -90,8 +90,7 @@ def measure(experiment: Experiment, loaded: Loaded, ledger: Ledger, trackers: li
             made = timed(experiment, loaded, point.impl, sample, task.decode_steps, bar.update)
             row = row_of(point, sample, made)
             ledger.append(row)
-            for tracker in trackers:
-                tracker.log(row, {})
+            trackers.log(row, {})
             bar.advance_to(point.length_tok)
     rows = latency_rows(ledger.rows, experiment.pipeline, loaded.n_layers)
     memory = {"peak_bytes": max(row["peak_bytes"] for row in ledger.rows)}
@@ -155,7 +154,7 @@ def quantile(values: list[float], share: float) -> float:
 
 
 def latency_rows(rows: list[dict[str, Any]], pipeline: Pipeline | None, n_layers: int) -> list[dict[str, Any]]:
-    """One row per phase, length and implementation.
+    """One row per phase, length and implementation; ``impl`` is ``dense`` or the pipeline's name.
 
     ``mean_ms``: prefill, the median over rounds; decode, the mean over as many steps as make whole refresh periods (all, if
     there are fewer), first full refresh included, then the median over rounds. ``cached_ms``: median of the decode steps in which no
@@ -165,7 +164,8 @@ def latency_rows(rows: list[dict[str, Any]], pipeline: Pipeline | None, n_layers
     for name in dict.fromkeys(row["subtask"] for row in rows):
         mine = [row for row in rows if row["subtask"] == name]
         period, shortest = refresh_pattern(None if mine[0]["impl"] == "dense" else pipeline, n_layers)
-        common = {"context_tok": mine[0]["length_tok"], "impl": mine[0]["impl"]}
+        shown = "dense" if pipeline is None or mine[0]["impl"] == "dense" else pipeline.name or pipeline.method
+        common = {"context_tok": mine[0]["length_tok"], "impl": shown}
         memory = {"bytes": max(row["peak_bytes"] for row in mine)}
         table.append({"phase": "prefill", **common, **prefill_times([row["prefill_ms"] for row in mine]), **memory})
         table.append({"phase": "decode", **common, **decode_times([row["steps_ms"] for row in mine], period, shortest), **memory})

@@ -183,11 +183,15 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def is_done(folder: Path, key: str) -> bool:
-    """Whether the run of this key is complete in ``folder``."""
+    """Whether the run of this key is complete in ``folder``: its status says so, and every line that it counts is there and whole."""
     status = read_json(folder / "status.json")
-    if status.get("state") != "done" or status.get("run_key") != key:
+    if status.get("state") != "done" or status.get("run_key") != key or read_json(folder / "summary.json").get("run_key") != key:
         return False
-    return (folder / "samples.jsonl").is_file() and read_json(folder / "summary.json").get("run_key") == key
+    try:
+        rows, damaged = parse_rows((folder / "samples.jsonl").read_bytes())
+    except OSError:
+        return False
+    return len(rows) == status.get("finished") and not damaged
 
 
 class Ledger:

@@ -21,7 +21,7 @@ from hipexp.run.identity import facts_of, key_of, model_revision
 from hipexp.run.ledger import Ledger, is_done, open_ledger, read_json, read_rows, run_folder
 from hipexp.run.strategy import describe
 from hipexp.suites.sample import Item, ProtocolCard, Sample, Suite
-from hipexp.track import Tracker, open_trackers
+from hipexp.track import Trackers, open_trackers
 
 if TYPE_CHECKING:
     from hipexp.hf import Generation, Loaded
@@ -90,8 +90,7 @@ def _tell_sweep(experiment: Experiment, folder: Path, say: Say) -> None:
     else:
         with following(experiment, folder, read_json(folder / "card.json")) as trackers:
             summary = read_json(folder / "summary.json")
-            for tracker in trackers:
-                tracker.finish(summary, sorted(folder.glob("*.png")))
+            trackers.finish(summary, sorted(folder.glob("*.png")))
 
 
 def _run(experiment: Experiment, ledger: Ledger, load: Load | None, say: Say) -> None:
@@ -129,9 +128,8 @@ def _run(experiment: Experiment, ledger: Ledger, load: Load | None, say: Say) ->
         summary = head_of(experiment) | result
         environment.write_records(ledger.folder, head_of(experiment), card, ledger.rows)
         ledger.write("summary.json", summary)
-        for tracker in trackers:
-            tracker.finish(summary, sorted(ledger.folder.glob("*.png")))
-    ledger.status("done")
+        ledger.status("done")
+        trackers.finish(summary, sorted(ledger.folder.glob("*.png")))
 
 
 def load_model(model: Model) -> Loaded:
@@ -164,17 +162,15 @@ def open_suite_for(experiment: Experiment, tokenizer: Any, trained_tok: int) -> 
 
 
 @contextmanager
-def following(experiment: Experiment, folder: Path, card: dict[str, Any]) -> Iterator[list[Tracker]]:
+def following(experiment: Experiment, folder: Path, card: dict[str, Any]) -> Iterator[Trackers]:
     """The trackers of a run, started; told to finish early if an error leaves the block."""
     trackers = open_trackers(experiment.track)
     config = resolved(experiment) | {"run_key": key_of(experiment)}
-    for tracker in trackers:
-        tracker.start(folder, config, card)
+    trackers.start(folder, config, card)
     try:
         yield trackers
     except BaseException:
-        for tracker in trackers:
-            tracker.finish(None, [])
+        trackers.finish(None, [])
         raise
 
 
@@ -200,7 +196,7 @@ def head_of(experiment: Experiment) -> dict[str, Any]:
     return {"run_key": key_of(experiment), **names, "pipeline": pipeline_name(experiment), "status": "done"}
 
 
-def run_samples(experiment: Experiment, suite: Suite, loaded: Loaded, ledger: Ledger, trackers: list[Tracker]) -> None:
+def run_samples(experiment: Experiment, suite: Suite, loaded: Loaded, ledger: Ledger, trackers: Trackers) -> None:
     """Do every sample that is not in the ledger yet, ``task.batch`` at a time."""
     from hipexp import hf
 
@@ -212,8 +208,7 @@ def run_samples(experiment: Experiment, suite: Suite, loaded: Loaded, ledger: Le
             answers = answer(experiment, loaded, samples, bar.update)
             for sample, made in zip(samples, answers, strict=True):
                 ledger.append(row_of(suite, sample, made, loaded))
-                for tracker in trackers:
-                    tracker.log(ledger.rows[-1], mean_scores(ledger.rows))
+                trackers.log(ledger.rows[-1], mean_scores(ledger.rows))
             bar.advance_to(sum(item.length_tok for item in batch))
 
 

@@ -154,7 +154,7 @@ def check_wording(name: str) -> str:
 
 
 def seeded(*parts: object) -> random.Random:
-    """The random stream of one sample. Training draws from other names, so it never saw these keys."""
+    """The random stream of one sample. Training draws from other names, so it never saw these prompts."""
     return random.Random("/".join((SEED_NAMESPACE, *map(str, parts))))
 
 
@@ -173,11 +173,15 @@ def new_token_limit(subtask: str, encode: Encode, wording: str = "default", draw
     return longest + 1
 
 
-def depth_of(index: int, count: int) -> int:
-    """Which of the ``DEPTHS`` positions sample ``index`` of ``count`` uses: equally often each, both ends included."""
-    if count >= DEPTHS:
-        return index * DEPTHS // count
-    return (DEPTHS - 1) // 2 if count == 1 else round(index * (DEPTHS - 1) / (count - 1))
+def place_of(index: int, count: int, places: int) -> int:
+    """Which of ``places`` positions, in order, sample ``index`` of ``count`` uses.
+
+    As many samples as places or more: each place equally often, as in the published recipe. Fewer: the middles of ``count`` equal parts,
+    because needles at the ends lie in the sinks or in the window and tell nothing about pruning.
+    """
+    if count >= places:
+        return index * places // count
+    return (2 * index + 1) * places // (2 * count)
 
 
 def digits_prompt(words: Wording, key: str, lines: int, position: int) -> str:
@@ -227,7 +231,7 @@ def digits_sample(
 
 
 def pairs_sample(index: int, count: int, length_tok: int, encode: Encode, rng: random.Random, wording: str = "default") -> Sample:
-    """A ``kv_retrieval`` sample: as many pairs as fit; sample ``index`` of ``count`` asks for pair ⌊index · pairs / count⌋.
+    """A ``kv_retrieval`` sample: as many pairs as fit; sample ``index`` of ``count`` asks for the pair that ``place_of`` gives.
 
     Raises ``ConfigError`` if not a single pair fits.
     """
@@ -239,14 +243,14 @@ def pairs_sample(index: int, count: int, length_tok: int, encode: Encode, rng: r
     def prompt(n: int) -> str:
         while len(pairs) < n:
             pairs.append((random_uuid(rng), random_uuid(rng)))
-        return pairs_prompt(words, pairs[:n], pairs[index * n // count][0])
+        return pairs_prompt(words, pairs[:n], pairs[place_of(index, count, n)][0])
 
     one = len(encode(prompt(1)))
     if one > room:
         raise too_short("kv_retrieval", length_tok, one, max_new_tok)
     per_pair = (len(encode(prompt(9))) - one) / 8
     n = 1 + largest_fit(lambda more: len(encode(prompt(1 + more))), room, int((room - one) / per_pair))
-    asked = index * n // count
+    asked = place_of(index, count, n)
     text = prompt(n)
     meta = {"depth": round(asked / n, 4), "pairs": n, "asked": asked}
     return Sample("kv_retrieval", index, text, encode(text), [pairs[asked][1]], max_new_tok, length_tok, meta=meta)
@@ -272,7 +276,7 @@ def make_sample(subtask: str, index: int, count: int, length_tok: int, encode: E
     rng = seeded(subtask, seed, index, length_tok)
     if subtask == "kv_retrieval":
         return pairs_sample(index, count, length_tok, encode, rng, wording)
-    return digits_sample(subtask, index, depth_of(index, count) / (DEPTHS - 1), length_tok, encode, rng, wording)
+    return digits_sample(subtask, index, place_of(index, count, DEPTHS) / (DEPTHS - 1), length_tok, encode, rng, wording)
 
 
 def first_number(text: str) -> str:

@@ -38,7 +38,7 @@ def test_prompts_vary(tokenizer):
     assert len({prompt.count('": "') for prompt in prompts}) > 8, "number of pairs"
 
 
-def test_evaluated_keys_are_not_those_of_training(tokenizer):
+def test_evaluated_pairs_are_not_those_of_training(tokenizer):
     encode = encoder(tokenizer)
     trained = {answer for seed in range(50) for answer in _answers(PromptMaker(encode, seed=seed), tokenizer)}
     asked = {make_sample("kv_retrieval", i, 20, 3000, lambda text: encode(text), 0, "default").references[0] for i in range(20)}

@@ -48,6 +48,10 @@ def test_finds_values_of_keys_in_short_prompts(needle):
     assert average(needle, None, "kv_retrieval", 1024, 10) >= 80
 
 
+def test_pruning_finds_a_pass_key_in_the_middle_beyond_the_trained_length(needle):
+    assert average(needle, compose(["+pipeline=3stage"]).pipeline, "passkey", 2 * needle.trained_tok, 1) == 100
+
+
 @pytest.mark.slow
 def test_pruning_finds_pass_keys_where_dense_attention_does_not(needle):
     pipeline, length_tok = compose(["+pipeline=3stage"]).pipeline, 4 * needle.trained_tok

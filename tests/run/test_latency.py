@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from hipexp.config.compose import compose
@@ -17,14 +19,15 @@ def measured(experiment, **task):
 
 def test_rows_alternate_and_follow_the_contract(fake, experiment):
     folder = execute(measured(experiment, repeats=2))
-    assert [row["subtask"] for row in read_rows(folder)] == ["dense@512", "3stage@512"] * 2 + ["3stage@1024"] * 2
+    assert [row["subtask"] for row in read_rows(folder)] == ["dense@512", "pruned@512"] * 2 + ["pruned@1024"] * 2
     rows = read_json(folder / "summary.json")["latency"]["rows"]
     wanted = {"phase", "context_tok", "impl", "mean_ms", "p10_ms", "p90_ms", "cached_ms", "worst_ms", "speedup", "bytes"}
     assert all(set(row) == wanted for row in rows)
     assert [(row["phase"], row["context_tok"], row["impl"]) for row in rows] == [
         (phase, length, impl) for phase in ("prefill", "decode") for length, impl in ((512, "dense"), (512, "3stage"), (1024, "3stage"))
     ]
-    assert [row["speedup"] for row in rows] == [1.0, 1.0, None] * 1 + [rows[3]["speedup"], rows[4]["speedup"], None]
+    dense, pruned = rows[3]["mean_ms"], rows[4]["mean_ms"]
+    assert [row["speedup"] for row in rows] == [1.0, 1.0, None, 1.0, pytest.approx(dense / pruned, abs=1e-3), None]
     assert "dense was not measured at 1024 tokens" in report(measured(experiment, repeats=2))
 
 
@@ -37,7 +40,7 @@ def test_a_measurement_is_resumed_per_length_and_implementation(fake, experiment
     calls = fake.calls
     execute(one)
     assert fake.calls - calls == 2  # the missing measurement and its warm-up
-    assert [row["subtask"] for row in read_rows(folder)] == ["dense@512", "3stage@512", "3stage@1024"]
+    assert [row["subtask"] for row in read_rows(folder)] == ["dense@512", "pruned@512", "pruned@1024"]
 
 
 @pytest.mark.parametrize(
@@ -48,6 +51,15 @@ def test_a_length_without_room_is_refused_before_loading(fake, experiment, monke
     monkeypatch.setattr("hipexp.run.point.load_model", lambda model: pytest.fail("loaded"))
     with pytest.raises(ConfigError, match=rf"^{key} is too short for passkey: its frame takes \d+ tokens .* use at least \d+"):
         execute(measured(experiment, decode_steps=48, **task))
+
+
+def test_another_name_of_the_same_pipeline_is_the_same_measurement(fake, experiment):
+    one = measured(experiment)
+    execute(one)
+    calls = fake.calls
+    renamed = dataclasses.replace(one, pipeline=dataclasses.replace(PIPELINE, name="mine"))
+    rows = read_json(execute(renamed) / "summary.json")["latency"]["rows"]
+    assert (fake.calls, {row["impl"] for row in rows}) == (calls, {"dense", "3stage"})
 
 
 def test_decode_means_cover_whole_refresh_periods():

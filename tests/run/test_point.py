@@ -69,6 +69,17 @@ def test_a_finished_run_costs_nothing_and_says_the_same(fake, experiment, capsys
     assert first.splitlines()[-4:] == again.splitlines()[-4:]
 
 
+@pytest.mark.parametrize("damage", [lambda text: "", lambda text: text.replace("score", "sc\0re", 1), lambda text: text.split("\n", 1)[1]])
+def test_a_finished_run_with_damaged_samples_is_not_done(fake, experiment, damage):
+    folder = execute(experiment())
+    before, path = read_json(folder / "summary.json"), folder / "samples.jsonl"
+    path.write_text(damage(path.read_text()))
+    assert not stored(experiment())
+    execute(experiment())
+    assert (len(read_rows(folder)), stored(experiment())) == (8, True)
+    assert read_json(folder / "summary.json")["scores"] == before["scores"]
+
+
 def test_finished_samples_are_never_done_again(fake, experiment, monkeypatch):
     one = experiment()
     fake.fail = RuntimeError("broken")

@@ -1,10 +1,12 @@
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from hipexp.config.check import WANDB_KEYS
 from hipexp.config.schema import Track
+from hipexp.run.ledger import read_json, read_rows, runs_root
 from hipexp.run.point import execute
 from hipexp.track import open_trackers
 from hipexp.track.wandb import mode_of
@@ -84,7 +86,27 @@ def test_a_failure_ends_the_wandb_run(fake, experiment, wandb):
 
 def test_wandb_is_optional(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    assert len(open_trackers(Track())) == 1
+    open_trackers(Track()).start(Path(), {}, {})
+
+
+@pytest.mark.parametrize("broken", ["log", "finish"])
+def test_a_tracker_that_fails_costs_no_result(fake, experiment, wandb, monkeypatch, broken, caplog):
+    def fail(*_, **__):
+        raise OSError("wandb is gone")
+
+    monkeypatch.setattr(FakeRun, broken, fail)
+    folder = execute(tracked(experiment))
+    assert (len(read_rows(folder)), read_json(folder / "status.json")["state"]) == (8, "done")
+    assert "WandbTracker failed (OSError: wandb is gone)" in caplog.text
+
+
+def test_a_tracker_that_fails_does_not_hide_why_a_run_failed(fake, experiment, wandb, monkeypatch):
+    monkeypatch.setattr(FakeRun, "finish", lambda *_, **__: 1 / 0)
+    fake.fail = MemoryError("too long a prompt")
+    with pytest.raises(MemoryError):
+        execute(tracked(experiment))
+    (status,) = (read_json(path) for path in runs_root().glob("*/*/status.json"))
+    assert (status["class"], status["message"]) == ("out_of_memory", "too long a prompt")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from hipexp.suites.sample import LineEncoder
 from small_tokenizer import Tokenizer, split_characters
 
 CHARACTERS = LineEncoder(Tokenizer(split_characters))
-GOLDEN = "bcc4b033ef5c5f5a"
+GOLDEN = "c9767d85ec2ed421"
 GOLDEN_PASSKEY = (
     "Somewhere in the following text a pass key is hidden. Find it and keep it in mind.\n"
     "The pass key is 12566. Keep it in mind. 12566 is the pass key.\n"
@@ -71,24 +71,32 @@ def test_needles_stand_at_the_depths_of_the_recipe():
 
 
 @given(count=st.integers(1, 200))
-def test_depths_are_spread_over_both_ends(count):
-    depths = [infbench.depth_of(i, count) for i in range(count)]
+def test_depths_are_spread_evenly(count):
+    depths = [infbench.place_of(i, count, DEPTHS) for i in range(count)]
     assert depths == sorted(depths)
-    assert all(0 <= depth < DEPTHS for depth in depths)
-    if count > 1:
-        assert (depths[0], depths[-1]) == (0, DEPTHS - 1)
+    uses = collections.Counter(depths)
     if count >= DEPTHS:
-        uses = collections.Counter(depths).values()
-        assert max(uses) - min(uses) <= 1
+        assert set(depths) == set(range(DEPTHS))
+        assert max(uses.values()) - min(uses.values()) <= 1
+    else:
+        assert max(uses.values()) == 1
+        assert depths[0] + depths[-1] in (DEPTHS - 1, DEPTHS)
+        for i, depth in enumerate(depths):
+            assert i / count * DEPTHS < depth + 0.5 < (i + 1) / count * DEPTHS
+
+
+def test_few_samples_need_neither_sinks_nor_window():
+    assert [infbench.place_of(i, 2, DEPTHS) for i in range(2)] == [14, 44]
+    assert [infbench.place_of(i, 4, 1000) for i in range(4)] == [125, 375, 625, 875]
 
 
 @given(seed=st.integers(), index=st.integers(0, 19))
 @settings(max_examples=20, deadline=None)
-def test_pairs_ask_for_the_pair_of_the_recipe(seed, index):
+def test_pairs_ask_for_evenly_spread_pairs(seed, index):
     sample = make_sample("kv_retrieval", index, 20, 2500, CHARACTERS, seed=seed)
     pairs = json.loads(re.search(r"\{.*\}", sample.prompt)[0])
     assert len(pairs) == sample.meta["pairs"]
-    asked = list(pairs)[index * len(pairs) // 20]
+    asked = list(pairs)[(2 * index + 1) * len(pairs) // 40]
     assert pairs[asked] == sample.references[0]
     assert sample.prompt.endswith(f'\n"{asked}": "')
     assert all(uuid.UUID(text).version == 4 for pair in pairs.items() for text in pair)
@@ -150,7 +158,7 @@ def test_a_perfect_answer_fits_the_new_token_limit(encode, subtask):
 
 
 def test_prompts_are_frozen():
-    """A change of words or of a recipe changes every score: raise SCORER or the template with it, and say so in the changelog."""
+    """A change of words or of a recipe changes every score: raise RESULT_VERSION, SCORER or the template with it."""
     made = "\0".join(make_sample(name, 1, 3, 400, CHARACTERS, wording=words).prompt for name in SUBTASKS for words in WORDINGS)
     assert hashlib.sha256(made.encode()).hexdigest()[:16] == GOLDEN
     assert make_sample("passkey", 0, 1, 150, CHARACTERS).prompt == GOLDEN_PASSKEY
