@@ -276,7 +276,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this time, resumable (default: never)")
     args = parser.parse_args()
-    print(f"{args.steps} steps; 3000 took an hour on two cores with AVX-512, two to three on older ones; the bar tells for this machine")
+    print(f"{args.steps} steps; 3000 took 57 minutes on two cores with AVX-512; the bar tells for this machine")
     if train(args.out, args.steps, args.lr, args.minutes):
         made = args.out / "model"
         print(f"trained: {made}; try it with model.path={made}, or copy it to hipexp/needle/model to make it the embedded one")

@@ -271,13 +271,14 @@ def test_chunks_in_which_a_row_is_all_padding(loaded, pipeline, tokens, make):
 
 
 def test_our_cache_only_grows():
-    # Beam search and assisted decoding call these; a silent no-op would leave refresh state that belongs to other tokens.
     cache = SequenceCache(2)
     cache.update(torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5, 4), 0)
     row = torch.tensor([0])
     for method, arguments in dict(
         crop=(3,), reset=(), reorder_cache=(row,), batch_repeat_interleave=(2,), batch_select_indices=(row,)
     ).items():
+        # Beam search and assisted decoding call these; a silent no-op would leave refresh state that belongs to other tokens. It is this
+        # error because transformers' interface has these methods and this cache, by design, does not do them.
         with pytest.raises(NotImplementedError, match="only grows"):
             getattr(cache, method)(*arguments)
     assert cache.get_seq_length() == 5
