@@ -133,12 +133,15 @@ def digits_wording(rng: random.Random, ten: bool) -> tuple[str, Wording]:
 
 
 class PromptMaker:
-    """Draws training prompts of a given length in tokens. ``encode(text)`` returns token ids without special tokens."""
+    """Draws training prompts of a given length in tokens. ``encode(text)`` returns token ids without special tokens.
 
-    def __init__(self, encode, seed: int = 0, eos_id: int = 2, bos_id: int = 1):
+    ``first_weight``: loss weight of the first token of the answer to a question, which alone has to tell the needles apart.
+    """
+
+    def __init__(self, encode, seed: int = 0, first_weight: float = 1.0, eos_id: int = 2, bos_id: int = 1):
         self.rng = random.Random(f"needle-train/{seed}")
         self.encode = lru_cache(maxsize=4096)(lambda text: tuple(encode(text)))
-        self.eos_id, self.bos_id = eos_id, bos_id
+        self.first_weight, self.eos_id, self.bos_id = first_weight, eos_id, bos_id
 
     def digits(self, length: int) -> list[Segment]:
         """A noise text of about ``length`` tokens with one hidden number, or with several that belong to places."""
@@ -192,7 +195,7 @@ class PromptMaker:
         keys, values = ([random_uuid(rng)[:cut] for _ in range(count)] for _ in range(2))
         out = [Segment(f"{intro}\n{{")]
         for i in range(count):
-            out.append(Segment(KV.needle.format(key=keys[i], value=values[i]), states=i, unknown=word))
+            out.append(Segment(KV.needle.format(key=keys[i], value=values[i]), states=i, unknown=word // 2))
             out.append(Segment(", " if i < count - 1 else "}\n"))
         for i in rng.sample(range(count), asked):
             text = (question.format(key=keys[i]) + "\n" if question else "") + KV.prefix.format(key=keys[i])
@@ -250,7 +253,7 @@ class PromptMaker:
     def prompt(self, length: int) -> tuple[list[int], list[float], list[tuple[int, int, int, int, int]]]:
         """One training sequence of at most ``length`` tokens.
 
-        Returns token ids, the loss weight of each (1 for answers, 0 elsewhere) and the links
+        Returns token ids, the loss weight of each (1 for answers or ``first_weight``, 0 elsewhere) and the links
         ``(asking_from, asking_to, needle_from, needle_to, after)`` in token positions; ``after`` tokens behind the needle may tell of it.
         """
         while True:
@@ -263,7 +266,7 @@ class PromptMaker:
                 piece = list(self.encode(segment.text)) + ([self.eos_id] if segment.ends else [])
                 start = len(ids)
                 ids += piece
-                weight += [float(segment.answer)] * len(piece)
+                weight += [self.first_weight if segment.ends else float(segment.answer)] + [float(segment.answer)] * (len(piece) - 1)
                 if segment.states is not None:
                     stated[segment.states] = (start + segment.unknown, len(ids))
                 if segment.answer:

@@ -1,9 +1,10 @@
 """Train ``needle`` from nothing on a CPU: ``python -m hipexp.needle.train`` (``make needle``). Resumable.
 
 A plain Llama (GQA, RoPE base 1,000,000) learns to answer retrieval prompts of growing length. Beside the loss on the answers and
-a tenth of the language-model loss there is a *locality* loss: at the tokens that ask for a needle, the best head's
-attention logits should single out the needle's neighbourhood, not one token of it. Large language models have this
-property (keys vary slowly along the text), and every method that judges a chunk by a few of its keys relies on it.
+a tenth of the language-model loss there is a *locality* loss: at the tokens that ask for a needle, attention logits should single out
+the needle's neighbourhood, not one token of it, in one head alone and in all heads and a block of queries together. Large language
+models have the first property (keys vary slowly along the text), and every method that judges a chunk by a few of its keys relies on
+it; methods that keep one list for a block of queries and all heads rely on the second.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import math
 import random
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,43 +26,38 @@ from hipexp.needle.corpus import PromptMaker
 from hipexp.needle.tokenizer import train_tokenizer
 
 TRAINED_LENGTH = 6144
+LAYERS, HEAD_DIM, ROPE_THETA = 5, 64, 1e6
 TOKENS_PER_STEP = 6144
-STEPS = 3000
 LENGTH_THAT_DOUBLES = 1500  # a step on sequences of this length takes twice as long as one on very short ones
-# (share of the steps, sequence length)
-LENGTHS = (
-    (0.12, 96),
-    (0.047, 128),
-    (0.067, 192),
-    (0.093, 384),
-    (0.113, 768),
-    (0.08, 1536),
-    (0.133, 3072),
-    (0.065, 4608),
-    (0.282, TRAINED_LENGTH),
-)
-DECAY = 0.2  # share of the steps, at the end, over which the learning rate falls to nothing
+# (steps, sequence length)
+LENGTHS = ((280, 96), (140, 128), (160, 192), (240, 384), (300, 768), (280, 1536), (400, 3072), (900, TRAINED_LENGTH))
+STEPS = sum(steps for steps, _ in LENGTHS)
+PEAK = 4e-3  # learning rate
+DECAY = 0.25  # share of the steps, at the end, over which the learning rate falls to nothing
+FIRST_WEIGHT = 3.0  # of the first token of an answer: it tells the needles apart
 SHORTER = 0.3  # share of steps drawn from an earlier length
-LM_WEIGHT, LOCALITY_WEIGHT = 0.1, 0.3
-LOCALITY_FROM_TOK = 384  # in shorter prompts there is no room between sinks and window
+LM_WEIGHT, LOCALITY_WEIGHT = 0.1, 0.5
+LOCALITY_FROM_TOK = 192  # in shorter prompts there is no room between sinks and window
 LOCALITY_FROM_LAYER = 2
+ASKING_ROWS, ASKING_BLOCKS, BLOCK_TOK, BLOCK_ROWS = 24, 4, 64, 16  # per prompt; a block is a 24th of a short prompt
 # In this share of the steps, and in all on short prompts, the layers before LOCALITY_FROM_LAYER see near tokens only, so that the layers
 # with the locality loss do the looking up. "Near": blocks of a sixth, an eighth or a twelfth of the prompt.
 NEAR_SHARE, NEAR_ALWAYS_TOK, NEAR_PARTS, NEAR_SINK_TOK = 0.7, 128, (6, 8, 12), 4
+BF16_FROM_TOK = 1536  # attention over longer sequences multiplies in bfloat16: twice as fast on processors that know it
 
 
 def make_config(vocab: int) -> LlamaConfig:
-    """The architecture: 5 layers of width 128, 4 query heads on 2 key/value heads of 32."""
+    """The architecture: 5 layers of width 128, 4 query heads on 2 key/value heads of 64."""
     return LlamaConfig(
         vocab_size=vocab,
         hidden_size=128,
         intermediate_size=320,
-        num_hidden_layers=5,
+        num_hidden_layers=LAYERS,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=32,
+        head_dim=HEAD_DIM,
         max_position_embeddings=TRAINED_LENGTH,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
         tie_word_embeddings=True,
         initializer_range=0.08,
         pad_token_id=0,
@@ -69,30 +66,53 @@ def make_config(vocab: int) -> LlamaConfig:
     )
 
 
+@dataclass
+class Asking:
+    """Queries that ask for needles: ``rows`` [B, N, S] positions (S of them share a target), ``target`` [B, N, T] sums to 1 or 0 and
+    says where the needles lie, ``allowed`` [B, N, T] the tokens among which they must stand out."""
+
+    rows: torch.Tensor
+    target: torch.Tensor
+    allowed: torch.Tensor
+
+
 class Locality:
-    """Collects the locality loss of one forward pass; ``rows`` [B, R] are asking positions, ``target`` [B, R, T] sums to 1 or 0.
+    """Collects the locality loss of one forward pass.
 
     ``near_tok``: block size in tokens of the first layers' attention in this step, 0 for all tokens.
     """
 
     def __init__(self):
-        self.rows = self.target = self.allowed = None
+        self.single: Asking | None = None
+        self.blocks: Asking | None = None
         self.near_tok = 0
-        self.losses: list[torch.Tensor] = []
         self.own: list[torch.Tensor] = []
+        self.shared: list[torch.Tensor] = []
 
     def add(self, q_BHTD: torch.Tensor, k_BHTD: torch.Tensor, scale: float) -> None:
-        B, H, _, D = q_BHTD.shape
-        R = self.rows.shape[1]
-        rows = self.rows[:, None, :, None].expand(B, H, R, D)
-        logits = (q_BHTD.gather(2, rows) @ k_BHTD.transpose(-1, -2)) * scale
-        own = self._cross_entropy(logits[:, -1])
-        self.losses.append(own + 0.25 * self._cross_entropy(logits.logsumexp(1)))
-        self.own.append(own.detach())
+        """Compares without regard to distance: each query looks at all keys as if they lay at one random distance, as pruning does.
 
-    def _cross_entropy(self, logits: torch.Tensor) -> torch.Tensor:
-        chosen = F.log_softmax(logits.masked_fill(~self.allowed, -1e9), -1)
-        return -(self.target * chosen).sum() / self.target.sum().clamp(min=1)
+        Each token of the needle's neighbourhood competes with the tokens elsewhere, so that attention may still single one out.
+        """
+        T = k_BHTD.shape[2]
+        k_BHTD = turn(k_BHTD, -torch.arange(T))
+        for heads, asking, losses in ((slice(-1, None), self.single, self.own), (slice(None), self.blocks, self.shared)):
+            q, rows = q_BHTD[:, heads], asking.rows.flatten(1)
+            q = q.gather(2, rows[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
+            distance = torch.randint(T // 8, T * 2 // 3, asking.rows.shape[:2])[..., None].expand_as(asking.rows).flatten(1)
+            logits = (turn(q, (distance - rows)[:, None]) @ k_BHTD[:, heads].transpose(-1, -2)) * scale
+            pooled = logits.unflatten(2, asking.rows.shape[1:]).logsumexp((1, 3))
+            pooled = pooled.masked_fill(~asking.allowed, -1e9)
+            elsewhere = pooled.masked_fill(asking.target > 0, -1e9).logsumexp(-1, keepdim=True)
+            chosen = F.logsigmoid(pooled - elsewhere)
+            losses.append(-(asking.target * chosen).sum() / asking.target.sum().clamp(min=1))
+
+
+def turn(x_D: torch.Tensor, by_tok: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding: turn vectors ``[..., D]`` on by ``by_tok`` ``[...]`` positions."""
+    angle = by_tok[..., None] * ROPE_THETA ** (-torch.arange(HEAD_DIM // 2) / (HEAD_DIM // 2))
+    (a, b), cos, sin = x_D.chunk(2, -1), angle.cos(), angle.sin()
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 LOCALITY = Locality()
@@ -101,11 +121,15 @@ LOCALITY = Locality()
 def _attention(module, query, key, value, attention_mask, *, scaling, **_):
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    if LOCALITY.rows is not None and module.layer_idx >= LOCALITY_FROM_LAYER:
+    if LOCALITY.single is not None and module.layer_idx >= LOCALITY_FROM_LAYER:
         LOCALITY.add(query, key, scaling)
+    if key.shape[2] >= BF16_FROM_TOK:
+        query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
     if LOCALITY.near_tok and module.layer_idx < LOCALITY_FROM_LAYER:
-        return _attend_near(query, key, value, LOCALITY.near_tok, scaling).transpose(1, 2), None
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling).transpose(1, 2), None
+        out = _attend_near(query, key, value, LOCALITY.near_tok, scaling)
+    else:
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+    return out.transpose(1, 2).float(), None
 
 
 def _attend_near(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, near_tok: int, scale: float) -> torch.Tensor:
@@ -130,42 +154,46 @@ def _attend_near(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, near_tok: in
     return out.unflatten(0, (B, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :T]
 
 
-def collate(prompts, asking_rows: int = 24):
-    """Right-padded ids, targets' weights, and the locality target of some asking rows (or None if no needle is far enough)."""
+def collate(prompts):
+    """Right-padded ids, targets' weights, and the asking queries, one by one and in blocks (or None if no needle is far enough)."""
     B, T = len(prompts), max(len(p[0]) for p in prompts)
     ids, weight = torch.zeros(B, T, dtype=torch.long), torch.zeros(B, T)
-    rows = torch.zeros(B, asking_rows, dtype=torch.long)
-    target = torch.zeros(B, asking_rows, T)
-    allowed = torch.zeros(B, asking_rows, T, dtype=torch.bool)
-    sink, window = min(256, T // 8), min(1024, T // 4)
+    size, sink, window = min(BLOCK_TOK, T // 24), min(256, T // 8), min(1024, T // 4)
+    single, blocks = (
+        Asking(torch.zeros(B, n, s, dtype=torch.long), torch.zeros(B, n, T), torch.zeros(B, n, T, dtype=torch.bool))
+        for n, s in ((ASKING_ROWS, 1), (ASKING_BLOCKS, min(size, BLOCK_ROWS)))
+    )
     for b, (tokens, weights, links) in enumerate(prompts):
         ids[b, : len(tokens)] = torch.tensor(tokens)
         weight[b, : len(tokens)] = torch.tensor(weights)
-        candidates = [(row, lo, hi, after) for a, z, lo, hi, after in links for row in range(a, z) if lo >= sink and hi <= row - window]
-        random.shuffle(candidates)
-        for r, (row, lo, hi, after) in enumerate(candidates[:asking_rows]):
-            rows[b, r] = row
-            allowed[b, r, sink : row - window] = True
-            target[b, r, lo:hi] = 1.0
-            end = min(hi + after, row - window)
-            target[b, r, hi:end] = 1 - torch.arange(1, end - hi + 1) / max(after, 1)
-            target[b, r] /= target[b, r].sum()
-    return ids, weight, (rows, target, allowed) if T >= LOCALITY_FROM_TOK // 2 and target.any() else None
+        rows = [row for a, z, lo, hi, _ in links for row in range(a, z) if lo >= sink and hi <= row // size * size - window]
+        random.shuffle(rows)
+        firsts = list(dict.fromkeys(row // size * size for row in rows))
+        for asking, starts, span in ((single, rows, 1), (blocks, firsts, size)):
+            for n, start in enumerate(starts[: asking.rows.shape[1]]):
+                asking.rows[b, n] = torch.linspace(start, min(start + span, len(tokens)) - 1, asking.rows.shape[2]).long()
+                asking.allowed[b, n, sink : start - window] = True
+                for a, z, lo, hi, after in links:
+                    if a < start + span and z > start and lo >= sink and hi <= start - window:
+                        end = min(hi + after, start - window)
+                        told = torch.cat([torch.ones(hi - lo), 1 - torch.arange(1, end - hi + 1) / max(after, 1)])
+                        asking.target[b, n, lo:end] = asking.target[b, n, lo:end].maximum(told)
+                asking.target[b, n] /= asking.target[b, n].sum()
+    return ids, weight, (single, blocks) if T >= LOCALITY_FROM_TOK and single.target.any() else None
 
 
-def step_length(step: int, steps: int, rng: random.Random) -> int:
+def step_length(step: int, rng: random.Random) -> int:
     """Sequence length of a step: the curriculum's, or with probability ``SHORTER`` an earlier one."""
-    done, reached = 0.0, 0
-    for i, (share, _) in enumerate(LENGTHS):
-        if step / steps >= done:
-            reached = i
-        done += share
+    reached = 0
+    while step >= LENGTHS[reached][0]:
+        step -= LENGTHS[reached][0]
+        reached += 1
     if reached and rng.random() < SHORTER:
         reached = rng.randrange(max(0, reached - 3), reached)
     return LENGTHS[reached][1]
 
 
-def train(out: Path, steps: int, lr: float, minutes: float) -> bool:
+def train(out: Path, minutes: float) -> bool:
     """Train into ``out`` (checkpoint ``train.pt``, log ``train.jsonl``, finally ``model/`` with its tokenizer); whether it is finished."""
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer()
@@ -185,7 +213,7 @@ def train(out: Path, steps: int, lr: float, minutes: float) -> bool:
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0}], lr=lr, betas=(0.9, 0.95)
+        [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0}], lr=PEAK, betas=(0.9, 0.95)
     )
     first, spent, checkpoint = 0, 0.0, out / "train.pt"
     if checkpoint.exists():
@@ -196,7 +224,7 @@ def train(out: Path, steps: int, lr: float, minutes: float) -> bool:
     log = open(out / "train.jsonl", "a")
     started = saved = time.monotonic()
     right: dict[int, float] = {}
-    cost = [1 + step_length(step, steps, random.Random(f"needle-step/{step}")) / LENGTH_THAT_DOUBLES for step in range(steps)]
+    cost = [1 + step_length(step, random.Random(f"needle-step/{step}")) / LENGTH_THAT_DOUBLES for step in range(STEPS)]
     bar = tqdm(
         total=round(sum(cost)),
         initial=round(sum(cost[:first])),
@@ -204,17 +232,16 @@ def train(out: Path, steps: int, lr: float, minutes: float) -> bool:
         unit="unit",
         bar_format="{desc} {percentage:.0f}% |{bar}| {elapsed}<{remaining}",
     )
-    for step in range(first, steps):
+    for step in range(first, STEPS):
         rng = random.Random(f"needle-step/{step}")
         random.seed(step)
-        length = step_length(step, steps, rng)
-        maker = PromptMaker(lambda text: tokenizer.encode(text, add_special_tokens=False).ids, seed=step)
+        length = step_length(step, rng)
+        maker = PromptMaker(lambda text: tokenizer.encode(text, add_special_tokens=False).ids, step, FIRST_WEIGHT)
         ids, weight, locality = collate([maker.prompt(length) for _ in range(max(1, TOKENS_PER_STEP // length))])
-        now = lr * min(1.0, (step + 1) / 100, (1 - step / steps) / DECAY)
         for group in optimizer.param_groups:
-            group["lr"] = now
-        LOCALITY.rows, LOCALITY.target, LOCALITY.allowed = locality if locality else (None, None, None)
-        LOCALITY.losses, LOCALITY.own = [], []
+            group["lr"] = PEAK * min(1.0, (step + 1) / 100, (1 - step / STEPS) / DECAY)
+        LOCALITY.single, LOCALITY.blocks = locality if locality else (None, None)
+        LOCALITY.own, LOCALITY.shared = [], []
         near = length <= NEAR_ALWAYS_TOK or rng.random() < NEAR_SHARE
         LOCALITY.near_tok = length // rng.choice(NEAR_PARTS) if near else 0
         logits = model(ids, use_cache=False).logits[:, :-1]
@@ -222,7 +249,7 @@ def train(out: Path, steps: int, lr: float, minutes: float) -> bool:
         answers, text = weight[:, 1:], (ids[:, 1:] != 0).float()
         answer_loss = (each * answers).sum() / answers.sum().clamp(min=1)
         text_loss = (each * text).sum() / text.sum()
-        local_loss = torch.stack(LOCALITY.losses).mean() if LOCALITY.losses else torch.zeros(())
+        local_loss = torch.stack(LOCALITY.own + LOCALITY.shared).mean() * 2 if locality else torch.zeros(())
         loss = answer_loss + LM_WEIGHT * text_loss + LOCALITY_WEIGHT * local_loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -230,7 +257,7 @@ def train(out: Path, steps: int, lr: float, minutes: float) -> bool:
         optimizer.zero_grad(set_to_none=True)
         correct = float(((logits.argmax(-1) == ids[:, 1:]) * answers).sum() / answers.sum().clamp(min=1))
         right[length] = 0.9 * right.get(length, correct) + 0.1 * correct
-        if step % 25 == 0 or step == steps - 1:
+        if step % 25 == 0 or step == STEPS - 1:
             row = dict(
                 step=step,
                 length=length,
@@ -240,23 +267,23 @@ def train(out: Path, steps: int, lr: float, minutes: float) -> bool:
             )
             row |= dict(
                 near=LOCALITY.near_tok,
-                locality=round(local_loss.item(), 3),
                 own=[round(x.item(), 2) for x in LOCALITY.own],
+                shared=[round(x.item(), 2) for x in LOCALITY.shared],
                 right={n: round(v, 3) for n, v in sorted(right.items())},
             )
             log.write(json.dumps(row) + "\n")
             log.flush()
         bar.update(cost[step])
-        bar.set_description(f"training, step {step + 1}/{steps}, length {length}, right {right[length]:.2f}")
+        bar.set_description(f"training, step {step + 1}/{STEPS}, length {length}, right {right[length]:.2f}")
         over = time.monotonic() - started > minutes * 60
-        if over or step == steps - 1 or time.monotonic() - saved > 120:
+        if over or step == STEPS - 1 or time.monotonic() - saved > 120:
             state = dict(
                 model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1, seconds=spent + time.monotonic() - started
             )
             torch.save(state, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").replace(checkpoint)
             saved = time.monotonic()
-        if over and step < steps - 1:
+        if over and step < STEPS - 1:
             return False
     model.set_attn_implementation("sdpa")
     model.save_pretrained(out / "model")
@@ -272,12 +299,10 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/needle-training"), help="folder of checkpoint, log and model (default: %(default)s)"
     )
-    parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this time, resumable (default: never)")
     args = parser.parse_args()
-    print(f"{args.steps} steps; 3000 took 57 minutes on two cores with AVX-512; the bar tells for this machine")
-    if train(args.out, args.steps, args.lr, args.minutes):
+    print(f"{STEPS} steps, an hour or more on two cores; the bar tells for this machine")
+    if train(args.out, args.minutes):
         made = args.out / "model"
         print(f"trained: {made}; try it with model.path={made}, or copy it to hipexp/needle/model to make it the embedded one")
     else:

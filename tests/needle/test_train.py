@@ -1,10 +1,22 @@
-"""The training's own attention."""
+"""The training's own attention and its locality loss."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from hipexp.needle.train import NEAR_SINK_TOK, _attend_near
+from hipexp.needle import train
+from hipexp.needle.corpus import PromptMaker
+from hipexp.needle.tokenizer import train_tokenizer
+from hipexp.needle.train import (
+    HEAD_DIM,
+    NEAR_SINK_TOK,
+    Asking,
+    Locality,
+    _attend_near,
+    collate,
+    turn,
+)
 
 
 @pytest.mark.parametrize(("tokens", "near_tok"), [(96, 8), (93, 16), (1000, 128)])
@@ -15,3 +27,63 @@ def test_near_attention_is_a_masked_attention(tokens, near_tok):
     mask = (column <= row) & ((column < NEAR_SINK_TOK) | (column // near_tok >= row // near_tok - 1))
     expected = F.scaled_dot_product_attention(q, k, v, mask, scale=0.2)
     assert torch.allclose(_attend_near(q, k, v, near_tok, 0.2), expected, atol=1e-5)
+
+
+def test_turning_is_the_rotary_embedding_of_the_model():
+    torch.manual_seed(0)
+    x, positions = torch.randn(1, 2, 9, HEAD_DIM), torch.tensor([[0, 1, 5, 77, 1000, 3000, 4095, 5000, 6143]])
+    rotated, _ = apply_rotary_pos_emb(x, x, *LlamaRotaryEmbedding(train.make_config(64))(x, positions))
+    assert torch.allclose(turn(x, positions[:, None]), rotated, atol=2e-3)
+    assert torch.allclose(turn(rotated, -positions[:, None]), x, atol=2e-3)
+
+
+def test_locality_compares_at_one_distance_and_pools_heads_and_queries(monkeypatch):
+    torch.manual_seed(0)
+    B, H, T, distance = 2, 4, 48, 20
+    monkeypatch.setattr(torch, "randint", lambda low, high, size: torch.full(size, distance))
+    q, k = torch.randn(B, H, T, HEAD_DIM), torch.randn(B, H, T, HEAD_DIM)
+    allowed = torch.zeros(B, 1, T, dtype=torch.bool)
+    allowed[:, :, 4:30] = True
+    target = torch.zeros(B, 1, T)
+    target[0, 0, 10:14], target[1, 0, 20] = 0.25, 1.0
+    locality = Locality()
+    locality.single = Asking(torch.tensor([[[40]], [[41]]]), target, allowed)
+    locality.blocks = Asking(torch.tensor([[[36, 40, 44]], [[40, 41, 42]]]), target, allowed)
+    position = torch.arange(T)
+    locality.add(turn(q, position), turn(k, position), 0.3)
+
+    def expected(asking, heads):
+        total = 0.0
+        for b in range(B):
+            pooled = torch.full((T,), -torch.inf)
+            for t in range(4, 30):
+                found = [turn(q[b, h, r], torch.tensor(distance)) @ k[b, h, t] * 0.3 for h in heads for r in asking.rows[b, 0]]
+                pooled[t] = torch.stack(found).logsumexp(0)
+            for t in target[b, 0].nonzero().flatten().tolist():
+                rivals = [r for r in range(4, 30) if r == t or target[b, 0, r] == 0]
+                total -= float(target[b, 0, t] * (pooled[t] - pooled[rivals].logsumexp(0)))
+        return total / B
+
+    assert float(locality.own[0]) == pytest.approx(expected(locality.single, [H - 1]), rel=1e-3)
+    assert float(locality.shared[0]) == pytest.approx(expected(locality.blocks, range(H)), rel=1e-3)
+
+
+@pytest.mark.parametrize("length", [256, 1536])
+def test_targets_lie_where_the_asked_needle_is(length):
+    tokenizer = train_tokenizer()
+    maker = PromptMaker(lambda text: tokenizer.encode(text, add_special_tokens=False).ids, seed=3)
+    maker.draw = maker.pairs
+    prompts = [maker.prompt(length) for _ in range(3)]
+    ids, weight, asking = collate(prompts)
+    T = ids.shape[1]
+    assert ids.shape == weight.shape and asking is not None
+    for one in asking:
+        for b, (_, _, links) in enumerate(prompts):
+            for n in range(one.rows.shape[1]):
+                told, rows = one.target[b, n], one.rows[b, n]
+                if not told.any():
+                    continue
+                assert told.sum() == pytest.approx(1, abs=1e-4) and (told[~one.allowed[b, n]] == 0).all()
+                assert int(told.nonzero().max()) < int(rows.min()) - min(1024, T // 4)
+                needles = {(lo, hi) for a, z, lo, hi, _ in links if a <= int(rows.max()) and z > int(rows.min()) and told[lo] > 0}
+                assert needles and all((told[lo:hi] == told.max()).all() for lo, hi in needles)
