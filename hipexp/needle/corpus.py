@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from hipexp.suites.infbench import KV, NUMBER_STRING, PASSKEY, Wording, five_digits, random_uuid, ten_digits
 
@@ -100,6 +101,19 @@ class Segment:
     asks: int | None = None
     unknown: int = 0
     after: int = 0
+
+
+class Link(NamedTuple):
+    """Where a prompt asks for a needle and where it states it, in token positions (ends exclusive).
+
+    ``after``: how many tokens behind the needle may tell of it.
+    """
+
+    asking_from: int
+    asking_to: int
+    needle_from: int
+    needle_to: int
+    after: int
 
 
 def sentence(rng: random.Random) -> str:
@@ -250,11 +264,10 @@ class PromptMaker:
             return rng.choice((five_digits, ten_digits))(rng)
         return " ".join(rng.choice(rng.choice((NOUNS, VERBS, ADJECTIVES))) for _ in range(rng.randint(2, 8)))
 
-    def prompt(self, length: int) -> tuple[list[int], list[float], list[tuple[int, int, int, int, int]]]:
+    def prompt(self, length: int) -> tuple[list[int], list[float], list[Link]]:
         """One training sequence of at most ``length`` tokens.
 
-        Returns token ids, the loss weight of each (1 for answers or ``first_weight``, 0 elsewhere) and the links
-        ``(asking_from, asking_to, needle_from, needle_to, after)`` in token positions; ``after`` tokens behind the needle may tell of it.
+        Returns token ids, the loss weight of each (1 for answers or ``first_weight``, 0 elsewhere) and the links from questions to needles.
         """
         while True:
             segments = self.draw(length)
@@ -270,6 +283,6 @@ class PromptMaker:
                 if segment.states is not None:
                     stated[segment.states] = (start + segment.unknown, len(ids))
                 if segment.answer:
-                    links.append((start - 1, len(ids) - 1, *stated[segment.asks], segment.after))
+                    links.append(Link(start - 1, len(ids) - 1, *stated[segment.asks], segment.after))
             if len(ids) <= length or length < 192:
-                return ids[:length], weight[:length], [link for link in links if link[1] < length]
+                return ids[:length], weight[:length], [link for link in links if link.asking_to < length]

@@ -166,15 +166,17 @@ def collate(prompts):
     for b, (tokens, weights, links) in enumerate(prompts):
         ids[b, : len(tokens)] = torch.tensor(tokens)
         weight[b, : len(tokens)] = torch.tensor(weights)
-        rows = [row for a, z, lo, hi, _ in links for row in range(a, z) if lo >= sink and hi <= row // size * size - window]
+        links = [link for link in links if link.needle_from >= sink]
+        asking_rows = ((link, row) for link in links for row in range(link.asking_from, link.asking_to))
+        rows = [row for link, row in asking_rows if link.needle_to <= row // size * size - window]
         random.shuffle(rows)
         firsts = list(dict.fromkeys(row // size * size for row in rows))
         for asking, starts, span in ((single, rows, 1), (blocks, firsts, size)):
             for n, start in enumerate(starts[: asking.rows.shape[1]]):
                 asking.rows[b, n] = torch.linspace(start, min(start + span, len(tokens)) - 1, asking.rows.shape[2]).long()
                 asking.allowed[b, n, sink : start - window] = True
-                for a, z, lo, hi, after in links:
-                    if a < start + span and z > start and lo >= sink and hi <= start - window:
+                for asking_from, asking_to, lo, hi, after in links:
+                    if asking_from < start + span and asking_to > start and hi <= start - window:
                         end = min(hi + after, start - window)
                         told = torch.cat([torch.ones(hi - lo), 1 - torch.arange(1, end - hi + 1) / max(after, 1)])
                         asking.target[b, n, lo:end] = asking.target[b, n, lo:end].maximum(told)
