@@ -19,8 +19,8 @@ from hipexp.config.schema import ConfigError, Experiment
 COMMANDS = {
     "demo": ("hipexp.run.demo:main", "dense against 3stage on the embedded model: a table and a picture"),
     "ls": ("hipexp.report.listing:main", "the runs there are and how far they got"),
-    "table": ("hipexp.run.needle_table:main", "the long form of the demo: accuracy and time by length"),
-    "repro": ("hipexp.run.repro:main", "a published table beside ours: repro table2"),
+    "table": ("hipexp.run.needle_table:main", "the long form of the demo; table --dry-run tells how long it takes here"),
+    "repro": ("hipexp.run.repro:main", "a published table beside ours, as in repro table2 size=needle task.samples=5"),
     "doctor": ("hipexp.doctor:main", "versions, device, what is missing"),
 }
 DONE, FAILED, BAD_INPUT = 0, 1, 2
@@ -123,11 +123,9 @@ def _run_overrides(words: list[str]) -> int:
 
 
 def _run_point(experiment: Experiment, words: list[str]) -> int:
-    from hipexp.config.check import check_model
+    from hipexp.run.point import check_point, run_point
 
-    check_model(experiment)
-    from hipexp.run.point import run_point
-
+    check_point(experiment)
     run_point(experiment, words)
     return DONE
 
@@ -135,8 +133,8 @@ def _run_point(experiment: Experiment, words: list[str]) -> int:
 def _run_sweep(overrides: list[str]) -> int:
     """Check all points, then run them through Hydra's launcher: a point that fails does not stop the others."""
     from hipexp.config import compose
-    from hipexp.config.check import check_model
     from hipexp.config.overrides import is_hydra
+    from hipexp.run.point import check_point
 
     points: list[Experiment] = []
     if any(word.lstrip("+").startswith("hydra/sweeper=") for word in overrides):  # it chooses its points as it goes
@@ -144,7 +142,7 @@ def _run_sweep(overrides: list[str]) -> int:
     else:
         points = [compose.compose_point(point) for point in compose.sweep_points(overrides)]
         for experiment in points:
-            check_model(experiment)
+            check_point(experiment)
     codes: list[int] = []
 
     def job(experiment: Experiment, words: list[str]) -> None:

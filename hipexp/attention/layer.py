@@ -45,7 +45,10 @@ class LayerAttention:
         size = 1 if memory else stages[0].query_block_tok if stages else QUERY_BLOCK_TOK
         block_tok = stages[-1].chunk_tok if stages else 1
         if stages and begin % size:
-            raise ValueError(f"a part of a prompt begins at token {begin}, inside a query block; cut prompts at multiples of {size} tokens")
+            raise ValueError(
+                f"a part of a prompt begins at token {begin} (left padding not counted), inside a query block; cut prompts, and pad rows, "
+                f"by multiples of {size} tokens, or use hipexp.hf.generate"
+            )
         queries = QueryBlocks.cut(q, begin, size)
         attended = queries if memory or not stages else queries.split(stages[-1].query_block_tok)
         exact = attended.last < self.plan.sink_tok + self.plan.window_tok + (stages[-1].keep_tok if stages else 0)
@@ -77,7 +80,7 @@ class LayerAttention:
         if self.tables is None:
             return None
         kept = max((stages[-1].keep_tok for stages in (self.plan.stages, self.plan.decode) if stages), default=0)
-        rows = self.plan.sink_tok + self.plan.window_tok + kept + 2 * queries.size
+        rows = min(self.plan.sink_tok + self.plan.window_tok + kept, n_keys) + 2 * queries.size
         if self.plan.attend in (AttendRope.native, AttendRope.dynamic):
             rows = max(rows, n_keys + queries.size)
         return AttendRotation(self.plan.attend.value, self.tables.upto(rows), self.tables.trained_tok)

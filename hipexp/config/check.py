@@ -10,7 +10,9 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from importlib.util import find_spec
+from netrc import NetrcParseError, netrc
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from hipexp.config.model import ModelFacts, read_facts
 from hipexp.config.overrides import DENSE
@@ -26,10 +28,12 @@ TASKS = {
     "latency": ("length_tok", "lengths_tok", "decode_steps", "repeats", "dense_max_tok", "protocol"),
 }
 PROTOCOLS = ("hipexp",)
+MOST = 2**31  # of anything counted, tokens above all
 OFFLOADS = ("none",)
 TRACKERS = ("local", "wandb")
 TRACK_MODES = ("offline", "online", "auto", "disabled")
 WANDB_KEYS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
+WANDB_SERVER = "https://api.wandb.ai"
 
 Key = Callable[[int, str], str]  # (stage number, field) -> the key that set it
 
@@ -92,9 +96,17 @@ def _check_track(track: Track) -> None:
 
 
 def has_wandb_key() -> bool:
-    """Whether wandb has an API key on this machine: in the environment, or, most likely, in a netrc file that is there."""
-    kept = [Path(os.environ.get("NETRC") or "~/.netrc").expanduser(), Path("~/_netrc").expanduser()]
-    return any(map(os.environ.get, WANDB_KEYS)) or any(path.exists() for path in kept)
+    """Whether wandb has an API key on this machine: in the environment, or for its server in a netrc file."""
+    if any(map(os.environ.get, WANDB_KEYS)):
+        return True
+    server = urlsplit(os.environ.get("WANDB_BASE_URL") or WANDB_SERVER).hostname or ""
+    for path in (Path(os.environ.get("NETRC") or "~/.netrc").expanduser(), Path("~/_netrc").expanduser()):
+        try:
+            if server in netrc(path).hosts:
+                return True
+        except (OSError, NetrcParseError):
+            continue
+    return False
 
 
 def _check_model_fields(model: Model) -> None:
@@ -116,7 +128,8 @@ def _check_task(task: Task) -> None:
         if getattr(task, name) is not None:
             _check_list(f"task.{name}", getattr(task, name))
     if task.lengths_tok is not None:
-        _all("task.lengths_tok", task.lengths_tok, lambda length: length >= 1, "hold lengths of at least 1 token; try [8192,16384]")
+        in_range = f"hold lengths from 1 to {MOST} tokens; try [8192,16384]"
+        _all("task.lengths_tok", task.lengths_tok, lambda length: 1 <= length <= MOST, in_range)
     if task.depths is not None:
         _all("task.depths", task.depths, lambda depth: 0 <= depth <= 1, "hold depths from 0 to 1; try [0,0.5,1]")
     _check_used(task)
@@ -158,12 +171,14 @@ def _check_plan(pipeline: Pipeline, plan: LayerPlan, model: Model) -> None:
     _at_least("pipeline.sink_tok", plan.sink_tok, 0)
     window_key = _window_key(pipeline, plan)
     _at_least(window_key, plan.window_tok, 1)
-    lists: list[tuple[list[Stage], Key]] = [(plan.stages, _stage_key(pipeline, plan))]
-    if pipeline.decode is not None:
-        lists.append((plan.decode, lambda number, name: f"pipeline.decode[{number}].{name}"))
-    for stages, key in lists:
+    of_prompt = _stage_key(pipeline, plan)
+
+    def of_decode(number: int, name: str) -> str:
+        return of_prompt(number, name) if pipeline.decode is None else f"pipeline.decode[{number}].{name}"
+
+    for stages, key, decode in ((plan.stages, of_prompt, False), (plan.decode, of_decode, True)):
         _check_stages(stages, key)
-        _check_borders(stages, key, plan, window_key)
+        _check_borders(stages, key, plan, window_key, decode)
     for number, stage in enumerate(plan.stages):
         if model.prefill_chunk_tok % stage.query_block_tok:
             raise ConfigError(
@@ -173,7 +188,7 @@ def _check_plan(pipeline: Pipeline, plan: LayerPlan, model: Model) -> None:
             )
 
 
-def _check_borders(stages: list[Stage], key: Key, plan: LayerPlan, window_key: str) -> None:
+def _check_borders(stages: list[Stage], key: Key, plan: LayerPlan, window_key: str, decode: bool) -> None:
     if not stages:
         return
     first, last = stages[0].chunk_tok, stages[-1].chunk_tok
@@ -182,6 +197,22 @@ def _check_borders(stages: list[Stage], key: Key, plan: LayerPlan, window_key: s
     if plan.sink_tok % last:
         rule = f"must be a multiple of {_short(key(len(stages) - 1, 'chunk_tok'))}={last}"
         raise ConfigError(f"pipeline.sink_tok={plan.sink_tok} {rule}; try {_multiples(plan.sink_tok, last)}")
+    # The first candidates reach one chunk into the attention window. Where the window moves on by more before they are drawn again,
+    # there would be tokens that are neither in it nor could have been selected.
+    block, finest = stages[0].query_block_tok, stages[-1].query_block_tok
+    most = finest + min(first, plan.window_tok - 1)
+    if not decode and block > most:
+        raise ConfigError(
+            f"{key(0, 'query_block_tok')}={block} must be at most {most}, which is {_short(key(0, 'chunk_tok'))}={first} (and less than "
+            f"{_short(window_key)}={plan.window_tok}) more than {_short(key(len(stages) - 1, 'query_block_tok'))}={finest}: "
+            f"else tokens leave the window before they can be selected; "
+            f"try {max(n for n in range(finest, most + 1, finest) if block % n == 0)}"
+        )
+    if decode and stages[0].refresh_steps > first:
+        raise ConfigError(
+            f"{key(0, 'refresh_steps')}={stages[0].refresh_steps} must be at most {_short(key(0, 'chunk_tok'))}={first}: "
+            f"else tokens leave the window before they can be selected; try {first}"
+        )
 
 
 def _check_stages(stages: list[Stage], key: Key) -> None:
@@ -264,6 +295,8 @@ def _short(key: str) -> str:
 def _at_least(key: str, value: int, least: int) -> None:
     if value < least:
         raise ConfigError(f"{key}={value} must be at least {least}; try {max(least, 1)}")
+    if value > MOST:
+        raise ConfigError(f"{key}={value} must be at most {MOST}; for everything there is, any number above the prompt's length will do")
 
 
 def _one_of(key: str, value: str, known: Iterable[str]) -> None:

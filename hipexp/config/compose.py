@@ -16,6 +16,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from hipexp.config.check import check_experiment
 from hipexp.config.convert import to_plain, to_schema
@@ -108,7 +109,7 @@ def _in_words() -> Iterator[None]:
         yield
     except ConfigError:
         raise
-    except (HydraException, OmegaConfBaseException, AssertionError) as error:
+    except (HydraException, OmegaConfBaseException, AssertionError, YAMLError, UnicodeDecodeError) as error:
         reason: BaseException = error
         while reason.__cause__ is not None:
             reason = reason.__cause__

@@ -101,7 +101,7 @@ def _take_flags(argv: list[str]) -> tuple[CommandLine, list[str]]:
             if "=" not in word:
                 del argv[0]
         elif word.startswith("-") and "=" not in word:
-            raise ConfigError(f"{word} is unknown; settings are written key=value, as in {word.strip('-') or 'seed'}=…; see --help")
+            raise ConfigError(f"{word} is unknown; settings are written key=value, as in seed=1; see --help")
         else:
             words.append(word)
     return line, words

@@ -156,6 +156,8 @@ def _attend_batch(
     ``mask`` ``[B, T]`` marks padding, which has to be on the left. ``positions`` ``[B or 1, Q]``, if given, are checked.
     """
     B, H, Q, D = query.shape
+    if layer is not None and torch.is_grad_enabled() and query.requires_grad:
+        raise RuntimeError("pruned attention has no gradient; call the model under torch.inference_mode()")
     ours = isinstance(key, SequenceLayer)
     states = key.rows if ours else _states_of(key, value)
     decoding = key.decoding if ours and key.decoding is not None else Q == 1

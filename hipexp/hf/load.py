@@ -46,7 +46,8 @@ def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **hub)
     except ValueError as failure:
-        raise ConfigError(f"model.path={config.path!r} must come with a tokenizer that transformers can load: {failure}") from failure
+        also = " (or its tokenizer was never fetched: `hf download` the model)" if hub else ""
+        raise ConfigError(f"model.path={config.path!r} must come with a tokenizer that transformers can load{also}: {failure}") from failure
     tokenizer.model_max_length = sys.maxsize
     return tokenizer
 

@@ -11,8 +11,8 @@ from hipexp.config.compose import compose
 from hipexp.report.figures import Axis, HeatMap, draw_heat_maps
 from hipexp.report.tables import duration, text_table
 from hipexp.run.ledger import runs_root, write_text
-from hipexp.run.point import costs
-from hipexp.run.several import Named, run_all, trained_length
+from hipexp.run.point import MEMORY, costs
+from hipexp.run.several import Named, model_line, refuse_own, run_all, trained_length
 
 METHODS = ("dense", "3stage")
 TIMES = (1, 2, 4, 8)
@@ -87,13 +87,16 @@ def label(times: int, trained_tok: int) -> str:
 def main(argv: list[str]) -> int:
     """Run the demo; ``argv`` are overrides for every point, such as ``model=...``. A second call only shows the results."""
     started = time.monotonic()
+    refuse_own("demo", argv)
     runs = points(argv)
-    trained_tok = trained_length(next(iter(runs.values())).experiment.model)
+    model = next(iter(runs.values())).experiment.model
+    trained_tok = trained_length(model)
     run_all(list(runs.values()))
     folder = runs_root() / "demo"
     text = "\n".join(
         [
             table(runs, trained_tok),
+            f"{MEMORY}; {model_line(model)}.",
             "Scores 0 to 100: protocol hipexp (own prompts, generated samples), not official ∞Bench.",
             f"Dense is run to {DENSE_TIMES} times the trained length only; `python -m hipexp table` goes on.",
         ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, lru_cache
 from importlib import metadata
 from importlib.util import find_spec
@@ -120,10 +122,19 @@ def hub_config(model: Model) -> Path:
     """The ``config.json`` of a hub model in the local cache, fetched if need be; its folder is named for the commit."""
     from huggingface_hub import hf_hub_download
 
-    try:
+    with fetching(model):
         return Path(hf_hub_download(model.path, "config.json", revision=model.revision))
-    except Exception as error:  # whatever the network or the hub answers: the model is not here
+
+
+@contextmanager
+def fetching(model: Model, kind: type[Exception] = Exception) -> Iterator[None]:
+    """Errors of ``kind`` while a part of a hub model is asked for become ``DataMissing``: whatever was the matter, it is not here."""
+    try:
+        yield
+    except kind as error:
+        if model_folder(model) is not None:
+            raise
         fetch = f"hf download {model.path}" + (f" --revision {model.revision}" if model.revision else "")
         raise DataMissing(
-            f"model.path={model.path} is not here and could not be fetched ({error}); where there is a network: {fetch}"
+            f"model.path={model.path} is not here, or not all of it, and could not be fetched ({error}); where there is a network: {fetch}"
         ) from error

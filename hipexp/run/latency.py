@@ -94,7 +94,8 @@ def measure(experiment: Experiment, loaded: Loaded, ledger: Ledger, trackers: Tr
             bar.advance_to(point.length_tok)
     rows = latency_rows(ledger.rows, experiment.pipeline, loaded.n_layers)
     memory = {"peak_bytes": max(row["peak_bytes"] for row in ledger.rows)}
-    empty: dict[str, Any] = {"scores": {}, "average": None, "protocol": "hipexp", "note": "", "exact": False, "traffic": {}, "recall": {}}
+    exact = all(row["exact"] for row in ledger.rows)
+    empty: dict[str, Any] = {"scores": {}, "average": None, "protocol": "hipexp", "note": "", "exact": exact, "traffic": {}, "recall": {}}
     return empty | {"latency": {"rows": rows}, "memory": memory}
 
 
@@ -140,6 +141,7 @@ def row_of(point: Point, sample: Sample, made: Generation) -> dict[str, Any]:
         "impl": point.impl,
         "steps_ms": [round(ms, 3) for ms in made.decode_ms],
         "peak_bytes": made.peak_bytes,
+        "exact": made.exact,
         "traffic": made.traffic,
     }
 
@@ -206,4 +208,14 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells.append([*(row[name] for name in names), speedup, row["bytes"] / 2**20])
     text = text_table(header, cells, left=1)
     alone = sorted({row["context_tok"] for row in rows if row["speedup"] is None})
-    return text + (f"\ndense was not measured at {', '.join(map(str, alone))} tokens (task.dense_max_tok)" if alone else "")
+    if alone:
+        text += f"\ndense was not measured at {', '.join(map(str, alone))} tokens (task.dense_max_tok)"
+    return text
+
+
+def too_few_steps(experiment: Experiment, n_layers: int) -> str:
+    """A word on a decode mean that does not span a refresh period; empty if it does."""
+    period, steps = refresh_pattern(experiment.pipeline, n_layers)[0], experiment.task.decode_steps
+    if steps >= period:
+        return ""
+    return f"{steps} decode steps hold a larger share of refreshes than a long answer: for a whole period task.decode_steps={period}"

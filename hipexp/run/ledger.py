@@ -55,12 +55,17 @@ def runs_root() -> Path:
     return Path(os.environ.get("HIPEXP_RUNS") or "runs").expanduser()
 
 
+def file_name(name: str) -> str:
+    """``name`` as a part of a file's name."""
+    return re.sub(r"[^\w.+-]+", "-", name)
+
+
 def run_folder(task: str, model: str, pipeline: str | None, key: str) -> Path:
     """``<runs>/<task>/<model>_<pipeline or dense>_<first 10 of key>``; other characters in names become ``-``.
 
     The key decides: where a folder has it under other names, that one is meant.
     """
-    names = [re.sub(r"[^\w.+-]+", "-", name) for name in (task, model, pipeline or "dense")]
+    names = [file_name(name) for name in (task, model, pipeline or "dense")]
     folder = runs_root() / names[0] / f"{names[1]}_{names[2]}_{key[:10]}"
     with on_disk(folder):
         return folder if folder.exists() else min(folder.parent.glob(f"*_{key[:10]}"), default=folder)

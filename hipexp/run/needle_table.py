@@ -13,9 +13,9 @@ from hipexp.config.compose import compose
 from hipexp.report.figures import Axis, HeatMap, draw_heat_maps
 from hipexp.report.tables import duration, markdown_table
 from hipexp.run import latency
-from hipexp.run.ledger import make_folder, runs_root, write_text
+from hipexp.run.ledger import file_name, make_folder, runs_root, write_text
 from hipexp.run.point import stored
-from hipexp.run.several import Named, load_once, run_all, trained_length
+from hipexp.run.several import Named, load_once, model_line, refuse_own, run_all, trained_length
 from hipexp.suites.infbench import SUBTASKS
 from hipexp.suites.sample import LineEncoder
 
@@ -211,12 +211,13 @@ def verdict(reached: bool | float | None) -> str:
 
 def write_table(runs: dict[Spec, Named], times: Sequence[Named], trained_tok: int) -> Path:
     """Write ``table.md`` from what is done so far, and ``accuracy.png`` when all of it is; returns the folder."""
+    model = times[0].experiment.model
     results = {spec: run.summary() for spec, run in runs.items()}
     rows = [row for run in times for row in run.summary().get("latency", {}).get("rows", [])]
     rows.sort(key=lambda row: row["phase"] != "prefill")
     parts = [
-        "# The embedded model, measured",
-        f"Trained length {trained_tok} tokens. Scores 0 to 100 with the number of samples in brackets; "
+        f"# {model.name or model.path}, measured",
+        f"{model_line(model)}. Trained length {trained_tok} tokens. Scores 0 to 100 with the number of samples in brackets; "
         "protocol hipexp (own prompts, generated samples), not official ∞Bench.",
         "## What it must show",
         claims(results, rows),
@@ -226,7 +227,7 @@ def write_table(runs: dict[Spec, Named], times: Sequence[Named], trained_tok: in
         f"```\n{latency.table(rows)}\n```" if rows else "not measured yet",
         "![accuracy by length](accuracy.png)",
     ]
-    folder = runs_root() / "needle-table"
+    folder = runs_root() / f"{file_name(model.name or model.path)}-table"
     make_folder(folder)
     if all(results.values()):
         draw(folder / "accuracy.png", results, trained_tok)
@@ -257,6 +258,7 @@ def main(argv: list[str]) -> int:
     Other words are overrides for every run.
     """
     overrides = [word for word in argv if word != "--dry-run"]
+    refuse_own("table", overrides)
     runs, times = accuracy_points(overrides), latency_points(overrides)
     trained_tok = trained_length(times[0].experiment.model)
     points, load = [*runs.values(), *times], load_once()

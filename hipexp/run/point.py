@@ -12,15 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hipexp.config.check import check_layers
+from hipexp.config.check import check_layers, check_model
 from hipexp.config.convert import to_plain
+from hipexp.config.model import model_folder
 from hipexp.config.schema import Experiment, Model
 from hipexp.report.tables import text_table
 from hipexp.run import environment
-from hipexp.run.identity import facts_of, key_of, model_revision
-from hipexp.run.ledger import Ledger, is_done, open_ledger, read_json, read_rows, run_folder
+from hipexp.run.identity import facts_of, fetching, key_of, model_revision
+from hipexp.run.ledger import Ledger, RunFailed, is_done, open_ledger, read_json, read_rows, run_folder
 from hipexp.run.strategy import describe
-from hipexp.suites.sample import Item, ProtocolCard, Sample, Suite
+from hipexp.suites.sample import Item, LineEncoder, ProtocolCard, Sample, Suite, TokenizerFile
 from hipexp.track import Trackers, open_trackers
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ LOG = logging.getLogger("hipexp")
 Load = Callable[[Model], "Loaded"]
 Say = Callable[[str], None]
 EXACT = "exact everywhere: nothing was pruned"
+MEMORY = "peak MiB: memory above the loaded model"
 
 
 def run_point(experiment: Experiment, overrides: Sequence[str] | None = None) -> Path:
@@ -44,9 +46,19 @@ def run_point(experiment: Experiment, overrides: Sequence[str] | None = None) ->
     if known:
         print(f"stored result of {folder}")
         print("\n".join(read_json(folder / "card.json").get("strategy", [])))
-    print(report(experiment, overrides))
+    print(report(experiment, folder, overrides))
     print(folder)
     return folder
+
+
+def check_point(experiment: Experiment) -> None:
+    """Refuse what can be refused without torch: a pipeline that breaks a rule in this model, lengths too short for a sample.
+
+    For a model on a hub the run does it, once the files it needs are here. Raises ``ConfigError``.
+    """
+    facts, folder = check_model(experiment), model_folder(experiment.model)
+    if facts is not None and folder is not None and (folder / "tokenizer.json").is_file():
+        open_suite_for(experiment, TokenizerFile(folder / "tokenizer.json"), facts.trained_tok)
 
 
 def folder_of(experiment: Experiment) -> Path:
@@ -76,6 +88,8 @@ def execute(experiment: Experiment, load: Load | None = None, say: Say = lambda 
     with open_ledger(folder, key) as ledger:
         if not ledger.done:
             _run(experiment, ledger, load, say)
+            return folder
+    _tell_sweep(experiment, folder, say)  # another process finished it meanwhile
     return folder
 
 
@@ -88,8 +102,8 @@ def _tell_sweep(experiment: Experiment, folder: Path, say: Say) -> None:
     if not in_sweep():
         say(f"wandb is told nothing: this result is stored already; to run it again for wandb, move {folder} away")
     else:
-        with following(experiment, folder, read_json(folder / "card.json")) as trackers:
-            summary = read_json(folder / "summary.json")
+        summary = read_json(folder / "summary.json")
+        with following(experiment, folder, summary["run_key"], read_json(folder / "card.json")) as trackers:
             trackers.finish(summary, sorted(folder.glob("*.png")))
 
 
@@ -103,6 +117,7 @@ def _run(experiment: Experiment, ledger: Ledger, load: Load | None, say: Say) ->
     if load is None:
         open_suite_for(experiment, load_tokenizer(experiment.model), facts.trained_tok)  # refuses lengths before any weights load
     loaded = (load or load_model)(experiment.model)
+    check_unchanged(experiment, ledger.key)
     suite = open_suite_for(experiment, loaded.tokenizer, loaded.trained_tok)
     if suite is None:
         ledger.keep([(one.subtask, one.repeat) for one in latency.points(experiment, loaded.trained_tok)])
@@ -117,7 +132,8 @@ def _run(experiment: Experiment, ledger: Ledger, load: Load | None, say: Say) ->
     card = card_of(experiment, suite.card() if suite else latency.card(experiment), loaded) | {"strategy": strategy}
     ledger.write("card.json", card)
     ledger.write("env.json", environment.describe_environment())
-    with following(experiment, ledger.folder, card) as trackers:
+    head = head_of(experiment, ledger.key)
+    with following(experiment, ledger.folder, ledger.key, card) as trackers:
         if suite is None:
             result = latency.measure(experiment, loaded, ledger, trackers)
         else:
@@ -125,25 +141,33 @@ def _run(experiment: Experiment, ledger: Ledger, load: Load | None, say: Say) ->
             card["truncation"]["removed_tok"] = removed_tok(ledger.rows)
             ledger.write("card.json", card)
             result = summarize(suite.card(), ledger.rows)
-        summary = head_of(experiment) | result
-        environment.write_records(ledger.folder, head_of(experiment), card, ledger.rows)
+        summary = head | result
+        environment.write_records(ledger.folder, head, card, ledger.rows)
         ledger.write("summary.json", summary)
         ledger.status("done")
         trackers.finish(summary, sorted(ledger.folder.glob("*.png")))
 
 
+def check_unchanged(experiment: Experiment, run_key: str) -> None:
+    """Raise ``RunFailed`` if the experiment has got another key: what was loaded may not be the model that the key stands for."""
+    if key_of(experiment) != run_key:
+        raise RunFailed(f"the files of model.path={experiment.model.path} changed while it was loaded; the same command runs the new ones")
+
+
 def load_model(model: Model) -> Loaded:
-    """The model of a configuration, ready to generate."""
+    """The model of a configuration, ready to generate. Raises ``ConfigError``, ``DataMissing`` for a hub model that is not all here."""
     from hipexp import hf
 
-    return hf.load(model)
+    with fetching(model, OSError):
+        return hf.load(model)
 
 
 def load_tokenizer(model: Model) -> Any:
-    """The tokenizer of a configuration's model, without its weights."""
+    """The tokenizer of a configuration's model, without its weights. Raises as ``load_model``."""
     from hipexp import hf
 
-    return hf.load_tokenizer(model)
+    with fetching(model, OSError):
+        return hf.load_tokenizer(model)
 
 
 def open_suite_for(experiment: Experiment, tokenizer: Any, trained_tok: int) -> Suite | None:
@@ -153,7 +177,6 @@ def open_suite_for(experiment: Experiment, tokenizer: Any, trained_tok: int) -> 
     """
     from hipexp.run import latency
     from hipexp.suites import open_suite
-    from hipexp.suites.sample import LineEncoder
 
     if experiment.task.name == "latency":
         latency.check_lengths(experiment, LineEncoder(tokenizer), trained_tok)
@@ -162,10 +185,10 @@ def open_suite_for(experiment: Experiment, tokenizer: Any, trained_tok: int) -> 
 
 
 @contextmanager
-def following(experiment: Experiment, folder: Path, card: dict[str, Any]) -> Iterator[Trackers]:
+def following(experiment: Experiment, folder: Path, run_key: str, card: dict[str, Any]) -> Iterator[Trackers]:
     """The trackers of a run, started; told to finish early if an error leaves the block."""
     trackers = open_trackers(experiment.track)
-    config = resolved(experiment) | {"run_key": key_of(experiment)}
+    config = resolved(experiment) | {"run_key": run_key}
     trackers.start(folder, config, card)
     try:
         yield trackers
@@ -190,10 +213,10 @@ def card_of(experiment: Experiment, card: ProtocolCard, loaded: Loaded) -> dict[
     return dataclasses.replace(card, model=model).to_dict()
 
 
-def head_of(experiment: Experiment) -> dict[str, Any]:
+def head_of(experiment: Experiment, run_key: str) -> dict[str, Any]:
     """What every summary begins with."""
     names = {"task": experiment.task.name, "model": experiment.model.name or experiment.model.path}
-    return {"run_key": key_of(experiment), **names, "pipeline": pipeline_name(experiment), "status": "done"}
+    return {"run_key": run_key, **names, "pipeline": pipeline_name(experiment), "status": "done"}
 
 
 def run_samples(experiment: Experiment, suite: Suite, loaded: Loaded, ledger: Ledger, trackers: Trackers) -> None:
@@ -341,19 +364,18 @@ def token_bar(total: int) -> Iterator[TokenBar]:
         yield TokenBar(bar)
 
 
-def report(experiment: Experiment, overrides: Sequence[str] | None = None) -> str:
-    """What a finished run says on the terminal: its scores with the protocol beside each, and the dense ones."""
-    folder = folder_of(experiment)
+def report(experiment: Experiment, folder: Path, overrides: Sequence[str] | None = None) -> str:
+    """What the finished run in ``folder`` says on the terminal: its scores with the protocol beside each, and the dense ones."""
     summary = read_json(folder / "summary.json")
+    exact = EXACT if summary["exact"] and experiment.pipeline is not None else ""
     if experiment.task.name == "latency":
         from hipexp.run import latency
 
-        return latency.table(summary["latency"]["rows"])
+        few = latency.too_few_steps(experiment, read_json(folder / "card.json")["model"]["n_layers"])
+        return "\n".join(filter(None, [latency.table(summary["latency"]["rows"]), few, exact]))
     dense = None if experiment.pipeline is None else dataclasses.replace(experiment, pipeline=None)
     dense_rows = read_rows(folder_of(dense)) if dense and stored(dense) else None
-    lines = [score_table(summary, read_rows(folder), dense_rows), summary["note"]]
-    if summary["exact"] and experiment.pipeline is not None:
-        lines.append(EXACT)
+    lines = [score_table(summary, read_rows(folder), dense_rows), MEMORY, summary["note"], exact]
     if dense and dense_rows is None:
         lines.append(f"dense on the same samples: {dense_command(experiment, overrides)}")
     return "\n".join(filter(None, lines))

@@ -9,7 +9,7 @@ from hipexp.config.compose import compose, conf_dir
 from hipexp.config.schema import ConfigError
 from hipexp.report.tables import MISSING, text_table
 from hipexp.run.ledger import make_folder, runs_root, write_text
-from hipexp.run.several import Named, run_all, trained_length
+from hipexp.run.several import Named, model_line, refuse_own, run_all, trained_length
 
 
 def read_table(name: str) -> dict[str, Any]:
@@ -53,6 +53,7 @@ def triple(values: list[float] | None) -> str:
 
 def page(table: dict[str, Any], runs: dict[tuple[str, int], Named], trained_tok: int) -> str:
     """Published scores and ours, side by side, and every known difference."""
+    samples = next(iter(runs.values())).experiment.task.samples
     multiples = list(dict.fromkeys(times for _, times in runs))
     models = [f"published: {name}" for name in table["models"]]
     header = ["method", *models, *(f"hipexp: {times}× ({times * trained_tok} tokens)" for times in multiples)]
@@ -66,8 +67,10 @@ def page(table: dict[str, Any], runs: dict[tuple[str, int], Named], trained_tok:
             "",
             text_table(header, rows),
             "",
+            model_line(next(iter(runs.values())).experiment.model),
+            "",
             "The published and the hipexp columns are NOT comparable number by number:",
-            *(f"  - {line}" for line in table["differs"]),
+            *(f"  - {line.format(samples=samples, points=f'{100 / samples:g}')}" for line in table["differs"]),
             f"Left out: {table['left_out']}.",
         ]
     )
@@ -82,6 +85,7 @@ def ours(table: dict[str, Any], run: Named) -> list[float] | None:
 def main(argv: list[str]) -> int:
     """Run what is missing of a table and print it beside the published one; resumable like every run."""
     name, size, overrides = read_arguments(argv)
+    refuse_own("repro", overrides, free=("task.samples",))
     table = read_table(name)
     runs = points(table, size, overrides)
     run_all(list(runs.values()))

@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from hipexp.config.model import read_facts
 from hipexp.config.schema import ConfigError, Experiment, Model
+from hipexp.run.identity import model_revision
 from hipexp.run.ledger import read_json, read_rows
 from hipexp.run.point import execute, folder_of, load_model, stored
 
 if TYPE_CHECKING:
     from hipexp.hf import Loaded
     from hipexp.run.point import Load
+
+
+FREE_GROUPS = ("model", "seed", "track", "offload")
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,23 @@ class Named:
         return read_json(folder_of(self.experiment) / "summary.json") if stored(self.experiment) else {}
 
 
+def refuse_own(command: str, overrides: Sequence[str], free: Sequence[str] = ()) -> None:
+    """Refuse overrides of what ``command`` varies itself, so that no table says one thing and shows another.
+
+    Left to the user are model, seed, tracking and offload, and the keys in ``free``. Raises ``ConfigError``.
+    """
+    for word in overrides:
+        key = word.lstrip("+~").split("=")[0]
+        if key not in free and key.split(".")[0] not in FREE_GROUPS:
+            also = "".join(f", {name}" for name in free)
+            raise ConfigError(f"{word} cannot go with `{command}`, which sets it itself; left to you are {', '.join(FREE_GROUPS)}{also}")
+
+
+def model_line(model: Model) -> str:
+    """Which model a table is of."""
+    return f"model: {model.name or model.path}, revision {model_revision(model)}"
+
+
 def trained_length(model: Model) -> int:
     """The trained length of a model on this machine; ``ConfigError`` for one that is still on a hub."""
     facts = read_facts(model)
@@ -41,12 +62,13 @@ def trained_length(model: Model) -> int:
 
 
 def load_once() -> Load:
-    """A ``load`` that keeps the last model."""
+    """A ``load`` that keeps the last model, for as long as its files stay the same."""
     kept: dict[str, Any] = {}
 
     def load(model: Model) -> Loaded:
-        if kept.get("of") != model:
-            kept.update(of=model, loaded=load_model(model))
+        asked = (model, model_revision(model))
+        if kept.get("of") != asked:
+            kept.update(of=asked, loaded=load_model(model))
         return kept["loaded"]
 
     return load

@@ -260,18 +260,24 @@ def check_length(
     subtask: str, length_tok: int, encode: Encode, wording: str = "default", key: str = "task.length_tok", more_tok: int = 0
 ) -> None:
     """Raise ``ConfigError``, naming ``key``, if ``length_tok`` has no room for a frame, one pair or key, an answer and ``more_tok``."""
+    frame_tok, new_tok = frame_size(subtask, encode, wording)
+    if frame_tok + new_tok + more_tok > length_tok:
+        raise too_short(subtask, length_tok, frame_tok, new_tok + more_tok, key)
+
+
+def frame_size(subtask: str, encode: Encode, wording: str = "default") -> tuple[int, int]:
+    """Tokens of the smallest prompt, with one pair or key and no noise, and of the longest answer."""
     kind, rng = KINDS[subtask], seeded("frame", subtask)
     words, needle = kind.wording[wording], kind.draw(rng)
     frame = pairs_prompt(words, [(needle, kind.draw(rng))], needle) if subtask == "kv_retrieval" else digits_prompt(words, needle, 0, 0)
-    frame_tok, new_tok = len(encode(frame)), new_token_limit(subtask, encode, wording) + more_tok
-    if frame_tok + new_tok > length_tok:
-        raise too_short(subtask, length_tok, frame_tok, new_tok, key)
+    return len(encode(frame)), new_token_limit(subtask, encode, wording)
 
 
 def make_sample(subtask: str, index: int, count: int, length_tok: int, encode: Encode, seed: int = 0, wording: str = "default") -> Sample:
     """Sample ``index`` of ``count`` of a subtask, at most ``length_tok`` tokens long with its answer.
 
-    Drawn from ``(seed, subtask, index, length_tok)`` alone. Raises ``ConfigError`` if ``length_tok`` is too short.
+    Drawn from ``(seed, subtask, index, length_tok)``; its place among ``count`` decides the depth of what is asked, and the tokenizer
+    how much text goes around it. Raises ``ConfigError`` if ``length_tok`` is too short.
     """
     rng = seeded(subtask, seed, index, length_tok)
     if subtask == "kv_retrieval":
@@ -308,8 +314,8 @@ class InfBench:
     def __init__(self, subtasks: tuple[str, ...], samples: int, length_tok: int, encode: Encode, seed: int, wording: str):
         self.subtasks, self.samples, self.length_tok = check_subtasks(subtasks), samples, length_tok
         self.encode, self.seed, self.wording = encode, seed, check_wording(wording)
-        for name in self.subtasks:
-            check_length(name, length_tok, encode, wording)
+        largest = max(self.subtasks, key=lambda name: sum(frame_size(name, encode, wording)))
+        check_length(largest, length_tok, encode, wording)
 
     def items(self) -> list[Item]:
         return [Item(name, index, self.length_tok) for name in self.subtasks for index in range(self.samples)]
@@ -333,6 +339,6 @@ class InfBench:
             length_tok=dict.fromkeys(each, self.length_tok),
             samples=dict.fromkeys(each, self.samples),
             new_tok={name: new_token_limit(name, self.encode, self.wording) for name in each},
-            data=f"generated, seeds {SEED_NAMESPACE}/<subtask>/{self.seed}/<sample>/{self.length_tok}",
+            data=f"generated, seeds {SEED_NAMESPACE}/<subtask>/{self.seed}/<sample>/{self.length_tok}, depth by <sample> of {self.samples}",
             note=NOTE,
         )

@@ -22,6 +22,21 @@ CASES = {
         "pipeline.stages[0].chunk_tok=48 must be a power of two; try 32 or 64",
     ),
     "chunk is positive": ([S3, "pipeline.stages.0.chunk_tok=0"], "pipeline.stages[0].chunk_tok=0 must be at least 1; try 1"),
+    "a block that leaves its window behind": (
+        [S3, "pipeline.stages.0.query_block_tok=1024"],
+        "pipeline.stages[0].query_block_tok=1024 must be at most 320, which is stages[0].chunk_tok=256 (and less than window_tok=1024) more "
+        "than stages[2].query_block_tok=64: else tokens leave the window before they can be selected; try 256",
+    ),
+    "a refresh that lets tokens pass": (
+        [S3, "pipeline.stages.0.refresh_steps=512"],
+        "pipeline.stages[0].refresh_steps=512 must be at most stages[0].chunk_tok=256: else tokens leave the window before they can be "
+        "selected; try 256",
+    ),
+    "a refresh in decode that lets tokens pass": (
+        ["+pipeline=3stage_flash", "pipeline.stages.0.chunk_tok=64"],
+        "refresh_steps=96 must be at most",
+    ),
+    "sizes have a ceiling": ([S3, "pipeline.sink_tok=1e12"], "pipeline.sink_tok=1000000000000 must be at most 2147483648"),
     "keep is a multiple of its chunk": (
         [S3, "pipeline.stages.2.keep_tok=100"],
         "pipeline.stages[2].keep_tok=100 must be a multiple of stages[2].chunk_tok=8; try 96 or 104",
@@ -107,7 +122,10 @@ CASES = {
     "batch": (["task.batch=0"], "task.batch=0 must be at least 1; try 1"),
     "decode steps": (["task=latency", "task.decode_steps=0"], "task.decode_steps=0 must be at least 1; try 1"),
     "length": (["task.length_tok=-5"], "task.length_tok=-5 must be at least 1"),
-    "lengths": (["task=passkey", "task.lengths_tok=[0]"], "task.lengths_tok=[0] must hold lengths of at least 1 token; try [8192,16384]"),
+    "lengths": (
+        ["task=passkey", "task.lengths_tok=[0]"],
+        "task.lengths_tok=[0] must hold lengths from 1 to 2147483648 tokens; try [8192,16384]",
+    ),
     "no lengths": (["task=passkey", "task.lengths_tok=[]"], "task.lengths_tok=[] must hold a value or more; leave it out"),
     "no subtasks": (["task.subtasks=[]"], "task.subtasks=[] must hold a value or more; leave it out to let the task choose"),
     "a length twice": (
@@ -242,9 +260,17 @@ def test_every_field_of_a_task_is_used_by_some_task():
     assert names == set().union(*TASKS.values())
 
 
-def test_a_key_of_wandb_may_lie_in_netrc(tmp_path):
-    (tmp_path / ".netrc").touch()
-    assert compose(["track=wandb", "track.mode=online"]).track.mode == "online"
+def test_a_key_of_wandb_may_lie_in_netrc(tmp_path, monkeypatch):
+    online = ["track=wandb", "track.mode=online"]
+    monkeypatch.delenv("WANDB_BASE_URL", raising=False)
+    (tmp_path / ".netrc").write_text("machine elsewhere.example\n  login user\n  password secret\n")
+    with pytest.raises(ConfigError, match="needs an API key"):
+        compose(online)
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai\n  login user\n  password secret\n")
+    assert compose(online).track.mode == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example:8080")
+    with pytest.raises(ConfigError, match="needs an API key"):
+        compose(online)
 
 
 @pytest.mark.parametrize("folder", [False, True])

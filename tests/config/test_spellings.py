@@ -129,7 +129,7 @@ UNKNOWN = {
     "sead=3": "sead is unknown; did you mean seed?",
     "task=infbenhc": "task=infbenhc is unknown; did you mean infbench?",
     "~task.samples": "~task.samples cannot be removed; only a layer group can",
-    "--verbose": "--verbose is unknown; settings are written key=value, as in verbose=…; see --help",
+    "--verbose": "--verbose is unknown; settings are written key=value, as in seed=1; see --help",
     "=3": "'=3' is not key=value",
     "word": "'word' is not key=value",
     "pipeline=2stage": "pipeline=2stage chooses pipeline a second time, after pipeline=3stage; leave one of them out",

@@ -28,7 +28,7 @@ def test_rows_alternate_and_follow_the_contract(fake, experiment):
     ]
     dense, pruned = rows[3]["mean_ms"], rows[4]["mean_ms"]
     assert [row["speedup"] for row in rows] == [1.0, 1.0, None, 1.0, pytest.approx(dense / pruned, abs=1e-3), None]
-    assert "dense was not measured at 1024 tokens" in report(measured(experiment, repeats=2))
+    assert "dense was not measured at 1024 tokens" in report(measured(experiment, repeats=2), folder)
 
 
 def test_a_measurement_is_resumed_per_length_and_implementation(fake, experiment):

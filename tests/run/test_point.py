@@ -12,10 +12,12 @@ import pytest
 import yaml
 
 from hipexp.config.compose import compose
-from hipexp.config.schema import ConfigError
-from hipexp.run.identity import key_of
-from hipexp.run.ledger import parse_rows, read_json, read_rows
-from hipexp.run.point import EXACT, execute, folder_of, report, run_point, stored
+from hipexp.config.schema import ConfigError, Experiment, Model, Task
+from hipexp.run import point
+from hipexp.run.identity import key_of, model_revision
+from hipexp.run.ledger import RunFailed, is_done, parse_rows, read_json, read_rows, runs_root
+from hipexp.run.point import EXACT, check_point, execute, folder_of, load_model, report, row_of, run_point, stored
+from hipexp.run.several import load_once
 
 STREAMING = compose(["+pipeline=streaming", "task=infbench"]).pipeline
 
@@ -153,21 +155,21 @@ def test_a_result_is_found_under_another_name(fake, experiment):
 def test_the_dense_result_stands_beside_or_the_command_for_it(fake, experiment):
     execute(experiment(STREAMING))
     words = ["+pipeline=streaming", "task=infbench", "pipeline.sink_tok=256", "task.samples=4"]
-    assert "python -m hipexp task=infbench task.samples=4" in report(experiment(STREAMING), words)
-    command = next(line for line in report(experiment(STREAMING)).splitlines() if "dense on" in line)
+    assert "python -m hipexp task=infbench task.samples=4" in report(experiment(STREAMING), folder_of(experiment(STREAMING)), words)
+    command = next(line for line in report(experiment(STREAMING), folder_of(experiment(STREAMING))).splitlines() if "dense on" in line)
     again = compose(shlex.split(command.split("hipexp ")[1]))
     assert key_of(again) == key_of(experiment())
-    assert EXACT in report(experiment(STREAMING))
+    assert EXACT in report(experiment(STREAMING), folder_of(experiment(STREAMING)))
     execute(experiment())
-    text = report(experiment(STREAMING))
+    text = report(experiment(STREAMING), folder_of(experiment(STREAMING)))
     assert "+0/−0" in text
     assert "dense on the same samples" not in text
-    assert EXACT not in report(experiment())
+    assert EXACT not in report(experiment(), folder_of(experiment()))
 
 
 def test_protocol_is_named_beside_every_score(fake, experiment):
     execute(experiment())
-    scores = [line for line in report(experiment()).splitlines() if line.startswith(("passkey", "kv_retrieval"))]
+    scores = [line for line in report(experiment(), folder_of(experiment())).splitlines() if line.startswith(("passkey", "kv_retrieval"))]
     assert len(scores) == 2
     assert all(" hipexp " in line for line in scores)
 
@@ -259,3 +261,55 @@ def test_stored_knows_only_finished_runs(fake, experiment):
     execute(experiment())
     assert stored(experiment())
     assert not stored(experiment(samples=5))
+
+
+def test_weights_that_are_replaced_between_points_are_loaded_anew(fake, experiment, model_folder):
+    load = load_once()
+    first, second = experiment(), experiment(samples=3)
+    execute(first, load)
+    before = load(first.model)
+    (model_folder / "weights.bin").write_text("new")
+    assert load(second.model) is not before
+    card = read_json(execute(second, load) / "card.json")
+    assert (
+        card["model"]["revision"] == model_revision(second.model) != read_json(folder_with("_dense_", 4) / "card.json")["model"]["revision"]
+    )
+
+
+def folder_with(part, samples):
+    """The run folder of the fake model whose name has ``part`` and whose summary counts ``samples``."""
+    found = [path.parent for path in runs_root().glob("*/*/summary.json") if part in path.parent.name]
+    (folder,) = [path for path in found if read_json(path / "summary.json")["scores"]["passkey"]["n"] == samples]
+    return folder
+
+
+def test_weights_that_are_replaced_while_they_load_give_no_result(fake, experiment, model_folder):
+    def load(model):
+        (model_folder / "weights.bin").write_text("new")
+        return load_model(model)
+
+    with pytest.raises(RunFailed, match="changed while it was loaded; the same command runs the new ones"):
+        execute(experiment(), load)
+    assert not stored(experiment())
+
+
+def test_weights_that_are_replaced_later_do_not_matter_to_a_loaded_model(fake, experiment, model_folder, monkeypatch):
+    def then_replace(*given):
+        (model_folder / "weights.bin").write_text("new")
+        return row_of(*given)
+
+    monkeypatch.setattr(point, "row_of", then_replace)
+    key, folder = key_of(experiment()), run_point(experiment())
+    assert is_done(folder, key)
+    assert not stored(experiment())
+
+
+@pytest.mark.parametrize("task", [{"length_tok": 11}, {"name": "passkey", "lengths_tok": [4096, 11]}])
+def test_short_lengths_are_refused_without_torch_and_leave_no_folder(tmp_path, task):
+    name = task.pop("name", "infbench")
+    made = Experiment(model=Model(path="hipexp/needle/model", name="needle"), task=Task(name=name, **task))
+    with pytest.raises(ConfigError, match="=11 is too short for") as caught:
+        check_point(made)
+    if name == "infbench":
+        least = int(str(caught.value).split()[-1])
+        check_point(Experiment(model=made.model, task=Task(name="infbench", length_tok=least)))

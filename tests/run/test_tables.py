@@ -69,6 +69,7 @@ def test_a_published_table_stands_beside_ours(overrides, fake, capsys):
     assert "99.8 / 97.5 / 9.6" in line
     assert line.endswith("100.0 / 100.0 / 100.0")
     assert "NOT comparable" in text
+    assert "samples: 1 per subtask and length (one sample is 100 points)" in text
     assert text.splitlines()[-1].endswith("repro/table2_needle.txt")
     calls = fake.calls
     assert repro.main(words) == 0
@@ -79,6 +80,21 @@ def test_a_published_table_stands_beside_ours(overrides, fake, capsys):
 def test_repro_says_what_it_needs(overrides, words):
     with pytest.raises(ConfigError):
         repro.main(words + overrides if words else words)
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "key"),
+    [
+        (demo.main, ["task.samples=3"], "task.samples=3"),
+        (demo.main, ["+pipeline=2stage"], r"\+pipeline=2stage"),
+        (needle_table.main, ["task.length_tok=500"], "task.length_tok=500"),
+        (repro.main, ["table2", "task.length_tok=1024"], "task.length_tok=1024"),
+        (repro.main, ["table2", "pipeline.window_tok=512"], "pipeline.window_tok=512"),
+    ],
+)
+def test_what_a_table_varies_is_not_to_be_overridden(overrides, command, words, key):
+    with pytest.raises(ConfigError, match=f"{key} cannot go with .* left to you are model, seed"):
+        command(words + overrides)
 
 
 def test_published_numbers_are_those_of_the_paper():
