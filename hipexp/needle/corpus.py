@@ -7,6 +7,8 @@ theirs from ``hipexp-eval``, so no evaluated prompt was ever trained on (of the 
 from __future__ import annotations
 
 import random
+from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -147,14 +149,14 @@ def digits_wording(rng: random.Random, ten: bool) -> tuple[str, Wording]:
 
 
 class PromptMaker:
-    """Draws training prompts of a given length in tokens. ``encode(text)`` returns token ids without special tokens.
+    """Draws training prompts of a given length in tokens. ``encode(text)`` returns ``ids`` without special tokens, and their ``offsets``.
 
     ``first_weight``: loss weight of the first token of the answer to a question, which alone has to tell the needles apart.
     """
 
     def __init__(self, encode, seed: int = 0, first_weight: float = 1.0, eos_id: int = 2, bos_id: int = 1):
         self.rng = random.Random(f"needle-train/{seed}")
-        self.encode = lru_cache(maxsize=4096)(lambda text: tuple(encode(text)))
+        self.encode, self.size = encode, lru_cache(maxsize=4096)(lambda text: len(encode(text).ids))
         self.first_weight, self.eos_id, self.bos_id = first_weight, eos_id, bos_id
 
     def digits(self, length: int) -> list[Segment]:
@@ -181,11 +183,11 @@ class PromptMaker:
                 Segment(f"{ask}\n{at(words.prefix, places[i])}", asks=i),
                 Segment(f" {keys[i]}.", answer=True, ends=True, asks=i, after=NEIGHBOURHOOD),
             ]
-        used = sum(len(self.encode(s.text)) for s in head + needles + tail) + 2 * count
+        used = sum(self.size(s.text) for s in head + needles + tail) + 2 * count
         noise: list[Segment] = []
         while True:
             line = lines[len(noise) % len(lines)] + "\n"
-            used += len(self.encode(line))
+            used += self.size(line)
             if used > length:
                 break
             noise.append(Segment(line))
@@ -200,9 +202,9 @@ class PromptMaker:
         intro, question = (KV.intro, KV.question) if rng.random() < EVAL_SHARE else (rng.choice(KV_INTROS), rng.choice(KV_QUESTIONS))
         if length < 192 or rng.random() < 0.1:
             intro, question = rng.choice(("", sentence(rng))) if length >= 128 else "", ""
-        budget = max(0, length - len(self.encode(intro)) - 4)
-        word = len(self.encode(random_uuid(rng)[:cut]))
-        pair, ask = 2 * word + 6, 2 * word + 7 + (len(self.encode(question)) + word if question else 0)
+        budget = max(0, length - self.size(intro) - 4)
+        word = self.size(random_uuid(rng)[:cut])
+        pair, ask = 2 * word + 5, 2 * word + 7 + (self.size(question) + word if question else 0)
         asked = 1 if rng.random() < 0.2 else max(1, int(budget * rng.uniform(0.1, 0.5)) // ask)
         count = max(1, (budget - asked * ask) // pair)
         asked = min(asked, count)
@@ -234,7 +236,7 @@ class PromptMaker:
         rng = self.rng
         once = "".join(f"{rng.getrandbits(8):02x}" for _ in range(rng.randint(length // 6, length // 3)))
         text = " ".join(once[i : i + 8] for i in range(0, len(once), 8)) + "\n"
-        return [Segment(text, states=0)] + [Segment(text, answer=True, asks=0)] * (length // len(self.encode(text)) - 1)
+        return [Segment(text, states=0)] + [Segment(text, answer=True, asks=0)] * (length // self.size(text) - 1)
 
     def snippets(self, length: int) -> list[Segment]:
         """Random snippets that come again in random order, behind some noise: the plainest form of looking something up."""
@@ -242,11 +244,11 @@ class PromptMaker:
         separator = rng.choice((" ", ", ", "\n", ". ", ": ", '" "'))
         snippets = [self.snippet() + separator for _ in range(rng.randint(2, max(3, length // 40)))]
         out = [Segment(sentence(rng) + "\n")] if rng.random() < 0.5 else []
-        used = sum(len(self.encode(s.text)) for s in out) + 1
+        used = sum(self.size(s.text) for s in out) + 1
         seen: dict[int, bool] = {}
         while True:
             i = rng.randrange(len(snippets))
-            used += len(self.encode(snippets[i]))
+            used += self.size(snippets[i])
             if used > length:
                 return out
             out.append(Segment(snippets[i], answer=i in seen, states=None if i in seen else i, asks=i))
@@ -264,6 +266,22 @@ class PromptMaker:
             return rng.choice((five_digits, ten_digits))(rng)
         return " ".join(rng.choice(rng.choice((NOUNS, VERBS, ADJECTIVES))) for _ in range(rng.randint(2, 8)))
 
+    def pieces(self, segments: list[Segment]) -> Iterator[tuple[Segment, list[int]]]:
+        """Each segment with its token ids, read together with its neighbours up to an end of text, as an evaluated prompt is.
+
+        A token belongs to the segment in which it ends.
+        """
+        last = 0
+        while last < len(segments):
+            first, last = last, next((i + 1 for i in range(last, len(segments)) if segments[i].ends), len(segments))
+            text = self.encode("".join(segment.text for segment in segments[first:last]))
+            token_ends = [end for _, end in text.offsets]
+            done = end = 0
+            for segment in segments[first:last]:
+                end += len(segment.text)
+                before, done = done, bisect_right(token_ends, end)
+                yield segment, text.ids[before:done] + ([self.eos_id] if segment.ends else [])
+
     def prompt(self, length: int) -> tuple[list[int], list[float], list[Link]]:
         """One training sequence of at most ``length`` tokens.
 
@@ -275,8 +293,7 @@ class PromptMaker:
             weight: list[float] = [0.0]
             stated: dict[int, tuple[int, int]] = {}
             links = []
-            for segment in segments:
-                piece = list(self.encode(segment.text)) + ([self.eos_id] if segment.ends else [])
+            for segment, piece in self.pieces(segments):
                 start = len(ids)
                 ids += piece
                 weight += [self.first_weight if segment.ends else float(segment.answer)] + [float(segment.answer)] * (len(piece) - 1)

@@ -32,9 +32,14 @@ TRAINED_LENGTH = 6144
 LAYERS, HEAD_DIM, ROPE_THETA = 5, 64, 1e6
 TOKENS_PER_STEP = 6144
 LENGTH_THAT_DOUBLES = 1500  # a step on sequences of this length takes twice as long as one on very short ones
-WARM_UP_STEPS = 100
+# (steps, sequence length)
+LENGTHS = ((280, 96), (140, 128), (160, 192), (240, 384), (300, 768), (280, 1536), (400, 3072), (900, TRAINED_LENGTH))
+STEPS = sum(steps for steps, _ in LENGTHS)
+PEAK, WARM_UP_STEPS = 4e-3, 100  # learning rate
+DECAY = 0.25  # share of the steps, at the end, over which the learning rate falls to nothing
+FIRST_WEIGHT = 3.0  # of the first token of an answer: it tells the needles apart
 SHORTER = 0.3  # share of steps drawn from an earlier length
-LM_WEIGHT = 0.1
+LM_WEIGHT, LOCALITY_WEIGHT = 0.1, 0.5
 LOCALITY_FROM_TOK = 192  # in shorter prompts there is no room between sinks and window
 LOCALITY_FROM_LAYER = 2
 ASKING_ROWS, ASKING_BLOCKS, BLOCK_TOK, BLOCK_ROWS = 24, 4, 64, 16  # per prompt; a block is a 24th of a short prompt
@@ -42,44 +47,6 @@ ASKING_ROWS, ASKING_BLOCKS, BLOCK_TOK, BLOCK_ROWS = 24, 4, 64, 16  # per prompt;
 # with the locality loss do the looking up. "Near": blocks of a sixth, an eighth or a twelfth of the prompt.
 NEAR_SHARE, NEAR_ALWAYS_TOK, NEAR_PARTS, NEAR_SINK_TOK = 0.7, 128, (6, 8, 12), 4
 BF16_FROM_TOK = 1536  # attention over longer sequences multiplies in bfloat16: twice as fast on processors that know it
-
-
-@dataclass(frozen=True)
-class Cycle:
-    """A run of the learning rate up to ``peak`` and, over the share ``decay`` of its steps at the end, down to nothing.
-
-    ``lengths``: (steps, sequence length). ``first_weight``: loss weight of an answer's first token, which tells the needles apart.
-    """
-
-    lengths: tuple[tuple[int, int], ...]
-    peak: float
-    decay: float
-    first_weight: float
-    locality_weight: float
-
-    @property
-    def steps(self) -> int:
-        """Steps of the whole cycle."""
-        return sum(steps for steps, _ in self.lengths)
-
-    def learning_rate(self, step: int) -> float:
-        """Of a step counted from the cycle's begin."""
-        return self.peak * min(1.0, (step + 1) / WARM_UP_STEPS, (1 - step / self.steps) / self.decay)
-
-
-# The first learns to look up, the second to copy a long answer without a slip.
-CYCLES = (
-    Cycle(
-        ((280, 96), (140, 128), (160, 192), (240, 384), (300, 768), (280, 1536), (400, 3072), (900, TRAINED_LENGTH)),
-        peak=4e-3,
-        decay=0.25,
-        first_weight=3.0,
-        locality_weight=0.5,
-    ),
-    Cycle(((900, TRAINED_LENGTH),), peak=2e-3, decay=0.9, first_weight=1.0, locality_weight=0.25),
-)
-LENGTHS = tuple(stretch for cycle in CYCLES for stretch in cycle.lengths)
-STEPS = sum(cycle.steps for cycle in CYCLES)
 
 
 def make_config(vocab: int) -> LlamaConfig:
@@ -231,15 +198,6 @@ def step_length(step: int, rng: random.Random) -> int:
     return LENGTHS[reached][1]
 
 
-def cycle_of(step: int) -> tuple[Cycle, int]:
-    """The cycle of a step, and the step counted from its begin."""
-    for cycle in CYCLES:
-        if step < cycle.steps:
-            return cycle, step
-        step -= cycle.steps
-    raise ValueError(f"there are only {STEPS} steps")
-
-
 def recipe() -> str:
     """A digest of everything that decides the trained weights: a checkpoint of another recipe is not continued."""
     sources = (Path(__file__), Path(corpus.__file__), Path(tokenizer_module.__file__))
@@ -266,7 +224,7 @@ def train(out: Path, minutes: float) -> bool:
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0}], lr=CYCLES[0].peak, betas=(0.9, 0.95)
+        [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0}], lr=PEAK, betas=(0.9, 0.95)
     )
     made_by = recipe()
     first, spent, checkpoint = 0, 0.0, out / "train.pt"
@@ -292,11 +250,11 @@ def train(out: Path, minutes: float) -> bool:
         rng = random.Random(f"needle-step/{step}")
         random.seed(step)
         torch.manual_seed(step)
-        length, (cycle, step_of_cycle) = step_length(step, rng), cycle_of(step)
-        maker = PromptMaker(lambda text: tokenizer.encode(text, add_special_tokens=False).ids, step, cycle.first_weight)
+        length = step_length(step, rng)
+        maker = PromptMaker(lambda text: tokenizer.encode(text, add_special_tokens=False), step, FIRST_WEIGHT)
         ids, weight, locality = collate([maker.prompt(length) for _ in range(max(1, TOKENS_PER_STEP // length))])
         for group in optimizer.param_groups:
-            group["lr"] = cycle.learning_rate(step_of_cycle)
+            group["lr"] = PEAK * min(1.0, (step + 1) / WARM_UP_STEPS, (1 - step / STEPS) / DECAY)
         LOCALITY.single, LOCALITY.blocks = locality if locality else (None, None)
         LOCALITY.own, LOCALITY.shared = [], []
         near = length <= NEAR_ALWAYS_TOK or rng.random() < NEAR_SHARE
@@ -307,7 +265,7 @@ def train(out: Path, minutes: float) -> bool:
         answer_loss = (each * answers).sum() / answers.sum().clamp(min=1)
         text_loss = (each * text).sum() / text.sum()
         local_loss = torch.stack(LOCALITY.own + LOCALITY.shared).mean() * 2 if locality else torch.zeros(())
-        loss = answer_loss + LM_WEIGHT * text_loss + cycle.locality_weight * local_loss
+        loss = answer_loss + LM_WEIGHT * text_loss + LOCALITY_WEIGHT * local_loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -362,7 +320,7 @@ def main() -> None:
     )
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this time, resumable (default: never)")
     args = parser.parse_args()
-    print(f"{STEPS} steps, an hour or more on two cores; the bar tells for this machine")
+    print(f"{STEPS} steps, an hour or so on two cores; the bar tells for this machine")
     if train(args.out, args.minutes):
         made = args.out / "model"
         print(f"trained: {made}; try it with model.path={made}, or copy it to hipexp/needle/model to make it the embedded one")

@@ -51,7 +51,8 @@ HIP = ("+pipeline=3stage",)
 SPECS = (
     Spec("dense", 1, DIGITS, 100),
     Spec("dense", 1, PAIRS, 50),
-    Spec("3stage", 8, SUBTASKS, 40, HIP),
+    Spec("3stage", 8, PAIRS, 40, HIP),
+    Spec("3stage", 8, DIGITS, 40, HIP),
     Spec("dense", 8, SUBTASKS, 5),
     Spec("3stage", 32, ("passkey",), 15, HIP),
     Spec("3stage", 8, PAIRS, 40, EVERY_STEP),

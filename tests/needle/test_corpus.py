@@ -1,12 +1,13 @@
 """Training prompts: what they ask for is in them, within the length, and never from the evaluation's seeds."""
 
 import random
+import string
 
 import pytest
 
 from hipexp.needle.corpus import PromptMaker
 from hipexp.needle.tokenizer import train_tokenizer
-from hipexp.suites.infbench import make_sample
+from hipexp.suites.infbench import KV, make_sample
 
 
 @pytest.fixture(scope="module")
@@ -18,9 +19,42 @@ def encoder(tokenizer):
     return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
 
 
+def reader(tokenizer):
+    return lambda text: tokenizer.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize("kind", ["pairs", "digits", "snippets", "repeats"])
+def test_training_reads_text_as_evaluation_does(tokenizer, kind):
+    for seed in range(8):
+        maker = PromptMaker(reader(tokenizer), seed=seed)
+        segments = getattr(maker, kind)(400)
+        pieces = list(maker.pieces(segments))
+        assert [segment for segment, _ in pieces] == segments
+        groups, ids = [[]], [[]]
+        for segment, piece in pieces:
+            groups[-1].append(segment.text)
+            ids[-1] += [i for i in piece if i != 2]
+            if segment.ends:
+                groups.append([])
+                ids.append([])
+        assert ids == [encoder(tokenizer)("".join(texts)) for texts in groups]
+
+
+def test_a_trained_pair_looks_like_an_evaluated_one(tokenizer):
+    maker = PromptMaker(reader(tokenizer), seed=1)
+    encode = encoder(tokenizer)
+    trained = next(ids for ids in iter(lambda: maker.prompt(1024)[0], None) if KV.intro in tokenizer.decode(ids))
+    asked = make_sample("kv_retrieval", 1, 3, 1024, encode, 0, "default").tokens
+    kinds = [
+        ["x" if len(t) == 2 and set(t) <= set(string.hexdigits) else t for t in map(tokenizer.id_to_token, ids)] for ids in (trained, asked)
+    ]
+    begin = len(encode(KV.intro)) + 2
+    assert kinds[0][1 + begin : begin + 151] == kinds[1][begin : begin + 150]
+
+
 @pytest.mark.parametrize("length", [96, 128, 192, 384, 1536, 6144])
 def test_prompts_fit_and_answers_are_in_the_needle(tokenizer, length):
-    maker = PromptMaker(encoder(tokenizer), seed=3)
+    maker = PromptMaker(reader(tokenizer), seed=3)
     for _ in range(20):
         ids, weight, links = maker.prompt(length)
         assert len(ids) == len(weight) <= length and ids[0] == 1
@@ -32,7 +66,7 @@ def test_prompts_fit_and_answers_are_in_the_needle(tokenizer, length):
 
 
 def test_prompts_vary(tokenizer):
-    maker = PromptMaker(encoder(tokenizer), seed=4)
+    maker = PromptMaker(reader(tokenizer), seed=4)
     prompts = [tokenizer.decode(maker.prompt(768)[0]) for _ in range(40)]
     assert len({prompt[:30] for prompt in prompts}) > 12, "wording"
     assert len({prompt.count('": "') for prompt in prompts}) > 8, "number of pairs"
@@ -40,7 +74,7 @@ def test_prompts_vary(tokenizer):
 
 def test_evaluated_pairs_are_not_those_of_training(tokenizer):
     encode = encoder(tokenizer)
-    trained = {answer for seed in range(50) for answer in _answers(PromptMaker(encode, seed=seed), tokenizer)}
+    trained = {answer for seed in range(50) for answer in _answers(PromptMaker(reader(tokenizer), seed=seed), tokenizer)}
     asked = {make_sample("kv_retrieval", i, 20, 3000, lambda text: encode(text), 0, "default").references[0] for i in range(20)}
     assert not trained & asked
     assert random.Random("needle-train/0").random() != random.Random("hipexp-eval/0").random()

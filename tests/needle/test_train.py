@@ -71,7 +71,7 @@ def test_locality_compares_at_one_distance_and_pools_heads_and_queries(monkeypat
 @pytest.mark.parametrize("length", [256, 1536])
 def test_targets_lie_where_the_asked_needle_is(length):
     tokenizer = train_tokenizer()
-    maker = PromptMaker(lambda text: tokenizer.encode(text, add_special_tokens=False).ids, seed=3)
+    maker = PromptMaker(lambda text: tokenizer.encode(text, add_special_tokens=False), seed=3)
     maker.draw = maker.pairs
     prompts = [maker.prompt(length) for _ in range(3)]
     ids, weight, asking = collate(prompts)
