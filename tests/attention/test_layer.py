@@ -341,3 +341,15 @@ def test_no_stages_is_streaming():
     keep = [i for i in range(200) if i < 8 or i > 128]  # the block of query 199 starts at 192, its window at 129
     expected = dense(q[:, at:], k[:, keep], v[:, keep], len(keep) - 1)
     assert torch.allclose(out[:, at:], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("attend", [AttendRope.streaming, AttendRope.infllm, AttendRope.native, AttendRope.dynamic])
+def test_positions_are_computed_for_tokens_that_exist(attend):
+    """A budget far beyond the prompt costs no rows, and no row is missing."""
+    wide, q_k_v = plan(attend=attend), random_qkv(5000)
+    roomy = dataclasses.replace(wide, window_tok=2**30)
+    asked = layer(roomy)
+    q, k, v = q_k_v
+    out = asked(q[:, -40:], k, v, 4960)
+    assert asked.tables.upto(1).cos.shape[0] == 8192
+    assert torch.allclose(out, dense(q[:, -40:], k, v, 4960), atol=1e-4)

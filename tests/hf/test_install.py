@@ -193,6 +193,12 @@ def test_calls_that_are_not_understood_are_refused(loaded, pipeline, tokens, den
         loaded.model(torch.tensor([tokens[:300]]), **call[what]())
 
 
+def test_a_call_that_would_need_gradients_is_refused(pipeline, tokens):
+    model = tiny("LlamaConfig")
+    with install(model, pipeline), pytest.raises(RuntimeError, match=r"pruned attention has no gradient; .* torch\.inference_mode"):
+        model(torch.tensor([tokens[:64]]) % 256)
+
+
 @pytest.mark.parametrize("attend", list(AttendRope))
 def test_equal_to_the_untouched_model_when_everything_fits(loaded, pipeline, tokens, attend):
     pipeline.rope.attend = attend
