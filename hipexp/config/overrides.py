@@ -128,6 +128,8 @@ def _option(group: str, value: str, options: list[str], sweep: bool) -> str:
         value = ",".join(fnmatch.filter(options, _unquote(value[5:-1]))) or value
     elif sweep and SWEEP_FUNCTION.fullmatch(value):
         return value
+    if value.startswith("{"):
+        raise ConfigError(f"{group}={value} must name an option ({', '.join(options)}); give fields one by one, as in {group}.name=…")
     names = [_unquote(name) for name in split_commas(value)]
     if len(names) > 1 and not sweep:
         raise ConfigError(f"{group}={value} names several; add -m to run one after the other")

@@ -36,6 +36,14 @@ CASES = {
         ["+pipeline=3stage_flash", "pipeline.stages.0.chunk_tok=64"],
         "refresh_steps=96 must be at most",
     ),
+    "a range is text": (
+        [S3, "pipeline.layers={late: {range: [3,4], window_tok: 512}}"],
+        "pipeline.layers.late.range=[3, 4] must be text, as in pipeline.layers.late.range='3,4'",
+    ),
+    "a group's fields at once": (
+        ["pipeline={window_tok: 512}"],
+        "give fields one by one, as in pipeline.name=…",
+    ),
     "sizes have a ceiling": ([S3, "pipeline.sink_tok=1e12"], "pipeline.sink_tok=1000000000000 must be at most 2147483648"),
     "keep is a multiple of its chunk": (
         [S3, "pipeline.stages.2.keep_tok=100"],
