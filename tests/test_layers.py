@@ -28,7 +28,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "hipexp/needle": (CONFIG | {"hipexp.needle", "hipexp.suites", "tokenizers", "torch", "tqdm", "transformers"}, set()),
     "hipexp/suites": (
         {"hipexp.config.schema", "hipexp.suites", "numpy"},
-        {"datasets", "huggingface_hub", "jieba", "lm_eval", "rouge_score", "tokenizers"},
+        {"datasets", "huggingface_hub", "jieba", "lm_eval", "rouge_score"},
     ),
     "hipexp/track": (CONFIG | {"hipexp.track"}, {"wandb"}),
     "hipexp/report": (
@@ -37,7 +37,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "hipexp/run": (
         CONFIG | {"hipexp.report", "hipexp.run", "hipexp.suites", "hipexp.track"},
-        {"hipexp.hf", "hipexp.attention", "hipexp.cache", "huggingface_hub", "numpy", "pyarrow", "torch", "tqdm", "yaml"},
+        {"hipexp.hf", "hipexp.attention", "hipexp.cache", "huggingface_hub", "numpy", "pyarrow", "tokenizers", "torch", "tqdm", "yaml"},
     ),
 }
 # A GPU machine may lack these: what runs there does not import them at load time.

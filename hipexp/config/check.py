@@ -6,8 +6,11 @@ trained length, read from ``config.json`` without loading it. Every message name
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable
+from configparser import ConfigParser
+from configparser import Error as ConfigParserError
 from dataclasses import fields
 from importlib.util import find_spec
 from netrc import NetrcParseError, netrc
@@ -44,7 +47,7 @@ def check_experiment(experiment: Experiment) -> None:
     _one_of("track", experiment.track.name, TRACKERS)
     _one_of("track.mode", experiment.track.mode, TRACK_MODES)
     _check_track(experiment.track)
-    _at_least("seed", experiment.seed, 0)
+    _at_least("seed", experiment.seed, 0, most=math.inf)
     _check_model_fields(experiment.model)
     _check_task(experiment.task)
     if experiment.pipeline is not None:
@@ -96,17 +99,30 @@ def _check_track(track: Track) -> None:
 
 
 def has_wandb_key() -> bool:
-    """Whether wandb has an API key on this machine: in the environment, or for its server in a netrc file."""
+    """Whether wandb has an API key on this machine: in the environment, or in a netrc file for the server that its settings name."""
     if any(map(os.environ.get, WANDB_KEYS)):
         return True
-    server = urlsplit(os.environ.get("WANDB_BASE_URL") or WANDB_SERVER).hostname or ""
+    server = urlsplit(_wandb_server()).netloc
     for path in (Path(os.environ.get("NETRC") or "~/.netrc").expanduser(), Path("~/_netrc").expanduser()):
         try:
-            if server in netrc(path).hosts:
+            if netrc(path).authenticators(server):
                 return True
         except (OSError, NetrcParseError):
             continue
     return False
+
+
+def _wandb_server() -> str:
+    """Where wandb sends runs: its environment variable, else what `wandb login --host` wrote down, else its own server."""
+    if os.environ.get("WANDB_BASE_URL"):
+        return os.environ["WANDB_BASE_URL"]
+    settings = ConfigParser(interpolation=None)
+    folder = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
+    try:
+        settings.read(folder / "settings", encoding="utf-8")
+    except (ConfigParserError, UnicodeDecodeError):
+        return WANDB_SERVER
+    return settings.get("default", "base_url", fallback=WANDB_SERVER)
 
 
 def _check_model_fields(model: Model) -> None:
@@ -206,13 +222,19 @@ def _check_borders(stages: list[Stage], key: Key, plan: LayerPlan, window_key: s
             f"{key(0, 'query_block_tok')}={block} must be at most {most}, which is {_short(key(0, 'chunk_tok'))}={first} (and less than "
             f"{_short(window_key)}={plan.window_tok}) more than {_short(key(len(stages) - 1, 'query_block_tok'))}={finest}: "
             f"else tokens leave the window before they can be selected; "
-            f"try {max(n for n in range(finest, most + 1, finest) if block % n == 0)}"
+            f"try {_repair(max(n for n in range(finest, most + 1, finest) if block % n == 0), [s.query_block_tok for s in stages[1:]])}"
         )
     if decode and stages[0].refresh_steps > first:
         raise ConfigError(
             f"{key(0, 'refresh_steps')}={stages[0].refresh_steps} must be at most {_short(key(0, 'chunk_tok'))}={first}: "
-            f"else tokens leave the window before they can be selected; try {first}"
+            f"else tokens leave the window before they can be selected; try {_repair(first, [s.refresh_steps for s in stages[1:]])}"
         )
+
+
+def _repair(most: int, later: list[int]) -> str:
+    """The largest value up to ``most`` that is a multiple of the next stage's, or a word that those have to be smaller too."""
+    fits = most // later[0] * later[0] if later else most
+    return str(fits) if fits else f"{most}, and as much at most in the stages after it"
 
 
 def _check_stages(stages: list[Stage], key: Key) -> None:
@@ -292,11 +314,11 @@ def _short(key: str) -> str:
     return key.removeprefix("pipeline.")
 
 
-def _at_least(key: str, value: int, least: int) -> None:
+def _at_least(key: str, value: int, least: int, most: float = MOST) -> None:
     if value < least:
         raise ConfigError(f"{key}={value} must be at least {least}; try {max(least, 1)}")
-    if value > MOST:
-        raise ConfigError(f"{key}={value} must be at most {MOST}; for everything there is, any number above the prompt's length will do")
+    if value > most:
+        raise ConfigError(f"{key}={value} must be at most {most}, as much as fits nowhere; try {1 << 20}")
 
 
 def _one_of(key: str, value: str, known: Iterable[str]) -> None:

@@ -16,7 +16,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import MarkedYAMLError
 
 from hipexp.config.check import check_experiment
 from hipexp.config.convert import to_plain, to_schema
@@ -109,7 +109,11 @@ def _in_words() -> Iterator[None]:
         yield
     except ConfigError:
         raise
-    except (HydraException, OmegaConfBaseException, AssertionError, YAMLError, UnicodeDecodeError) as error:
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{mark.name} line {mark.line + 1}" if mark else "a configuration file"
+        raise ConfigError(f"{where} is no YAML: {error.problem or error.context}; mend it, or quote what stands there") from error
+    except (HydraException, OmegaConfBaseException, AssertionError) as error:
         reason: BaseException = error
         while reason.__cause__ is not None:
             reason = reason.__cause__

@@ -121,7 +121,7 @@ def _convert_list(value: Any, kind: Any, key: str) -> list[Any]:
 
 
 def _convert_scalar(value: Any, kind: type, key: str) -> Any:
-    example = f"'{','.join(map(str, value))}'" if kind is str and isinstance(value, list) else EXAMPLES[kind]
+    example = f"'{','.join(map(str, value))}'" if key.endswith(".range") and isinstance(value, list) else EXAMPLES[kind]
     wrong = ConfigError(f"{key}={value} must be {_words(kind)}, as in {key}={example}")
     if kind is str:
         if isinstance(value, str | int | float):

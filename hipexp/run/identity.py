@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from errno import EACCES, ENOMEM, ENOSPC
 from functools import cache, lru_cache
 from importlib import metadata
 from importlib.util import find_spec
@@ -132,7 +133,7 @@ def fetching(model: Model, kind: type[Exception] = Exception) -> Iterator[None]:
     try:
         yield
     except kind as error:
-        if model_folder(model) is not None:
+        if model_folder(model) is not None or getattr(error, "errno", None) in (ENOSPC, ENOMEM, EACCES):
             raise
         fetch = f"hf download {model.path}" + (f" --revision {model.revision}" if model.revision else "")
         raise DataMissing(

@@ -13,6 +13,7 @@ from hipexp.config.compose import compose
 from hipexp.report.figures import Axis, HeatMap, draw_heat_maps
 from hipexp.report.tables import duration, markdown_table
 from hipexp.run import latency
+from hipexp.run.identity import model_revision
 from hipexp.run.ledger import file_name, make_folder, runs_root, write_text
 from hipexp.run.point import stored
 from hipexp.run.several import Named, load_once, model_line, refuse_own, run_all, trained_length
@@ -228,7 +229,7 @@ def write_table(runs: dict[Spec, Named], times: Sequence[Named], trained_tok: in
         f"```\n{latency.table(rows)}\n```" if rows else "not measured yet",
         "![accuracy by length](accuracy.png)",
     ]
-    folder = runs_root() / f"{file_name(model.name or model.path)}-table"
+    folder = runs_root() / f"{file_name(model.name or model.path)}-table_{model_revision(model)[:10]}"
     make_folder(folder)
     if all(results.values()):
         draw(folder / "accuracy.png", results, trained_tok)

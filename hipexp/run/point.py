@@ -21,7 +21,8 @@ from hipexp.run import environment
 from hipexp.run.identity import facts_of, fetching, key_of, model_revision
 from hipexp.run.ledger import Ledger, RunFailed, is_done, open_ledger, read_json, read_rows, run_folder
 from hipexp.run.strategy import describe
-from hipexp.suites.sample import Item, LineEncoder, ProtocolCard, Sample, Suite, TokenizerFile
+from hipexp.run.tokenizer_file import read_tokenizer
+from hipexp.suites.sample import Item, LineEncoder, ProtocolCard, Sample, Suite
 from hipexp.track import Trackers, open_trackers
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def check_point(experiment: Experiment) -> None:
     """
     facts, folder = check_model(experiment), model_folder(experiment.model)
     if facts is not None and folder is not None and (folder / "tokenizer.json").is_file():
-        open_suite_for(experiment, TokenizerFile(folder / "tokenizer.json"), facts.trained_tok)
+        open_suite_for(experiment, read_tokenizer(folder / "tokenizer.json"), facts.trained_tok)
 
 
 def folder_of(experiment: Experiment) -> Path:

@@ -35,7 +35,9 @@ def points(table: dict[str, Any], size: str, overrides: list[str]) -> dict[tuple
     """Our runs by method and multiple of the trained length. Raises ``ConfigError`` for an unknown size."""
     if size not in table["sizes"]:
         raise ConfigError(f"size={size} is not there for this table; use one of {', '.join(table['sizes'])}")
-    common = ["task=infbench", f"task.subtasks=[{','.join(table['columns'].values())}]", *table["sizes"][size]["overrides"]]
+    chosen = any(word.lstrip("+-").startswith("model=") for word in overrides)
+    own_size = [word for word in table["sizes"][size]["overrides"] if not (chosen and word.startswith("model="))]
+    common = ["task=infbench", f"task.subtasks=[{','.join(table['columns'].values())}]", *own_size]
     trained_tok = trained_length(compose([*common, *overrides]).model)
     found = {}
     for times in table["sizes"][size]["times"]:

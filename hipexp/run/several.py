@@ -42,10 +42,12 @@ def refuse_own(command: str, overrides: Sequence[str], free: Sequence[str] = ())
     Left to the user are model, seed, tracking and offload, and the keys in ``free``. Raises ``ConfigError``.
     """
     for word in overrides:
-        key = word.lstrip("+~").split("=")[0]
-        if key not in free and key.split(".")[0] not in FREE_GROUPS:
-            also = "".join(f", {name}" for name in free)
-            raise ConfigError(f"{word} cannot go with `{command}`, which sets it itself; left to you are {', '.join(FREE_GROUPS)}{also}")
+        key = word.lstrip("+~-").split("=")[0]
+        if key not in free and key.split(".")[0] in ("task", "pipeline"):
+            allowed = ", ".join((*FREE_GROUPS, *free))
+            raise ConfigError(
+                f"{word} cannot be changed in `{command}`, which chooses tasks and pipelines itself; left to you are {allowed}"
+            )
 
 
 def model_line(model: Model) -> str:

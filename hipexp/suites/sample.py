@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Protocol
 
 Encode = Callable[[str], list[int]]
@@ -91,18 +89,6 @@ class Suite(Protocol):
 
     def card(self) -> ProtocolCard:
         """The protocol of this suite as it was opened."""
-
-
-class TokenizerFile:
-    """A ``tokenizer.json`` alone, called as a tokenizer of transformers, without importing transformers."""
-
-    def __init__(self, path: Path):
-        from tokenizers import Tokenizer
-
-        self._tokenizer = Tokenizer.from_file(str(path))
-
-    def __call__(self, text: str, add_special_tokens: bool = True) -> SimpleNamespace:
-        return SimpleNamespace(input_ids=self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
 
 class LineEncoder:

@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 
 import pytest
 
 from hipexp.config.check import TASKS, check_experiment, check_layers, check_model
-from hipexp.config.compose import compose
+from hipexp.config.compose import compose, conf_dir
 from hipexp.config.model import ModelFacts
 from hipexp.config.schema import ConfigError, Experiment, Model, Task, Track
 
@@ -34,7 +35,7 @@ CASES = {
     ),
     "a refresh in decode that lets tokens pass": (
         ["+pipeline=3stage_flash", "pipeline.stages.0.chunk_tok=64"],
-        "refresh_steps=96 must be at most",
+        "stages[0].refresh_steps=96 must be at most stages[0].chunk_tok=64: else tokens leave the window before they can be selected; try 48",
     ),
     "a range is text": (
         [S3, "pipeline.layers={late: {range: [3,4], window_tok: 512}}"],
@@ -279,6 +280,14 @@ def test_a_key_of_wandb_may_lie_in_netrc(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example:8080")
     with pytest.raises(ConfigError, match="needs an API key"):
         compose(online)
+    (tmp_path / ".netrc").write_text("machine wandb.example:8080\n  login user\n  password secret\n")
+    assert compose(online).track.mode == "online"
+    monkeypatch.delenv("WANDB_BASE_URL")
+    with pytest.raises(ConfigError, match="needs an API key"):
+        compose(online)
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    (tmp_path / "settings").write_text("[default]\nbase_url = https://wandb.example:8080\n")
+    assert compose(online).track.mode == "online"
 
 
 @pytest.mark.parametrize("folder", [False, True])
@@ -290,3 +299,11 @@ def test_wandb_must_be_installed(monkeypatch, tmp_path, folder):
         (tmp_path / "wandb").mkdir()
     with pytest.raises(ConfigError, match="track=wandb needs the package wandb, which is not installed here; `pip install wandb`"):
         check_experiment(Experiment(Model("org/model"), Task("infbench"), track=Track("wandb")))
+
+
+def test_a_configuration_file_that_is_no_yaml(monkeypatch, tmp_path):
+    shutil.copytree(conf_dir(), tmp_path / "conf")
+    (tmp_path / "conf" / "pipeline" / "mine.yaml").write_text("method: hip\nstages: [{chunk_tok: 8\n")
+    monkeypatch.setenv("HIPEXP_CONF", str(tmp_path / "conf"))
+    with pytest.raises(ConfigError, match=r"pipeline/mine\.yaml line 3 is no YAML: expected .*; mend it"):
+        compose(["+pipeline=mine"])

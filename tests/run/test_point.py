@@ -10,14 +10,18 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from hipexp.config.compose import compose
-from hipexp.config.schema import ConfigError, Experiment, Model, Task
+from hipexp.config.schema import ConfigError
 from hipexp.run import point
 from hipexp.run.identity import key_of, model_revision
 from hipexp.run.ledger import RunFailed, is_done, parse_rows, read_json, read_rows, runs_root
 from hipexp.run.point import EXACT, check_point, execute, folder_of, load_model, report, row_of, run_point, stored
 from hipexp.run.several import load_once
+from hipexp.run.tokenizer_file import read_tokenizer
 
 STREAMING = compose(["+pipeline=streaming", "task=infbench"]).pipeline
 
@@ -304,12 +308,29 @@ def test_weights_that_are_replaced_later_do_not_matter_to_a_loaded_model(fake, e
     assert not stored(experiment())
 
 
-@pytest.mark.parametrize("task", [{"length_tok": 11}, {"name": "passkey", "lengths_tok": [4096, 11]}])
-def test_short_lengths_are_refused_without_torch_and_leave_no_folder(tmp_path, task):
-    name = task.pop("name", "infbench")
-    made = Experiment(model=Model(path="hipexp/needle/model", name="needle"), task=Task(name=name, **task))
-    with pytest.raises(ConfigError, match="=11 is too short for") as caught:
-        check_point(made)
-    if name == "infbench":
-        least = int(str(caught.value).split()[-1])
-        check_point(Experiment(model=made.model, task=Task(name="infbench", length_tok=least)))
+def test_short_lengths_are_refused_without_torch_and_leave_no_folder(tmp_path):
+    words = ["+pipeline=3stage", "task.length_tok=11"]
+    code = f"import sys; sys.modules['torch'] = None; from hipexp.cli import main; sys.exit(main({words}))"
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"HIPEXP_RUNS": str(tmp_path)})
+    assert made.returncode == 2, made.stderr
+    assert "task.length_tok=11 is too short for kv_retrieval" in made.stderr
+    assert not list(tmp_path.iterdir())
+    least = int(made.stderr.split()[-1])
+    check_point(compose([f"task.length_tok={least}"]))
+    with pytest.raises(ConfigError, match="use at least"):
+        check_point(compose([f"task.length_tok={least - 1}"]))
+    with pytest.raises(ConfigError, match=r"task\.lengths_tok\[1\]=11 is too short for passkey"):
+        check_point(compose(["task=passkey", "task.lengths_tok=[4096,11]"]))
+
+
+def test_a_tokenizer_file_counts_what_there_is(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    tokenizer = Tokenizer(WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.enable_padding(length=8)
+    tokenizer.enable_truncation(9)
+    tokenizer.save(str(path))
+    assert [len(read_tokenizer(path)(text).input_ids) for text in ("a", "a " * 20)] == [1, 20]
+    path.write_text("{")
+    with pytest.raises(ConfigError, match=r"tokenizer\.json must be a tokenizer that can be read"):
+        read_tokenizer(path)

@@ -38,6 +38,8 @@ def test_the_long_table_is_resumable_and_judges_itself(overrides, fake, monkeypa
     assert "| 3stage at 8×: kv_retrieval | ≥ 50 | 100.0 | yes |" in text
     assert "| prefill at 262144 tokens, dense / 3stage | ≥ 3.5 | – | not measured |" in text
     assert "held out" in text
+    (table,) = runs_root().glob("*-table_*/table.md")
+    assert f"table:   {table}" in text
     calls = fake.calls
     assert needle_table.main(overrides) == 0
     assert fake.calls == calls
@@ -93,7 +95,7 @@ def test_repro_says_what_it_needs(overrides, words):
     ],
 )
 def test_what_a_table_varies_is_not_to_be_overridden(overrides, command, words, key):
-    with pytest.raises(ConfigError, match=f"{key} cannot go with .* left to you are model, seed"):
+    with pytest.raises(ConfigError, match=f"{key} cannot be changed in .* left to you are model, seed"):
         command(words + overrides)
 
 
