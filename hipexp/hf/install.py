@@ -156,8 +156,6 @@ def _attend_batch(
     ``mask`` ``[B, T]`` marks padding, which has to be on the left. ``positions`` ``[B or 1, Q]``, if given, are checked.
     """
     B, H, Q, D = query.shape
-    if layer is not None and torch.is_grad_enabled() and query.requires_grad:
-        raise RuntimeError("pruned attention has no gradient; call the model under torch.inference_mode()")
     ours = isinstance(key, SequenceLayer)
     states = key.rows if ours else _states_of(key, value)
     decoding = key.decoding if ours and key.decoding is not None else Q == 1
@@ -182,6 +180,8 @@ def _attend_batch(
         if layer is None:
             rows = attend_dense(q, k, v, scaling)
         else:
+            if torch.is_grad_enabled() and query.requires_grad:
+                raise RuntimeError("pruned attention has no gradient; call the model under torch.inference_mode()")
             pruned = layer.pruned_blocks
             rows = layer(q, k, v, begin + skip, state.memory if decoding and begin > 0 else None)
             state.pruned_blocks += layer.pruned_blocks - pruned

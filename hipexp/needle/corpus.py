@@ -151,7 +151,7 @@ def digits_wording(rng: random.Random, ten: bool) -> tuple[str, Wording]:
 class PromptMaker:
     """Draws training prompts of a given length in tokens. ``encode(text)`` returns ``ids`` without special tokens, and their ``offsets``.
 
-    ``first_weight``: loss weight of the first token of the answer to a question, which alone has to tell the needles apart.
+    ``first_weight``: loss weight of the first token of the answer to a question; for a pair it alone has to tell the needles apart.
     """
 
     def __init__(self, encode, seed: int = 0, first_weight: float = 1.0, eos_id: int = 2, bos_id: int = 1):

@@ -27,6 +27,7 @@ from hipexp.needle import corpus
 from hipexp.needle import tokenizer as tokenizer_module
 from hipexp.needle.corpus import PromptMaker
 from hipexp.needle.tokenizer import train_tokenizer
+from hipexp.suites import infbench
 
 TRAINED_LENGTH = 6144
 LAYERS, HEAD_DIM, ROPE_THETA = 5, 64, 1e6
@@ -200,7 +201,7 @@ def step_length(step: int, rng: random.Random) -> int:
 
 def recipe() -> str:
     """A digest of everything that decides the trained weights: a checkpoint of another recipe is not continued."""
-    sources = (Path(__file__), Path(corpus.__file__), Path(tokenizer_module.__file__))
+    sources = (Path(__file__), *(Path(module.__file__) for module in (corpus, tokenizer_module, infbench)))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:10]
 
 
