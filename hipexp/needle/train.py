@@ -159,7 +159,7 @@ def _attend_near(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, near_tok: in
 
 
 def collate(prompts):
-    """Right-padded ids, targets' weights, and the asking queries, one by one and in blocks (or None if no needle is far enough)."""
+    """Right-padded ids and loss weights ``[B, T]``, and the asking queries, one by one and in blocks (None if no needle is far enough)."""
     B, T = len(prompts), max(len(p[0]) for p in prompts)
     ids, weight = torch.zeros(B, T, dtype=torch.long), torch.zeros(B, T)
     size, sink, window = min(BLOCK_TOK, T // 24), min(256, T // 8), min(1024, T // 4)
@@ -321,7 +321,7 @@ def main() -> None:
     )
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this time, resumable (default: never)")
     args = parser.parse_args()
-    print(f"{STEPS} steps, an hour or so on two cores; the bar tells for this machine")
+    print(f"{STEPS} steps, about an hour on two cores; the bar tells for this machine")
     if train(args.out, args.minutes):
         made = args.out / "model"
         print(f"trained: {made}; try it with model.path={made}, or copy it to hipexp/needle/model to make it the embedded one")

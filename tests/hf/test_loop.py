@@ -49,7 +49,10 @@ def prefilled(loaded, prompt, chunk):
 
 
 def test_a_chunk_that_cuts_a_query_block_is_refused(loaded, pipeline, tokens):
-    with install(loaded.model, pipeline), pytest.raises(ValueError, match=r"begins at token 100 .* inside a query block; .* by multiples of 64"):
+    with (
+        install(loaded.model, pipeline),
+        pytest.raises(ValueError, match=r"begins at token 100 .* inside a query block; .* by multiples of 64"),
+    ):
         run(loaded, [tokens[:300]], 100)
 
 

@@ -17,7 +17,7 @@ def tokenizer():
 
 
 def encoder(tokenizer):
-    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+    return lambda text: reader(tokenizer)(text).ids
 
 
 def reader(tokenizer):
