@@ -7,19 +7,14 @@ trained length, read from ``config.json`` without loading it. Every message name
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable
-from configparser import ConfigParser
-from configparser import Error as ConfigParserError
 from dataclasses import fields
 from importlib.util import find_spec
-from netrc import NetrcParseError, netrc
-from pathlib import Path
-from urllib.parse import urlsplit
 
 from hipexp.config.model import ModelFacts, read_facts
 from hipexp.config.overrides import DENSE
 from hipexp.config.schema import ConfigError, Experiment, LayerPlan, Model, Pipeline, Stage, Task, Track, range_parts
+from hipexp.config.wandb_key import has_wandb_key
 
 METHODS = ("hip", "streaming")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -35,8 +30,6 @@ MOST = 2**31  # of anything counted, tokens above all
 OFFLOADS = ("none",)
 TRACKERS = ("local", "wandb")
 TRACK_MODES = ("offline", "online", "auto", "disabled")
-WANDB_KEYS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
-WANDB_SERVER = "https://api.wandb.ai"
 
 Key = Callable[[int, str], str]  # (stage number, field) -> the key that set it
 
@@ -96,33 +89,6 @@ def _check_track(track: Track) -> None:
         raise ConfigError("track=wandb needs the package wandb, which is not installed here; `pip install wandb`, or use track=local")
     if track.mode == "online" and not has_wandb_key():
         raise ConfigError("track.mode=online needs an API key of wandb; `wandb login`, set WANDB_API_KEY, or use track.mode=offline")
-
-
-def has_wandb_key() -> bool:
-    """Whether wandb has an API key on this machine: in the environment, or in a netrc file for the server that its settings name."""
-    if any(map(os.environ.get, WANDB_KEYS)):
-        return True
-    server = urlsplit(_wandb_server()).netloc
-    for path in (Path(os.environ.get("NETRC") or "~/.netrc").expanduser(), Path("~/_netrc").expanduser()):
-        try:
-            if netrc(path).authenticators(server):
-                return True
-        except (OSError, NetrcParseError):
-            continue
-    return False
-
-
-def _wandb_server() -> str:
-    """Where wandb sends runs: its environment variable, else what `wandb login --host` wrote down, else its own server."""
-    if os.environ.get("WANDB_BASE_URL"):
-        return os.environ["WANDB_BASE_URL"]
-    settings = ConfigParser(interpolation=None)
-    folder = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
-    try:
-        settings.read(folder / "settings", encoding="utf-8")
-    except (ConfigParserError, UnicodeDecodeError):
-        return WANDB_SERVER
-    return settings.get("default", "base_url", fallback=WANDB_SERVER)
 
 
 def _check_model_fields(model: Model) -> None:

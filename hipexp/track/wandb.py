@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from hipexp.config.check import has_wandb_key
 from hipexp.config.schema import Track
+from hipexp.config.wandb_key import has_wandb_key
 
 
 def in_sweep() -> bool:

@@ -4,7 +4,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from hipexp.config.check import WANDB_KEYS
+from hipexp.config import wandb_key
 from hipexp.config.schema import Track
 from hipexp.run.ledger import read_json, read_rows, runs_root
 from hipexp.run.point import execute
@@ -119,7 +119,7 @@ def test_a_tracker_that_fails_does_not_hide_why_a_run_failed(fake, experiment, w
     ],
 )
 def test_auto_is_online_where_there_is_a_key(mode, environment, expected, monkeypatch, tmp_path):
-    for name in (*WANDB_KEYS, "WANDB_MODE"):
+    for name in (*wandb_key.KEYS, "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setenv("HOME", str(tmp_path))
