@@ -165,6 +165,11 @@ def _explain(error: Exception) -> int:
     kind = type(error).__name__
     if isinstance(error, ConfigError) or kind == "DataMissing":
         return _complain(str(error), BAD_INPUT)
+    from hipexp.run.ledger import classify
+
+    if classify(error) == "out_of_memory":
+        first = str(error).strip().split("\n")[0]
+        return _complain(f"out of memory ({first}); try a shorter length, task.batch=1, or a smaller model.prefill_chunk_tok", FAILED)
     if kind != "RunFailed":
         traceback.print_exception(error)
     return _complain(str(error) if kind == "RunFailed" else f"{kind}: {error}", FAILED)

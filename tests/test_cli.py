@@ -86,6 +86,11 @@ def test_layers_are_checked_before_a_point_runs(points, capsys):
     [
         (DataMissing("no such data; fetch it"), 2, "error: no such data; fetch it\n"),
         (RunFailed("disk full"), 1, "error: disk full\n"),
+        (
+            MemoryError("cannot allocate 9 GB\nat allocator.cpp"),
+            1,
+            "error: out of memory (cannot allocate 9 GB); try a shorter length, task.batch=1, or a smaller model.prefill_chunk_tok\n",
+        ),
         (KeyboardInterrupt(), 1, "error: interrupted; the same command continues\n"),
     ],
 )
@@ -93,6 +98,12 @@ def test_failures_are_one_line(points, monkeypatch, capsys, error, code, message
     raising(monkeypatch, error)
     assert cli.main(MODEL) == code
     assert capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize("words", [["demo"], ["repro", "table2"], ["table"]])
+def test_what_runs_many_points_does_not_pass_over_cfg(points, capsys, words):
+    assert cli.main([*words, "--cfg", "job"]) == 2
+    assert "--cfg shows one point and runs nothing" in capsys.readouterr().err
 
 
 def test_a_defect_shows_its_traceback(points, monkeypatch, capsys):

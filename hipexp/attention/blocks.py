@@ -58,19 +58,18 @@ class QueryBlocks:
         return QueryBlocks(self.q.reshape(H, N * parts, size, D)[:, :n], first[:n], size, self.begin, self.end)
 
     def pool(self, stride: int) -> tuple[Tensor, Tensor]:
-        """Mean of every ``stride`` neighbouring queries that exist ``[H, N, size/stride, D]``, and the position of the first member.
+        """Mean (fp32) of every ``stride`` neighbouring queries that exist ``[H, N, size/stride, D]``, and the position of the first.
 
         A group without any query repeats the nearest one that has some: a maximum over rows is not changed by that.
         """
         H, N, size, D = self.q.shape
         R = size // stride
         at = self.first[:, None] + torch.arange(0, size, stride, device=self.q.device)
-        whole = self.begin <= int(self.first[0]) and int(self.first[-1]) + size <= self.end
-        if whole:
-            return (self.q if stride == 1 else self.q.view(H, N, R, stride, D).mean(3)), at
+        total = self.q.float().view(H, N, R, stride, D).sum(3)  # rows that do not exist are zero
+        if self.begin <= int(self.first[0]) and int(self.first[-1]) + size <= self.end:
+            return total / stride, at
         member = at[..., None] + torch.arange(stride, device=self.q.device)
         exists = (member >= self.begin) & (member < self.end)
-        total = (self.q.view(H, N, R, stride, D) * exists[..., None]).sum(3)
         pooled = total / exists.sum(-1).clamp(min=1)[..., None]
         filled = exists.any(-1)
         index = torch.arange(R, device=self.q.device).expand(N, R)

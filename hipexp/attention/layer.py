@@ -73,7 +73,7 @@ class LayerAttention:
         skipped = n_exact // parts
         select = METHODS[self.method]
         tables = self.tables or RopeTables(_no_rope, 0)
-        chosen = select(self.plan, stages, queries.from_block(skipped), k, tables, self.scale, memory)
+        chosen = select(self.plan, stages, queries.from_block(skipped), k, tables, memory)
         return chosen.after_none(skipped * parts)
 
     def _attend_rotation(self, n_keys: int, queries: QueryBlocks) -> AttendRotation | None:

@@ -42,7 +42,6 @@ def score_rotation(
     first: Tensor,
     last: Tensor,
     scan_window_tok: int,
-    n_keys: int,
 ) -> tuple[Tensor, Tensor, KeyRotation | None]:
     """Rotate pooled queries ``[H, N, R, D]`` for the left and the right probe, and say how probed keys are rotated.
 
@@ -74,7 +73,7 @@ def score_rotation(
         table = tables.upto(int(n_chunks.max()) + scan_window_tok + 1)
         mode = "rank"
     else:
-        table = tables.upto(max(n_keys, int(position.max()) + 1))
+        table = tables.upto(int(position.max()) + 1)  # every probed key lies before a block
         mode = strategy.value
     rotated = rotate(pooled, table.cos[position], table.sin[position])
     return rotated, rotated, KeyRotation(mode, table, tables.trained_tok, first, last)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -14,7 +15,9 @@ class ResidentStore:
         self._v: Tensor | None = None
 
     def append(self, k: Tensor, v: Tensor) -> None:
-        """Append keys and values ``[K, n, D]``."""
+        """Append keys and values ``[K, n, D]``. Raises RuntimeError for what was begun in another autograd mode."""
+        if self._k is not None and self._k.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError("this cache was begun under torch.inference_mode() and can only go on there; keep one mode per cache")
         new = self.length + k.shape[1]
         self._k, self._v = self._fitting(self._k, k, new), self._fitting(self._v, v, new)
         self._k[:, self.length : new] = k

@@ -43,6 +43,11 @@ def check_experiment(experiment: Experiment) -> None:
     _at_least("seed", experiment.seed, 0, most=math.inf)
     _check_model_fields(experiment.model)
     _check_task(experiment.task)
+    if experiment.pipeline is None and experiment.task.dense_max_tok is not None:
+        raise ConfigError(
+            f"task.dense_max_tok={experiment.task.dense_max_tok} leaves dense out beyond a length, and without a pipeline there is nothing "
+            "else to time; choose a pipeline, or leave it out"
+        )
     if experiment.pipeline is not None:
         _check_pipeline(experiment.pipeline, experiment.model)
 

@@ -40,6 +40,8 @@ def compose(argv: Sequence[str]) -> Experiment:
     line = read_line(argv)
     if line.sweep:
         raise ConfigError("-m runs several points, and one is due here; leave it out")
+    if line.show:
+        raise ConfigError("--cfg shows one point and runs nothing; it goes with `python -m hipexp` and overrides, not with this command")
     return compose_point(line.overrides)
 
 

@@ -10,7 +10,7 @@ from hipexp.config.convert import to_plain
 from hipexp.config.schema import Experiment
 
 # Raise it whenever the same experiment can get another score: stored results are then no longer taken for an answer.
-RESULT_VERSION = 2
+RESULT_VERSION = 3
 # Where the model came from; what it is, is said by ``model_revision``.
 MODEL_SOURCE = ("path", "name", "revision")
 
@@ -18,10 +18,10 @@ MODEL_SOURCE = ("path", "name", "revision")
 def run_key(experiment: Experiment, *, model_revision: str, extra: dict[str, Any]) -> str:
     """SHA-256, in hex, of every field that decides the result.
 
-    ``model_revision`` identifies the weights: the commit on a hub, or a hash of the files of a local folder. ``extra``
-    holds what else decides, as JSON can write it: the data's revision, the number format where the configuration says
-    ``auto``, and for the latency task device, threads and the versions of torch and Triton. Trackers, paths and the
-    names of presets do not count. Raises ValueError for a number that is not finite, TypeError for what JSON cannot write.
+    What the configuration leaves open (``auto``, None) is to be filled in before. ``model_revision`` identifies the weights: the commit
+    on a hub, or a hash of the files of a local folder. ``extra`` holds what else decides, as JSON can write it: the data's revision, and
+    for the latency task device, threads and the versions of torch and Triton. Trackers, paths and the names of presets do not count.
+    Raises ValueError for a number that is not finite, TypeError for what JSON cannot write.
     """
     fields = key_fields(experiment) | {"model_revision": model_revision, "extra": extra, "result_version": RESULT_VERSION}
     text = json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -36,6 +36,6 @@ def key_fields(experiment: Experiment) -> dict[str, Any]:
         del fields["model"][name]
     if fields["pipeline"] is not None:
         del fields["pipeline"]["name"]
-        # A list, since the order of groups decides which one wins.
-        fields["pipeline"]["layers"] = list(fields["pipeline"]["layers"].items())
+        # A list, since the order of groups decides which one wins; an empty range switches a group off.
+        fields["pipeline"]["layers"] = [(name, group) for name, group in fields["pipeline"]["layers"].items() if group["range"]]
     return fields

@@ -183,7 +183,10 @@ def _attend_batch(
             if torch.is_grad_enabled() and query.requires_grad:
                 raise RuntimeError("pruned attention has no gradient; call the model under torch.inference_mode()")
             pruned = layer.pruned_blocks
-            rows = layer(q, k, v, begin + skip, state.memory if decoding and begin > 0 else None)
+            decode_step = decoding and begin > 0
+            if not decode_step:  # what was selected for the tokens before says nothing about these
+                state.memory = Memory()
+            rows = layer(q, k, v, begin + skip, state.memory if decode_step else None)
             state.pruned_blocks += layer.pruned_blocks - pruned
         out[b, skip:] = rows.transpose(0, 1)
     return out

@@ -15,7 +15,7 @@ from hipexp.attention import LayerAttention
 from hipexp.config.schema import ConfigError
 
 PROBE_TOK = 48
-WINDOW_TOK = 128  # holds the prompt's last query block too
+WINDOW_TOK = 1 << 20  # holds the prompt's last query block too, however large blocks are
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # of the largest output
 HALF_TOLERANCE = 0.05  # in half precision
 _PASSED: WeakKeyDictionary[PreTrainedModel, set[bool]] = WeakKeyDictionary()  # with a pipeline, without

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import platform
@@ -17,7 +18,7 @@ from typing import Any
 from hipexp.config.model import ModelFacts, facts_in, model_folder, read_config
 from hipexp.config.runkey import run_key
 from hipexp.config.schema import Experiment, Model
-from hipexp.suites import infbench
+from hipexp.suites import filled, infbench
 from hipexp.suites.sample import DataMissing
 
 
@@ -26,8 +27,10 @@ def key_of(experiment: Experiment) -> str:
 
     Raises ``ConfigError`` for a model path that is nothing, ``DataMissing`` for a hub model that cannot be reached.
     """
-    extra = {"dtype": dtype_of(experiment.model)} | data_identity(experiment)
-    return run_key(experiment, model_revision=model_revision(experiment.model), extra=extra)
+    trained_tok = facts_of(experiment.model).trained_tok
+    model = dataclasses.replace(experiment.model, dtype=dtype_of(experiment.model), trained_tok=trained_tok)
+    told = dataclasses.replace(experiment, model=model, task=filled(experiment.task, trained_tok))
+    return run_key(told, model_revision=model_revision(experiment.model), extra=data_identity(experiment))
 
 
 def data_identity(experiment: Experiment) -> dict[str, Any]:

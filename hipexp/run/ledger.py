@@ -39,6 +39,8 @@ LINE = {
     "prefill_ms": NUMBER,
     "decode_ms": (*NUMBER, type(None)),
 }
+# What a finished run's files must hold for its report.
+WHOLE = {"summary.json": {"scores", "latency", "protocol", "note", "exact"}, "card.json": {"model", "strategy"}}
 SCORED, TIMED = LINE | {"score": NUMBER, "exact": (bool,)}, LINE | {"impl": (str,), "steps_ms": (list,)}
 
 
@@ -188,9 +190,11 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def is_done(folder: Path, key: str) -> bool:
-    """Whether the run of this key is complete in ``folder``: its status says so, and every line that it counts is there and whole."""
+    """Whether the run of this key is complete in ``folder``: its status says so, its files and every line that it counts are whole."""
     status = read_json(folder / "status.json")
     if status.get("state") != "done" or status.get("run_key") != key or read_json(folder / "summary.json").get("run_key") != key:
+        return False
+    if not all(fields <= read_json(folder / name).keys() for name, fields in WHOLE.items()) or not (folder / "config.yaml").exists():
         return False
     try:
         rows, damaged = parse_rows((folder / "samples.jsonl").read_bytes())

@@ -39,8 +39,8 @@ def run_point(experiment: Experiment, overrides: Sequence[str] | None = None) ->
     """Run one point, or take its stored result, and print what came out; returns the run folder.
 
     The last line on stdout is the folder, progress goes to stderr. ``overrides`` are those of the command line, for the hint
-    how to get the dense result. Raises ``ConfigError`` and ``DataMissing`` for bad input, ``Interrupted`` when stopped,
-    ``RunFailed`` and whatever else went wrong after recording it in ``status.json``.
+    how to get the dense result (without them there is none). Raises ``ConfigError`` and ``DataMissing`` for bad input, ``Interrupted``
+    when stopped, ``RunFailed`` and whatever else went wrong after recording it in ``status.json``.
     """
     known = stored(experiment)
     folder = execute(experiment, say=print)
@@ -190,7 +190,11 @@ def following(experiment: Experiment, folder: Path, run_key: str, card: dict[str
     """The trackers of a run, started; told to finish early if an error leaves the block."""
     trackers = open_trackers(experiment.track)
     config = resolved(experiment) | {"run_key": run_key}
-    trackers.start(folder, config, card)
+    try:
+        trackers.start(folder, config, card)
+    except Exception as error:
+        repair = "log in, or use track.mode=offline or track=local; nothing was run yet that is lost"
+        raise RunFailed(f"track={experiment.track.name} could not start ({type(error).__name__}: {error}); {repair}") from error
     try:
         yield trackers
     except BaseException:
@@ -377,8 +381,8 @@ def report(experiment: Experiment, folder: Path, overrides: Sequence[str] | None
     dense = None if experiment.pipeline is None else dataclasses.replace(experiment, pipeline=None)
     dense_rows = read_rows(folder_of(dense)) if dense and stored(dense) else None
     lines = [score_table(summary, read_rows(folder), dense_rows), MEMORY, summary["note"], exact]
-    if dense and dense_rows is None:
-        lines.append(f"dense on the same samples: {dense_command(experiment, overrides)}")
+    if dense and dense_rows is None and overrides is not None:
+        lines.append(f"dense on the same samples: {dense_command(overrides)}")
     return "\n".join(filter(None, lines))
 
 
@@ -417,19 +421,7 @@ def drop_columns(header: list[str], rows: list[list[Any]], names: Sequence[str])
     return [header[i] for i in keep], [[row[i] for i in keep] for row in rows]
 
 
-def dense_command(experiment: Experiment, overrides: Sequence[str] | None) -> str:
+def dense_command(overrides: Sequence[str]) -> str:
     """The command that runs the same samples with dense attention."""
-    words = overrides_of(experiment) if overrides is None else overrides
-    kept = [word for word in words if not word.lstrip("+~-").startswith(("pipeline=", "pipeline.", "track", "offload"))]
+    kept = [word for word in overrides if not word.lstrip("+~-").startswith(("pipeline=", "pipeline.", "track", "offload"))]
     return shlex.join(["python", "-m", "hipexp", *kept])
-
-
-def overrides_of(experiment: Experiment) -> list[str]:
-    """Overrides that give model, task and seed of an experiment, as far as they differ from the defaults."""
-    words = ["model=hf", f"task={experiment.task.name}"]
-    for group, part in (("model", experiment.model), ("task", experiment.task)):
-        for field in dataclasses.fields(part):
-            value = getattr(part, field.name)
-            if field.name != "name" and value != field.default:
-                words.append(f"{group}.{field.name}={str(value).replace(', ', ',')}")
-    return words + ([f"seed={experiment.seed}"] if experiment.seed else [])

@@ -10,7 +10,7 @@ from hipexp.config.model import read_facts
 from hipexp.config.schema import ConfigError, Experiment, Model
 from hipexp.run.identity import model_revision
 from hipexp.run.ledger import read_json, read_rows
-from hipexp.run.point import execute, folder_of, load_model, stored
+from hipexp.run.point import check_point, execute, folder_of, load_model, stored
 
 if TYPE_CHECKING:
     from hipexp.hf import Loaded
@@ -77,8 +77,13 @@ def load_once() -> Load:
 
 
 def run_all(points: Sequence[Named], load: Load | None = None) -> None:
-    """Run what is not done yet, in order, telling what comes next. Raises what a run raises; finished points are kept."""
+    """Run what is not done yet, in order, telling what comes next. Raises what a run raises; finished points are kept.
+
+    All are checked before the first one runs.
+    """
     todo = [point for point in points if not stored(point.experiment)]
+    for point in todo:
+        check_point(point.experiment)
     load = load or load_once()
     for number, point in enumerate(todo, 1):
         print(f"[{number}/{len(todo)}] {point.name}", flush=True)

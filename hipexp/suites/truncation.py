@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from hipexp.config.schema import ConfigError
 from hipexp.suites.sample import Item, ProtocolCard, Sample, Suite
 
 
@@ -20,9 +19,6 @@ class Truncated:
     """A suite whose prompts and answers together take at most ``limit_tok`` tokens, by ∞Bench's rule: cut in the middle."""
 
     def __init__(self, suite: Suite, limit_tok: int):
-        needed = max(suite.card().new_tok.values())
-        if limit_tok <= needed:
-            raise ConfigError(f"task.truncate_tok={limit_tok} must leave room for a prompt beside {needed} new tokens; try {2 * needed}")
         self.suite, self.limit_tok = suite, limit_tok
 
     def items(self) -> list[Item]:

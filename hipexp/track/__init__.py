@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,7 +49,9 @@ class Trackers:
             try:
                 getattr(tracker, what)(*words)
             except Exception as error:
-                LOG.warning("%s failed (%s: %s); the run goes on without it", type(tracker).__name__, type(error).__name__, error)
+                text = f"{type(tracker).__name__} failed ({type(error).__name__}: {error}); the run goes on without it"
+                LOG.warning(text)
+                print(text, file=sys.stderr)
                 self._trackers.remove(tracker)
 
 

@@ -52,7 +52,10 @@ class KeyRotation:
     NEIGHBOUR_TOK = 8192
 
     def positions(self, token_SNC: Tensor, rank_C: Tensor) -> Tensor:
-        """Positions of the probed tokens ``[S, N, C]`` (ints, not below 0)."""
+        """Positions of the probed tokens ``[S, N, C]`` of chunks ``[C]`` (ints, not below 0).
+
+        Other shapes go as well where ``first`` and ``last`` with a last dimension of one broadcast against them.
+        """
         first, last = self.first[:, None], self.last[:, None]
         if self.mode == "rank":
             return rank_C.expand(token_SNC.shape)
@@ -105,6 +108,9 @@ class AttendRotation:
     ``infllm``: sinks and selected keys all lie one window before the block; ``native``: true positions; ``dynamic``: cos and sin
     are three quarters those of ``streaming`` and one quarter those of the squeezed true positions (see
     :func:`dynamic_positions`). Window keys always keep their true distance.
+
+    ``table`` needs a row for every position that is asked for: as many as a block attends to and has rows itself (sinks, selected,
+    window, block), and for ``native`` and ``dynamic`` all of the sequence and a block.
     """
 
     mode: str

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import brute
 import plain
+from exact_tables import ExactTables
 from hipexp.attention import LayerAttention, Memory
 from hipexp.attention.blocks import QueryBlocks
 from hipexp.attention.methods import hip
@@ -27,7 +28,7 @@ def cos_sin(positions):
 
 
 def tables(trained=256):
-    return RopeTables(cos_sin, trained)
+    return ExactTables(cos_sin, trained)
 
 
 def stages(rope=PruneRope.relative, refresh=(8, 4, 2), representative=Representative.descent):
@@ -70,7 +71,7 @@ def of_brute(rotary, trained):
         table = brute.rope_table(int(positions.max()) + 1, rotary)
         return table.cos[positions], table.sin[positions]
 
-    return RopeTables(cos_sin, trained)
+    return ExactTables(cos_sin, trained)
 
 
 @st.composite
@@ -106,7 +107,7 @@ def test_selection_is_the_plain_method(strategy, data):
     p, q, k, _, rotary, trained = data.draw(layers(strategy))
     n = data.draw(st.integers(3, (q.shape[1] - 1) // 16))
     queries, keys = fp32(q, k)
-    selection = hip.select(p, p.stages, QueryBlocks.cut(queries, 0, 16).from_block(n), keys, of_brute(rotary, trained), 0.3, None)
+    selection = hip.select(p, p.stages, QueryBlocks.cut(queries, 0, 16).from_block(n), keys, of_brute(rotary, trained), None)
     last = p.stages[-1].query_block_tok
     for at in range(16 * n, min(16 * (n + 1), q.shape[1]), last):
         for s, (own_q, own_k) in enumerate(plain.lists(p, q, k)):
@@ -174,7 +175,7 @@ def test_lists_are_ascending_unique_on_the_grid_and_in_the_past(T, heads, rope):
     p = plan(rope, heads)
     q, k, _ = random_qkv(T, seed=T)
     blocks = QueryBlocks.cut(q, 0, 16).from_block(6)
-    selection = hip.select(p, p.stages, blocks, k, tables(), D**-0.5, None)
+    selection = hip.select(p, p.stages, blocks, k, tables(), None)
     for s in range(selection.blocks.shape[0]):
         for n, first in enumerate(blocks.first.tolist()):
             chosen = selection.blocks[s, n, : selection.counts[s, n]].tolist()
@@ -208,7 +209,7 @@ def test_equal_to_dense_when_the_selection_holds_everything():
     every = [dataclasses.replace(stage, keep_tok=512) for stage in stages()]
     q, k, v = random_qkv(400)
     blocks = QueryBlocks.cut(q, 0, 16)
-    selection = hip.select(plan(), every, blocks, k, tables(), D**-0.5, None)
+    selection = hip.select(plan(), every, blocks, k, tables(), None)
     out, _ = attend_blocks(
         blocks.q, k, v, selection.blocks, selection.counts, blocks.first, torch.zeros(len(blocks.first), dtype=torch.bool),
         block_tok=4, sink_tok=8, window_tok=64, scale=D**-0.5, rotation=AttendRotation("streaming", tables().upto(2048), 256),
@@ -225,6 +226,19 @@ def test_prefill_does_not_depend_on_how_it_is_cut(rope, heads):
     for cut in (16, 48, 160):
         parts = [layer(p)(q[:, b : b + cut], k[:, : b + cut], v[:, : b + cut], b) for b in range(0, 400, cut)]
         assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_selections_in_half_precision_do_not_depend_on_how_prefill_is_cut(dtype):
+    """Groups of three, the last block incomplete: means of whole and of cut blocks are computed alike."""
+    made = [dataclasses.replace(s, query_block_tok=48, query_stride_tok=3) for s in stages()]
+    for seed in range(4):
+        q, k, _ = (x.to(dtype) for x in random_qkv(395, seed=seed))
+        whole = hip.select(plan(), made, QueryBlocks.cut(q, 0, 48).from_block(4), k, tables(), None)
+        for n in range(4, 9):
+            b = 48 * n
+            part = hip.select(plan(), made, QueryBlocks.cut(q[:, b : b + 48], b, 48), k[:, : b + 48], tables(), None)
+            assert torch.equal(part.blocks[:, 0, : part.counts[0, 0]], whole.blocks[:, n - 4, : whole.counts[0, n - 4]])
 
 
 def test_causality():
@@ -247,11 +261,11 @@ def test_cached_stages_reproduce_the_full_pipeline(rope, heads):
     """A stage that starts from its remembered chunks, with the same query, finds bit for bit what the full pipeline finds."""
     q, k, _ = random_qkv(340)
     p, query, full = plan(rope, heads), QueryBlocks.cut(q[:, 339:], 339, 1), Memory()
-    fresh = hip.select(p, p.decode, query, k, tables(), D**-0.5, full)
+    fresh = hip.select(p, p.decode, query, k, tables(), full)
     for step, due in ((4, 1), (2, 2), (3, 3)):
         again = Memory(step, dict(full.candidates), full.selection)
         assert again.first_stage_due(p.decode) == due
-        selection = hip.select(p, p.decode, query, k, tables(), D**-0.5, again)
+        selection = hip.select(p, p.decode, query, k, tables(), again)
         assert torch.equal(selection.blocks, fresh.blocks) and torch.equal(selection.counts, fresh.counts)
         assert sorted(again.candidates) == [1, 2]
 
@@ -264,7 +278,7 @@ def test_steps_with_the_same_query_and_the_same_first_candidates_agree(rope):
     for at in range(296, 328):
         for memory, refresh in ((cached, (8, 4, 2)), (every, (1, 1, 1))):
             p = plan(rope, refresh=refresh)
-            hip.select(p, p.decode, QueryBlocks.cut(query, at, 1), k[:, : at + 1], tables(), D**-0.5, memory)
+            hip.select(p, p.decode, QueryBlocks.cut(query, at, 1), k[:, : at + 1], tables(), memory)
             memory.step += 1
         assert torch.equal(cached.selection.blocks, every.selection.blocks)
 
@@ -304,7 +318,7 @@ def test_a_needle_with_smooth_surroundings_is_found_anywhere():
         bump = torch.exp(-(((torch.arange(T) - spot) / 24.0) ** 2))
         k += 6 * bump[None, :, None] * direction
         q[:] = 4 * direction
-        selection = hip.select(p, p.stages, QueryBlocks.cut(q[:, 416:], 416, 16), k, tables(), D**-0.5, None)
+        selection = hip.select(p, p.stages, QueryBlocks.cut(q[:, 416:], 416, 16), k, tables(), None)
         chosen = selection.blocks[0, 0, : selection.counts[0, 0]]
         assert any(start <= spot < start + 4 for start in chosen.tolist())
 
@@ -312,12 +326,12 @@ def test_a_needle_with_smooth_surroundings_is_found_anywhere():
 def test_per_kv_lists_differ_and_shared_lists_do_not():
     q, k, _ = random_qkv(400)
     blocks = QueryBlocks.cut(q, 0, 16).from_block(20)
-    assert hip.select(plan(heads=Heads.shared), stages(), blocks, k, tables(), D**-0.5, None).blocks.shape[0] == 1
-    own = hip.select(plan(heads=Heads.per_kv), stages(), blocks, k, tables(), D**-0.5, None).blocks
+    assert hip.select(plan(heads=Heads.shared), stages(), blocks, k, tables(), None).blocks.shape[0] == 1
+    own = hip.select(plan(heads=Heads.per_kv), stages(), blocks, k, tables(), None).blocks
     assert own.shape[0] == 2 and not torch.equal(own[0], own[1])
     for head in range(2):
         alone = hip.select(
-            plan(), stages(), QueryBlocks.cut(q[2 * head : 2 * head + 2], 0, 16).from_block(20), k[head : head + 1], tables(), D**-0.5, None
+            plan(), stages(), QueryBlocks.cut(q[2 * head : 2 * head + 2], 0, 16).from_block(20), k[head : head + 1], tables(), None
         )
         assert torch.equal(own[head], alone.blocks[0])
 
@@ -334,13 +348,24 @@ def test_smaller_query_blocks_in_later_stages(T):
 
 
 def test_no_stages_is_streaming():
+    """In prefill the window begins at the first query of a block of 64, in decode at the query."""
     p = dataclasses.replace(plan(), stages=[], decode=[])
     q, k, v = random_qkv(200)
-    out = LayerAttention(p, "streaming", tables(), D**-0.5)(q, k, v, 0)
-    at = 199
-    keep = [i for i in range(200) if i < 8 or i > 128]  # the block of query 199 starts at 192, its window at 129
-    expected = dense(q[:, at:], k[:, keep], v[:, keep], len(keep) - 1)
-    assert torch.allclose(out[:, at:], expected, atol=1e-5)
+    attention, memory = LayerAttention(p, "streaming", tables(), D**-0.5), Memory()
+    out = attention(q, k, v, 0)
+    for at in range(200):
+        expected = streamed(q, k, v, at, at // 64 * 64)
+        assert torch.allclose(out[:, at : at + 1], expected, atol=1e-5)
+        if at >= 150:
+            step = attention(q[:, at : at + 1], k[:, : at + 1], v[:, : at + 1], at, memory)
+            assert torch.allclose(step, streamed(q, k, v, at, at), atol=1e-5)
+    cut = [attention(q[:, b : b + 37], k[:, : b + 37], v[:, : b + 37], b) for b in range(0, 200, 37)]
+    assert torch.allclose(torch.cat(cut, 1), out, atol=1e-6)
+
+
+def streamed(q, k, v, at, first):
+    keep = [i for i in range(at + 1) if i < 8 or i > first - 64]
+    return dense(q[:, at : at + 1], k[:, keep], v[:, keep], len(keep) - 1)
 
 
 @pytest.mark.parametrize("attend", [AttendRope.streaming, AttendRope.infllm, AttendRope.native, AttendRope.dynamic])
@@ -348,7 +373,7 @@ def test_positions_are_computed_for_tokens_that_exist(attend):
     """A budget far beyond the prompt costs no rows, and no row is missing."""
     wide, q_k_v = plan(attend=attend), random_qkv(5000)
     roomy = dataclasses.replace(wide, window_tok=2**30)
-    asked = layer(roomy)
+    asked = LayerAttention(roomy, "hip", RopeTables(cos_sin, 256), D**-0.5)
     q, k, v = q_k_v
     out = asked(q[:, -40:], k, v, 4960)
     assert asked.tables.upto(1).cos.shape[0] == 8192

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from exact_tables import ExactTables
 from hipexp.attention.rope import RopeTables, score_rotation
 from hipexp.config.schema import PruneRope
 
@@ -23,10 +24,10 @@ TABLE = {
 
 def positions_of(strategy, position=POSITION, chunks=CHUNKS, heads=1):
     """Positions of the queries ``[H, N, R]`` for the left and the right probe, and the key rotation."""
-    tables = RopeTables(lambda p: (p[:, None] + 1.0, torch.zeros(len(p), 1)), 2048)  # cos of position p is p + 1
+    tables = ExactTables(lambda p: (p[:, None] + 1.0, torch.zeros(len(p), 1)), 2048)  # cos of position p is p + 1
     pooled = torch.tensor([1.0, 0.0]).expand(heads, *position.shape, 2)
     first, last = position[:, 0], position[:, 0] + 63
-    left, right, keys = score_rotation(strategy, tables, pooled, position, chunks, first, last, SCAN, 5064)
+    left, right, keys = score_rotation(strategy, tables, pooled, position, chunks, first, last, SCAN)
     return (left[..., 0] - 1).tolist(), (right[..., 0] - 1).tolist(), keys
 
 
@@ -56,9 +57,7 @@ def test_chunk_indexed_counts_each_list_by_itself():
 
 def test_none_rotates_nothing():
     pooled = torch.randn(2, 2, 2, 4)
-    left, right, keys = score_rotation(
-        PruneRope.none, RopeTables(None, 0), pooled, POSITION, CHUNKS, POSITION[:, 0], POSITION[:, 0], SCAN, 5064
-    )
+    left, right, keys = score_rotation(PruneRope.none, RopeTables(None, 0), pooled, POSITION, CHUNKS, POSITION[:, 0], POSITION[:, 0], SCAN)
     assert torch.equal(left, pooled) and torch.equal(right, pooled) and keys is None
 
 
@@ -69,8 +68,7 @@ def test_a_query_that_meets_raw_keys_carries_their_attention_factor(strategy):
     yarn = RopeTables(lambda p: (1.5 * torch.cos(p[:, None] * 0.1), 1.5 * torch.sin(p[:, None] * 0.1)), 2048)
     pooled = torch.randn(2, 2, 2, 4)
     expected, found = (
-        score_rotation(strategy, tables, pooled, POSITION, CHUNKS, POSITION[:, 0], POSITION[:, 0], SCAN, 5064)[:2]
-        for tables in (plain, yarn)
+        score_rotation(strategy, tables, pooled, POSITION, CHUNKS, POSITION[:, 0], POSITION[:, 0], SCAN)[:2] for tables in (plain, yarn)
     )
     for raw, own in zip(expected, found, strict=True):
         torch.testing.assert_close(own, raw * torch.tensor([2.25, 2.25, 1, 1]))

@@ -22,6 +22,10 @@ CASES = {
         [S3, "pipeline.stages.0.chunk_tok=48"],
         "pipeline.stages[0].chunk_tok=48 must be a power of two; try 32 or 64",
     ),
+    "dense alone cannot be left out": (
+        ["task=latency", "task.dense_max_tok=300"],
+        "task.dense_max_tok=300 leaves dense out beyond a length, and without a pipeline there is nothing else to time; choose a pipeline",
+    ),
     "chunk is positive": ([S3, "pipeline.stages.0.chunk_tok=0"], "pipeline.stages[0].chunk_tok=0 must be at least 1; try 1"),
     "a block that leaves its window behind": (
         [S3, "pipeline.stages.0.query_block_tok=1024"],

@@ -39,6 +39,19 @@ def test_a_last_chunk_of_one_token_is_still_prefill(loaded, pipeline, tokens, le
 
 
 @torch.inference_mode()
+def test_more_text_after_decode_steps_is_a_prefill_of_its_own(loaded, pipeline, tokens):
+    """What was selected before the second turn knows nothing of it: the next step starts from all candidates."""
+    with install(loaded.model, pipeline):
+        cache, _ = prefilled(loaded, tokens[:1024], 1024)
+        states = [row for layer in cache.layers for row in layer.rows]
+        for at in range(1024, 1088):
+            loaded.model(torch.tensor([tokens[at : at + 1]]), position_ids=torch.tensor([[at]]), past_key_values=SequenceCache.of([cache]))
+        assert all(state.memory.step == 64 and state.memory.selection is not None for state in states)
+        loaded.model(torch.tensor([tokens[1088:1300]]), position_ids=torch.arange(1088, 1300)[None], past_key_values=cache)
+        assert all(state.memory.step == 0 and state.memory.selection is None for state in states)
+
+
+@torch.inference_mode()
 def prefilled(loaded, prompt, chunk):
     """The cache after a prompt, and the logits of its last token."""
     cache, ids = SequenceCache(loaded.n_layers, decoding=False), torch.tensor([prompt])

@@ -7,7 +7,7 @@ from hipexp.config.schema import ConfigError
 from hipexp.report import listing
 from hipexp.report.figures import Axis, HeatMap, draw_heat_maps
 from hipexp.report.tables import duration, markdown_table, show, text_table
-from hipexp.run.ledger import SCORED, RunFailed, open_ledger
+from hipexp.run.ledger import SCORED, WHOLE, RunFailed, open_ledger
 
 KEY = "0123456789abcdef"
 
@@ -42,7 +42,9 @@ def test_heat_maps_are_pictures(tmp_path):
 def run(folder, state, **more):
     with open_ledger(folder, KEY) as book:
         book.append({name: kinds[0]() for name, kinds in SCORED.items()})
-        book.write("summary.json", {"run_key": KEY, "average": 100.0})
+        book.write("summary.json", dict.fromkeys(WHOLE["summary.json"], 0) | {"run_key": KEY, "average": 100.0})
+        book.write("card.json", dict.fromkeys(WHOLE["card.json"], 0))
+        book.write("config.yaml", "seed: 0")
         book.status(state, **more)
 
 

@@ -3,6 +3,7 @@ import subprocess
 
 import pytest
 
+from hipexp.config.compose import compose
 from hipexp.config.schema import Model
 from hipexp.run import environment, identity
 from hipexp.run.ledger import RunFailed
@@ -71,6 +72,28 @@ def test_the_key_does_not_follow_the_models_place_or_the_tracker(experiment, mod
     key = identity.key_of(other)
     model_folder.with_name("elsewhere").rename(model_folder)
     assert identity.key_of(one) == key
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["task.length_tok=12288"],
+        ["task.subtasks=[passkey,number_string,kv_retrieval]"],
+        ["model.trained_tok=6144"],
+        ["model=hf", "model.path=hipexp/needle/model"],
+        ["model.dtype=float32"],
+    ],
+)
+def test_what_is_written_out_is_the_same_run_as_what_is_left_open(words):
+    assert identity.key_of(compose(["+pipeline=3stage", *words])) == identity.key_of(compose(["+pipeline=3stage"]))
+
+
+def test_a_grid_by_its_defaults_and_a_group_that_is_off():
+    grid = ["task=passkey", "+pipeline=3stage"]
+    said = identity.key_of(compose([*grid, "task.lengths_tok=[6144,12288,24576]"]))
+    assert identity.key_of(compose(grid)) == said != identity.key_of(compose([*grid, "task.lengths_tok=[6144]"]))
+    off = identity.key_of(compose([*grid, "pipeline.layers.early.range=''"]))
+    assert identity.key_of(compose([*grid, "~pipeline.layers.early"])) == off
 
 
 def test_number_formats_come_from_the_model_where_they_are_not_given(model_folder):

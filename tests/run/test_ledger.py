@@ -90,12 +90,19 @@ def test_a_damaged_file_counts_as_missing(tmp_path, content, caplog):
         assert not book.done
 
 
-@pytest.mark.parametrize("name", ["status.json", "summary.json", "samples.jsonl"])
+def complete(book):
+    """Everything that a finished run must have."""
+    book.write("summary.json", {"run_key": KEY, "scores": {}, "latency": {}, "protocol": "hipexp", "note": "", "exact": False})
+    book.write("card.json", {"model": {}, "strategy": []})
+    book.write("config.yaml", "seed: 0")
+    book.status("done")
+
+
+@pytest.mark.parametrize("name", ["status.json", "summary.json", "samples.jsonl", "card.json", "config.yaml"])
 def test_a_run_without_one_of_its_files_is_not_done(tmp_path, name):
     with open_ledger(tmp_path, KEY) as book:
         book.append(row(0))
-        book.write("summary.json", {"run_key": KEY})
-        book.status("done")
+        complete(book)
         assert book.done
         (tmp_path / name).unlink()
         assert not book.done
@@ -158,6 +165,7 @@ def hold(folder, seconds):
     with open_ledger(folder, KEY) as book:
         book.append(row(len(book.rows)))
         time.sleep(seconds)
+        book.write("left.json", {"left": True})
 
 
 def test_a_second_process_waits_and_says_for_whom(tmp_path, caplog):
@@ -168,6 +176,7 @@ def test_a_second_process_waits_and_says_for_whom(tmp_path, caplog):
     assert is_held(tmp_path)
     with open_ledger(tmp_path, KEY) as book:
         assert [r["sample"] for r in book.rows] == [0]
+        assert read_json(tmp_path / "left.json") == {"left": True}
     other.join()
     (said,) = caplog.messages
     assert f"process {other.pid}" in said

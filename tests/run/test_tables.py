@@ -28,6 +28,12 @@ def test_the_demo_ends_with_a_table_and_a_picture(overrides, fake, capsys):
     assert "[1/" not in capsys.readouterr().out
 
 
+def test_every_point_of_the_demo_is_checked_before_the_first_runs(monkeypatch, fake):
+    with pytest.raises(ConfigError, match="is too short for"):
+        demo.main(["model.trained_tok=20"])
+    assert fake.calls == 0 and not list(runs_root().glob("*/*"))
+
+
 def test_the_long_table_is_resumable_and_judges_itself(overrides, fake, monkeypatch, capsys):
     few = tuple(Spec(spec.method, spec.times, spec.subtasks, 1, spec.words) for spec in needle_table.SPECS if spec.times == 8)
     monkeypatch.setattr(needle_table, "SPECS", few)

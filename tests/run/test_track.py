@@ -6,7 +6,7 @@ import pytest
 
 from hipexp.config import wandb_key
 from hipexp.config.schema import Track
-from hipexp.run.ledger import read_json, read_rows, runs_root
+from hipexp.run.ledger import RunFailed, read_json, read_rows, runs_root
 from hipexp.run.point import execute
 from hipexp.track import open_trackers
 from hipexp.track.wandb import mode_of
@@ -89,8 +89,14 @@ def test_wandb_is_optional(monkeypatch):
     open_trackers(Track()).start(Path(), {}, {})
 
 
+def test_a_tracker_that_cannot_start_says_what_to_do(fake, experiment, wandb, monkeypatch):
+    monkeypatch.setattr(wandb, "init", lambda **_: 1 / 0)
+    with pytest.raises(RunFailed, match=r"track=wandb could not start \(ZeroDivisionError: .*track.mode=offline or track=local"):
+        execute(tracked(experiment))
+
+
 @pytest.mark.parametrize("broken", ["log", "finish"])
-def test_a_tracker_that_fails_costs_no_result(fake, experiment, wandb, monkeypatch, broken, caplog):
+def test_a_tracker_that_fails_costs_no_result(fake, experiment, wandb, monkeypatch, broken, caplog, capsys):
     def fail(*_, **__):
         raise OSError("wandb is gone")
 
@@ -98,6 +104,7 @@ def test_a_tracker_that_fails_costs_no_result(fake, experiment, wandb, monkeypat
     folder = execute(tracked(experiment))
     assert (len(read_rows(folder)), read_json(folder / "status.json")["state"]) == (8, "done")
     assert "WandbTracker failed (OSError: wandb is gone)" in caplog.text
+    assert "WandbTracker failed (OSError: wandb is gone)" in capsys.readouterr().err
 
 
 def test_a_tracker_that_fails_does_not_hide_why_a_run_failed(fake, experiment, wandb, monkeypatch):

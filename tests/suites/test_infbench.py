@@ -131,6 +131,7 @@ def test_digits_are_uniform():
         ("passkey", " 714321", "71432", False),
         ("passkey", " 071432", "71432", False),
         ("passkey", "7 1432", "71432", False),
+        ("passkey", "1 71432", "71432", False),
         ("passkey", "", "71432", False),
         ("passkey", "٧١٤٣٢", "71432", False),
         ("number_string", " 0011223344.", "0011223344", True),

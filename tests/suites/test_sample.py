@@ -36,8 +36,9 @@ def test_truncated_prompts_leave_room_for_the_answer(encode):
         assert len(sample.tokens) + sample.max_new_tok == 600
         assert sample.removed_tok == len(whole.tokens) - len(sample.tokens)
         assert sample.tokens[-20:] == whole.tokens[-20:]
-    with pytest.raises(ConfigError, match="truncate_tok=3"):
-        open_suite(Task(name="infbench", length_tok=2000, truncate_tok=3), encode, 100, 0)
+    for task in (Task(name="infbench", length_tok=2000, truncate_tok=80), Task(name="passkey", lengths_tok=[2000], truncate_tok=13)):
+        with pytest.raises(ConfigError, match=f"task.truncate_tok={task.truncate_tok} is too short"):
+            open_suite(task, encode, 100, 0)
 
 
 def test_the_grid_has_every_cell(encode):

@@ -18,7 +18,7 @@ from hipexp.config.schema import Heads, LayerPlan, Stage
 
 
 def select(
-    plan: LayerPlan, stages: list[Stage], queries: QueryBlocks, keys: Tensor, tables: RopeTables, scale: float, memory: Memory | None
+    plan: LayerPlan, stages: list[Stage], queries: QueryBlocks, keys: Tensor, tables: RopeTables, memory: Memory | None
 ) -> Selection:
     """Select blocks of ``stages[-1].chunk_tok`` tokens for every block of ``queries`` from raw ``keys`` ``[K, T, D]``.
 
@@ -42,7 +42,7 @@ def select(
             starts, counts, limits = (_repeat(x, parts, dim, len(queries.first)) for x, dim in ((starts, 1), (counts, 1), (limits, 0)))
         if memory and i:
             memory.candidates[i] = (starts, counts)
-        scores = _score(stage, queries, keys, starts, counts, limits, scan_window_tok, tables, scale)
+        scores = _score(stage, queries, keys, starts, counts, limits, scan_window_tok, tables)
         scores = scores.unflatten(0, (lists, -1)).amax(1)
         index, kept = keep_top(scores, counts.expand(lists, -1), stage.keep_tok // stage.chunk_tok)
         starts = starts.expand(lists, index.shape[1], -1).gather(2, index.clamp(min=0)).masked_fill(index < 0, -1)
@@ -86,13 +86,10 @@ def _score(
     limits: Tensor,
     scan_window_tok: int,
     tables: RopeTables,
-    scale: float,
 ) -> Tensor:
     pooled, position = queries.pool(stage.query_stride_tok if queries.size > 1 else 1)
     assert stage.rope is not None, "LayerPlan resolves it"
-    q_left, q_right, rotation = score_rotation(
-        stage.rope, tables, pooled * scale, position, counts, queries.first, queries.last, scan_window_tok, keys.shape[1]
-    )
+    q_left, q_right, rotation = score_rotation(stage.rope, tables, pooled, position, counts, queries.first, queries.last, scan_window_tok)
     return score_chunks(
         q_left,
         q_right,

@@ -12,7 +12,7 @@ from hipexp.config.schema import LayerPlan, Stage
 
 
 def select(
-    plan: LayerPlan, stages: list[Stage], queries: QueryBlocks, keys: Tensor, tables: RopeTables, scale: float, memory: Memory | None
+    plan: LayerPlan, stages: list[Stage], queries: QueryBlocks, keys: Tensor, tables: RopeTables, memory: Memory | None
 ) -> Selection:
     """Select nothing for every block of ``queries``."""
     return Selection.empty(queries.q.shape[1], keys.device)
