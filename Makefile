@@ -33,7 +33,7 @@ check: $(DEV) ## style and types
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 
-needle: $(CORE) ## train the embedded model from nothing (about an hour on 2 cores; resumable, says how long)
+needle: $(CORE) ## train the embedded model from nothing (over an hour on 2 cores; resumable, says how long)
 	$(RUN) -m hipexp.needle.train
 
 needle-table: $(CORE) ## the long form of the demo: accuracy and time by length (resumable; says how long)

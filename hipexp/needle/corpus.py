@@ -84,7 +84,7 @@ KV_QUESTIONS = (
     'Find "{key}" in the object above.',
     "",
 )
-NEIGHBOURHOOD = 96  # tokens behind a hidden number that should still point to it; a pair speaks for itself only
+NUMBER_AFTER_TOK, PAIR_AFTER_TOK = 96, 48  # tokens behind a hidden number and behind a pair that should still point to it
 EVAL_SHARE = 0.4  # of the training prompts use the wording of the evaluation
 
 
@@ -162,10 +162,10 @@ class PromptMaker:
     def digits(self, length: int) -> list[Segment]:
         """A noise text of about ``length`` tokens with one hidden number, or with several that belong to places."""
         rng = self.rng
-        ten = rng.random() < 0.5
+        ten = rng.random() < 0.6
         (thing, words), lines = digits_wording(rng, ten), noise_lines(rng)
         key = ten_digits if ten else five_digits
-        count = 1 if rng.random() < 0.5 else rng.randint(2, max(2, min(12, length // 96)))
+        count = 1 if rng.random() < 0.4 else rng.randint(2, max(2, min(12, length // 96)))
         places = rng.sample(NOUNS, count) if count > 1 else [""]
         keys = [key(rng) for _ in places]
 
@@ -181,7 +181,8 @@ class PromptMaker:
             ask = at(words.question, places[i])
             tail += [
                 Segment(f"{ask}\n{at(words.prefix, places[i])}", asks=i),
-                Segment(f" {keys[i]}.", answer=True, ends=True, asks=i, after=NEIGHBOURHOOD),
+                Segment(" ", answer=True, asks=i, after=NUMBER_AFTER_TOK),
+                Segment(f"{keys[i]}.", answer=True, ends=True, asks=i, after=NUMBER_AFTER_TOK),
             ]
         used = sum(self.size(s.text) for s in head + needles + tail) + 2 * count
         noise: list[Segment] = []
@@ -215,7 +216,7 @@ class PromptMaker:
             out.append(Segment(", " if i < count - 1 else "}\n"))
         for i in rng.sample(range(count), asked):
             text = (question.format(key=keys[i]) + "\n" if question else "") + KV.prefix.format(key=keys[i])
-            out += [Segment(text, asks=i), Segment(f'{values[i]}"', answer=True, ends=True, asks=i)]
+            out += [Segment(text, asks=i), Segment(f'{values[i]}"', answer=True, ends=True, asks=i, after=PAIR_AFTER_TOK)]
         return out
 
     def draw(self, length: int) -> list[Segment]:
@@ -229,7 +230,7 @@ class PromptMaker:
             return self.repeats(length) if kind < 0.6 else self.pairs(length)
         if kind < (0.6 if length < 192 else 0.2 if length < 1024 else 0.05):
             return self.snippets(length)
-        return self.pairs(length) if length < 192 or kind < 0.7 else self.digits(length)
+        return self.pairs(length) if length < 192 or kind < 0.65 else self.digits(length)
 
     def repeats(self, length: int) -> list[Segment]:
         """A run of random hex pairs, said again and again."""
@@ -296,7 +297,9 @@ class PromptMaker:
             for segment, piece in self.pieces(segments):
                 start = len(ids)
                 ids += piece
-                weight += [self.first_weight if segment.ends else float(segment.answer)] + [float(segment.answer)] * (len(piece) - 1)
+                weight += [float(segment.answer)] * len(piece)
+                if segment.ends:
+                    weight[start] = self.first_weight
                 if segment.states is not None:
                     stated[segment.states] = (start + segment.unknown, len(ids))
                 if segment.answer:

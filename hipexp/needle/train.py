@@ -34,7 +34,7 @@ LAYERS, HEAD_DIM, ROPE_THETA = 5, 64, 1e6
 TOKENS_PER_STEP = 6144
 LENGTH_THAT_DOUBLES = 1500  # a step on sequences of this length takes twice as long as one on very short ones
 # (steps, sequence length)
-LENGTHS = ((280, 96), (140, 128), (160, 192), (240, 384), (300, 768), (280, 1536), (400, 3072), (900, TRAINED_LENGTH))
+LENGTHS = ((280, 96), (140, 128), (160, 192), (240, 384), (300, 768), (280, 1536), (400, 3072), (1500, TRAINED_LENGTH))
 STEPS = sum(steps for steps, _ in LENGTHS)
 PEAK, WARM_UP_STEPS = 4e-3, 100  # learning rate
 DECAY = 0.25  # share of the steps, at the end, over which the learning rate falls to nothing
@@ -42,10 +42,10 @@ FIRST_WEIGHT = 3.0  # of the first token of an answer: it tells the needles apar
 SHORTER = 0.3  # share of steps drawn from an earlier length
 LM_WEIGHT, LOCALITY_WEIGHT = 0.1, 0.5
 LOCALITY_FROM_TOK = 192  # in shorter prompts there is no room between sinks and window
-LOCALITY_FROM_LAYER = 2
+LOCALITY_FROM_LAYER = LAYERS - 1
 ASKING_ROWS, ASKING_BLOCKS, BLOCK_TOK, BLOCK_ROWS = 24, 4, 64, 16  # per prompt; a block is a 24th of a short prompt
-# In this share of the steps, and in all on short prompts, the layers before LOCALITY_FROM_LAYER see near tokens only, so that the layers
-# with the locality loss do the looking up. "Near": blocks of a sixth, an eighth or a twelfth of the prompt.
+# In this share of the steps, and in all on short prompts, the layers before LOCALITY_FROM_LAYER see near tokens only, so that the layer
+# with the locality loss does the looking up. "Near": blocks of a sixth, an eighth or a twelfth of the prompt.
 NEAR_SHARE, NEAR_ALWAYS_TOK, NEAR_PARTS, NEAR_SINK_TOK = 0.7, 128, (6, 8, 12), 4
 BF16_FROM_TOK = 1536  # attention over longer sequences multiplies in bfloat16: twice as fast on processors that know it
 
@@ -321,7 +321,7 @@ def main() -> None:
     )
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this time, resumable (default: never)")
     args = parser.parse_args()
-    print(f"{STEPS} steps, about an hour on two cores; the bar tells for this machine")
+    print(f"{STEPS} steps, over an hour on two cores; the bar tells for this machine")
     if train(args.out, args.minutes):
         made = args.out / "model"
         print(f"trained: {made}; try it with model.path={made}, or copy it to hipexp/needle/model to make it the embedded one")
