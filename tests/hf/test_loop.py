@@ -1,8 +1,11 @@
 """The generation loop: same tokens however the prompt is fed."""
 
+import dataclasses
+
 import pytest
 import torch
 from hipexp_kernels import score_chunks
+from transformers import DynamicCache
 
 from hipexp.attention.methods import hip
 from hipexp.hf import Generation, generate, install
@@ -132,3 +135,21 @@ def test_logits_that_are_not_finite_are_an_error(loaded, pipeline, tokens):
 def test_an_empty_prompt_is_refused(loaded):
     with pytest.raises(ValueError, match="at least one token"):
         run(loaded, [[]], 64)
+
+
+@torch.inference_mode()
+def test_a_prompt_of_one_token_through_transformers(loaded, pipeline):
+    """The single token of the prompt is prefill, the four that follow the first new one are decode steps."""
+    with install(loaded.model, pipeline):
+        cache = SequenceCache(loaded.n_layers)
+        loaded.model.generate(torch.tensor([[5]]), past_key_values=cache, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert {row.memory.step for layer in cache.layers for row in layer.rows} == {4}
+
+
+@torch.inference_mode()
+def test_another_cache_is_ours_with_a_refresh_at_every_step(loaded, pipeline, tokens):
+    every = dataclasses.replace(pipeline, stages=[dataclasses.replace(stage, refresh_steps=1) for stage in pipeline.stages])
+    with install(loaded.model, every):
+        ids = torch.tensor([tokens[:640]])
+        out = loaded.model.generate(ids, past_key_values=DynamicCache(config=loaded.model.config), max_new_tokens=12, do_sample=False)
+        assert out[0, 640:].tolist() == run(loaded, [tokens[:640]], 8192, 12)[0].tokens
