@@ -3,17 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
 
 
-def choose(impl: str, implementations: dict[str, Callable]) -> Callable:
-    """Return ``implementations[impl]``; ``auto`` means the fastest one for this device (``vectorized`` on a CPU)."""
-    name = "vectorized" if impl == "auto" else impl
+def choose(impl: str, implementations: dict[str, Callable], device: torch.device | None = None) -> Callable:
+    """Return ``implementations[impl]``; ``auto`` means the fastest one for tensors on ``device``.
+
+    That is ``triton`` for CUDA tensors where there is one and Triton is installed, else ``vectorized``.
+    """
+    name = impl
+    if impl == "auto":
+        on_gpu = device is not None and device.type == "cuda" and "triton" in implementations and has_triton()
+        name = "triton" if on_gpu else "vectorized"
     if name not in implementations:
         raise ValueError(f"impl={impl!r} is unknown; use auto, {', '.join(implementations)}")
     return implementations[name]
+
+
+@cache
+def has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def lazy(op: str) -> Callable:
+    """The Triton implementation of ``op``, imported when it is called: ``hipexp_kernels/<op>/triton.py``."""
+
+    def run(*args, **kwargs):
+        if not has_triton():
+            raise ValueError(f"{op}: impl='triton' needs Triton (pip install triton)")
+        return getattr(import_module(f"hipexp_kernels.{op}.triton"), op)(*args, **kwargs)
+
+    return run
 
 
 def require(condition: bool, message: str) -> None:
     """Raise ``ValueError(message)`` unless ``condition`` holds."""
     if not condition:
         raise ValueError(message)
+
+
+def require_triton_can(op: str, x: torch.Tensor) -> None:
+    """Refuse what would run wrongly or crash: CPU tensors without Triton's interpreter, bfloat16 within it."""
+    from triton import knobs
+
+    if knobs.runtime.interpret:
+        require(x.dtype != torch.bfloat16, f"{op}: Triton's interpreter multiplies bfloat16 wrongly; use float32 or float16")
+    else:
+        require(x.is_cuda, f"{op}: impl='triton' needs CUDA tensors, these are on {x.device} (or set TRITON_INTERPRET=1)")

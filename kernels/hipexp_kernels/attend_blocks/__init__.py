@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hipexp_kernels.attend_blocks.reference import attend_blocks as reference
 from hipexp_kernels.attend_blocks.vectorized import attend_blocks as vectorized
-from hipexp_kernels.dispatch import choose, require
+from hipexp_kernels.dispatch import choose, lazy, require
 from hipexp_kernels.rope import AttendRotation
 
 
@@ -49,6 +49,6 @@ def attend_blocks(
         f"attend_blocks: blocks {tuple(blocks.shape)} and counts {tuple(counts.shape)} do not go with {N} query blocks",
     )
     require(first.shape == exact.shape == (N,), f"attend_blocks: first {tuple(first.shape)} and exact {tuple(exact.shape)} must be {(N,)}")
-    run = choose(impl, {"reference": reference, "vectorized": vectorized})
+    run = choose(impl, {"reference": reference, "vectorized": vectorized, "triton": lazy("attend_blocks")}, q.device)
     sizes = dict(block_tok=block_tok, sink_tok=sink_tok, window_tok=window_tok)
     return run(q, k, v, blocks, counts, first, exact, **sizes, scale=scale, rotation=rotation, softcap=softcap)

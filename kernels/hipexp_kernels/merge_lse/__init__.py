@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hipexp_kernels.dispatch import choose, require
+from hipexp_kernels.dispatch import choose, lazy, require
 from hipexp_kernels.merge_lse.reference import merge_lse as reference
 from hipexp_kernels.merge_lse.vectorized import merge_lse as vectorized
 
@@ -21,4 +21,5 @@ def merge_lse(outs: list[Tensor], lses: list[Tensor], *, impl: str = "auto") -> 
             out.shape == outs[0].shape and lse.shape == out.shape[:-1],
             f"merge_lse: out {tuple(out.shape)} does not go with lse {tuple(lse.shape)}",
         )
-    return choose(impl, {"reference": reference, "vectorized": vectorized})(outs, lses)
+    run = choose(impl, {"reference": reference, "vectorized": vectorized, "triton": lazy("merge_lse")}, outs[0].device)
+    return run(outs, lses)
