@@ -46,11 +46,12 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def require_triton_can(op: str, x: torch.Tensor) -> None:
-    """Refuse what would run wrongly or crash: CPU tensors without Triton's interpreter, bfloat16 within it."""
+def require_triton_can(op: str, x: torch.Tensor, *, multiplies: bool = True) -> None:
+    """Refuse what would run wrongly or crash: CPU tensors without Triton's interpreter, products of bfloat16 within it."""
     from triton import knobs
 
     if knobs.runtime.interpret:
-        require(x.dtype != torch.bfloat16, f"{op}: Triton's interpreter multiplies bfloat16 wrongly; use float32 or float16")
+        wrong = multiplies and x.dtype == torch.bfloat16
+        require(not wrong, f"{op}: Triton's interpreter multiplies bfloat16 wrongly; use float32 or float16")
     else:
         require(x.is_cuda, f"{op}: impl='triton' needs CUDA tensors, these are on {x.device} (or set TRITON_INTERPRET=1)")

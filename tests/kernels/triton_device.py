@@ -12,8 +12,23 @@ import torch
 HAS_TRITON = find_spec("triton") is not None
 ON_GPU = torch.cuda.is_available()
 
+
+def _mend_interpreter():
+    """Loop bounds computed in a kernel: numpy 2.4 no longer makes ints of arrays of one element, as Triton 3.6 asks it to."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope, *rest):
+        patch(tensor, scope, *rest)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+
+
 if HAS_TRITON and not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated
+    _mend_interpreter()
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16) if ON_GPU else (torch.float32, torch.float16)
