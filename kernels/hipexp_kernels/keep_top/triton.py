@@ -132,7 +132,7 @@ def _order(scores_ptr, head_stride, begin, count, HEADS: tl.constexpr, TILE: tl.
     """The best scores of ``TILE`` chunks over the heads as unsigned integers of the same order: NaN above all, -0 as 0."""
     chunk = begin + tl.arange(0, TILE)
     best = tl.zeros([TILE], tl.uint32)
-    for head in tl.static_range(HEADS):
+    for head in tl.range(HEADS, loop_unroll_factor=4):
         score = tl.load(scores_ptr + head * head_stride + chunk, mask=chunk < count, other=float("-inf"))
         bits = tl.where(score == 0, 0.0, score).to(tl.uint32, bitcast=True)
         order = bits ^ tl.where(bits >> 31 == 1, 0xFFFFFFFF, 0x80000000)

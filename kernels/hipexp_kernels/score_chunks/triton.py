@@ -1,0 +1,468 @@
+"""Chunk scores on a GPU: a program for each tile of chunks, key/value head and query block; pooling aside, everything in registers.
+
+Three kernels. Descents of one query row (decode) wait for keys, not for arithmetic: every query head of the group walks all chunks
+of the tile at once, and products are sums on the ordinary cores. Descents of several rows (prefill) take the heads one after the
+other and multiply on the tensor cores. The exact scan reads every key once for all rows and heads of the group.
+
+Dimensions are held as the first halves of the rotated pairs, their second halves, and the rest, each padded to a power of two.
+A NaN among the probed products of a chunk becomes its score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hipexp_kernels.dispatch import require_triton_can
+from hipexp_kernels.rope import ScoreRotation
+
+# What to tune: rows of keys in flight in each program, and warps that share them.
+ONE_ROW = dict(keys=64, warps=4)  # keys: chunks times query heads
+ROWS = dict(keys=64, warps=4)  # keys: chunks
+EXACT = dict(keys=64, warps=4)  # keys: tokens
+MAX_COLUMNS = 128  # query rows that are multiplied at a time
+
+
+def score_chunks(
+    q: Tensor, k: Tensor, starts: Tensor, counts: Tensor, limits: Tensor, *,
+    chunk_tok: int, representative: str, rotation: ScoreRotation | None,
+) -> Tensor:  # fmt: skip
+    """See :func:`hipexp_kernels.score_chunks.score_chunks`. Nothing waits for the device.
+
+    One query row is multiplied in fp32; several in the dtype of the keys (fp32 without TF32), to which rotated queries and keys are
+    rounded, and summed in fp32.
+    """
+    require_triton_can("score_chunks", k)
+    (H, N, R, D), (K, T, _), C = q.shape, k.shape, starts.shape[2]
+    scores = torch.empty(K, N, C, dtype=torch.float32, device=k.device)
+    if not scores.numel():
+        return scores
+    q, counts, limits = q.contiguous(), counts.contiguous(), limits.contiguous()
+    k = k if k.stride(2) == 1 else k.contiguous()
+    starts = starts if starts.stride(2) == 1 else starts.contiguous()
+    rotary = 2 * rotation.table.cos.shape[1] if rotation else D // 2 * 2
+    mode = rotation.mode if rotation else "none"
+    kernel, constexprs, options = launch(mode, R, H // K, D, rotary, chunk_tok, representative)
+    kernel[(N, K, triton.cdiv(C, constexprs["TILE"]))](
+        q, k, starts, counts, limits, scores, *_rotation_arguments(rotation), k.stride(0), k.stride(1),
+        starts.stride(0) if len(starts) > 1 else 0, starts.stride(1) if starts.shape[1] > 1 else 0, N if len(counts) > 1 else 0,
+        N, C, T, **constexprs, **options,
+    )  # fmt: skip
+    return scores
+
+
+def _rotation_arguments(rotation: ScoreRotation | None) -> tuple:
+    if rotation is None:
+        return None, None, None, None, None, 0, 0
+    table = rotation.table
+    assert table.cos.is_contiguous() and table.sin.is_contiguous(), "tables are made so"
+    ints = rotation.position.contiguous(), rotation.first.contiguous(), rotation.last.contiguous()
+    return table.cos, table.sin, *ints, rotation.trained_tok, rotation.scan_window_tok
+
+
+def launch(mode: str, rows: int, group: int, dim: int, rotary: int, chunk_tok: int, representative: str) -> tuple:
+    """The kernel for ``rows`` query rows a block, its constexpr arguments and the compiler options."""
+    constexprs = dict(MODE=mode, GROUP=group, HALF=rotary // 2, REST=dim - rotary, CHUNK=chunk_tok)
+    padded = max(16, triton.next_power_of_2(rotary // 2)) + (max(16, triton.next_power_of_2(dim - rotary)) if dim > rotary else 0)
+    wide = max(1, padded // 64)  # the registers hold fewer rows of more than 128 dimensions
+    if representative == "exact":
+        columns = min(max(16, triton.next_power_of_2(group * rows)), MAX_COLUMNS)
+        tokens = min(chunk_tok, EXACT["keys"])
+        constexprs |= dict(ROWS=rows, COLUMNS=columns, TOKENS=tokens, TILE=max(16 // tokens, EXACT["keys"] // wide // tokens, 1))
+        return _scan, constexprs, dict(num_warps=EXACT["warps"], num_stages=1)
+    if rows == 1:
+        heads = triton.next_power_of_2(group)
+        return _descend_one_row, constexprs | dict(TILE=max(1, ONE_ROW["keys"] // wide // heads)), dict(num_warps=ONE_ROW["warps"], num_stages=1)
+    return _descend_rows, constexprs | dict(ROWS=rows, TILE=max(16, ROWS["keys"] // wide)), dict(num_warps=ROWS["warps"], num_stages=1)
+
+
+def aot_cases() -> Iterator[tuple[str, triton.JITFunction, dict, dict, dict]]:
+    """What is compiled ahead of time: name, kernel, signature, constexprs, options."""
+    types = dict(
+        q_ptr="*fp32", k_ptr="*bf16", starts_ptr="*i64", counts_ptr="*i64", limits_ptr="*i64", scores_ptr="*fp32", cos_ptr="*fp32", sin_ptr="*fp32",
+        position_ptr="*i64", first_ptr="*i64", last_ptr="*i64",
+    )  # fmt: skip
+    for dim in (64, 128):
+        for rows in (1, 16, 64):
+            for mode in ("none", "relative", "rank", "dynamic"):
+                for representative in ("descent", "exact"):
+                    if representative == "exact" and mode not in ("relative", "rank"):
+                        continue
+                    kernel, constexprs, options = launch(mode, rows, 4, dim, dim, 32, representative)
+                    if mode == "none":
+                        constexprs |= dict.fromkeys(("cos_ptr", "sin_ptr", "position_ptr", "first_ptr", "last_ptr"))
+                    signature = {arg: "constexpr" if arg in constexprs else types.get(arg, "i32") for arg in kernel.arg_names}
+                    yield f"{representative}_{mode}_d{dim}_r{rows}", kernel, signature, constexprs, options
+
+
+# Of the integers only the strides of the keys say something about alignment; the others would only bring more variants.
+_PLAIN = ["starts_stride_s", "starts_stride_n", "counts_stride_s", "N", "C", "T", "trained_tok", "scan_window_tok"]
+
+
+@triton.jit(do_not_specialize=_PLAIN)
+def _descend_one_row(
+    q_ptr,  # [H, N, 1, D]
+    k_ptr,  # [K, T, D]
+    starts_ptr,  # [S or 1, N or 1, C]
+    counts_ptr,  # [S, N]
+    limits_ptr,  # [N]
+    scores_ptr,  # [K, N, C] fp32
+    cos_ptr,  # [P, HALF] fp32
+    sin_ptr,
+    position_ptr,  # [N, 1]
+    first_ptr,  # [N]
+    last_ptr,  # [N]
+    trained_tok,
+    scan_window_tok,
+    k_stride_h,
+    k_stride_t,
+    starts_stride_s,
+    starts_stride_n,
+    counts_stride_s,
+    N,
+    C,
+    T,
+    MODE: tl.constexpr,
+    GROUP: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    n, kv, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    rank = tile * TILE + tl.arange(0, TILE)
+    scores_ptr += (kv * N + n).to(tl.int64) * C
+    count = tl.load(counts_ptr + kv * counts_stride_s + n)
+    if tile * TILE >= count:
+        tl.store(scores_ptr + rank, tl.full([TILE], float("-inf"), tl.float32), mask=rank < C)
+        return
+    starts_ptr += kv.to(tl.int64) * starts_stride_s + n.to(tl.int64) * starts_stride_n
+    low, size, present = _chunks(starts_ptr, limits_ptr, n, rank, count, T, CHUNK)
+    first, last = _block(first_ptr, last_ptr, n, MODE)
+    k_ptr += kv.to(tl.int64) * k_stride_h
+
+    # [chunk, head, dimension], so that the heads of a group that probe the same key do so in one instruction.
+    HEADS: tl.constexpr = triton.next_power_of_2(GROUP)
+    head = tl.minimum(tl.arange(0, HEADS), GROUP - 1)  # padding repeats the last one
+    row = ((kv * GROUP + head) * N + n)[None, :, None]
+    at = _query_position(position_ptr, n, 0, count, scan_window_tok, 1, MODE)
+    r1, r2, r3 = _query(q_ptr, row, cos_ptr, sin_ptr, at, MODE, HALF, REST, 1)
+    l1, l2, l3 = r1, r2, r3
+    if MODE == "relative":
+        l1, l2, l3 = _query(q_ptr, row, cos_ptr, sin_ptr, at + 1, MODE, HALF, REST, 1)
+
+    rank, present = rank[:, None], present[:, None]
+    low = tl.broadcast_to(low[:, None], (TILE, HEADS))
+    size = tl.broadcast_to(size[:, None], (TILE, HEADS))
+    best = tl.full([TILE, HEADS], float("-inf"), tl.float32)
+    for depth in range(_depth(CHUNK)):
+        half = size // 2
+        left, right = low + half // 2, low + half + (size - half) // 2
+        left_exists = present & (size > 1)
+        right_exists = present & ((size > 1) | (depth == 0))  # a chunk of one token is probed once, as a right half
+        # Both are on their way before either is waited for.
+        a1, a2, a3 = _keys(k_ptr, left[:, :, None], k_stride_t, left_exists[:, :, None], HALF, REST, 1)
+        b1, b2, b3 = _keys(k_ptr, right[:, :, None], k_stride_t, right_exists[:, :, None], HALF, REST, 1)
+        at_left = _key_position(left, rank, first, last, trained_tok, MODE)
+        a1, a2 = _turned_keys(a1, a2, cos_ptr, sin_ptr, at_left[:, :, None], left_exists[:, :, None], MODE, HALF, 1)
+        at_right = _key_position(right, rank, first, last, trained_tok, MODE)
+        b1, b2 = _turned_keys(b1, b2, cos_ptr, sin_ptr, at_right[:, :, None], right_exists[:, :, None], MODE, HALF, 1)
+        left_score, right_score = tl.sum(l1 * a1 + l2 * a2, 2), tl.sum(r1 * b1 + r2 * b2, 2)
+        if REST:
+            left_score += tl.sum(l3 * a3, 2)
+            right_score += tl.sum(r3 * b3, 2)
+        low, size, best = _halved(low, size, half, best, left_score, right_score, left_exists, right_exists)
+    is_nan = tl.max((best != best).to(tl.int32), 1)  # a maximum alone would lose it
+    best = tl.where(is_nan == 1, float("nan"), tl.max(tl.where(best == best, best, float("-inf")), 1))
+    tl.store(scores_ptr + tile * TILE + tl.arange(0, TILE), best, mask=tile * TILE + tl.arange(0, TILE) < C)
+
+
+@triton.jit(do_not_specialize=_PLAIN)
+def _descend_rows(
+    q_ptr,  # [H, N, ROWS, D]
+    k_ptr,  # [K, T, D]
+    starts_ptr,  # [S or 1, N or 1, C]
+    counts_ptr,  # [S, N]
+    limits_ptr,  # [N]
+    scores_ptr,  # [K, N, C] fp32
+    cos_ptr,  # [P, HALF] fp32
+    sin_ptr,
+    position_ptr,  # [N, ROWS]
+    first_ptr,  # [N]
+    last_ptr,  # [N]
+    trained_tok,
+    scan_window_tok,
+    k_stride_h,
+    k_stride_t,
+    starts_stride_s,
+    starts_stride_n,
+    counts_stride_s,
+    N,
+    C,
+    T,
+    MODE: tl.constexpr,
+    GROUP: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    n, kv, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    rank = tile * TILE + tl.arange(0, TILE)
+    scores_ptr += (kv * N + n).to(tl.int64) * C
+    count = tl.load(counts_ptr + kv * counts_stride_s + n)
+    if tile * TILE >= count:
+        tl.store(scores_ptr + rank, tl.full([TILE], float("-inf"), tl.float32), mask=rank < C)
+        return
+    starts_ptr += kv.to(tl.int64) * starts_stride_s + n.to(tl.int64) * starts_stride_n
+    start, length, present = _chunks(starts_ptr, limits_ptr, n, rank, count, T, CHUNK)
+    first, last = _block(first_ptr, last_ptr, n, MODE)
+    k_ptr += kv.to(tl.int64) * k_stride_h
+
+    COLUMNS: tl.constexpr = max(16, triton.next_power_of_2(ROWS))
+    r = tl.minimum(tl.arange(0, COLUMNS), ROWS - 1)  # padding repeats the last one
+    at = _query_position(position_ptr, n, r, count, scan_window_tok, ROWS, MODE)
+    best = tl.full([TILE], float("-inf"), tl.float32)
+    for head in range(GROUP):
+        row = (((kv * GROUP + head) * N + n) * ROWS + r)[:, None]
+        r1, r2, r3 = _query_in(k_ptr.dtype.element_ty, q_ptr, row, cos_ptr, sin_ptr, at, MODE, HALF, REST, 16)
+        l1, l2, l3 = r1, r2, r3
+        if MODE == "relative":
+            l1, l2, l3 = _query_in(k_ptr.dtype.element_ty, q_ptr, row, cos_ptr, sin_ptr, at + 1, MODE, HALF, REST, 16)
+        low, size = start, length
+        for depth in range(_depth(CHUNK)):
+            half = size // 2
+            left, right = low + half // 2, low + half + (size - half) // 2
+            left_exists = present & (size > 1)
+            right_exists = present & ((size > 1) | (depth == 0))  # a chunk of one token is probed once, as a right half
+            # Both are on their way before either is waited for.
+            a1, a2, a3 = _keys(k_ptr, left[:, None], k_stride_t, left_exists[:, None], HALF, REST, 16)
+            b1, b2, b3 = _keys(k_ptr, right[:, None], k_stride_t, right_exists[:, None], HALF, REST, 16)
+            at_left = _key_position(left, rank, first, last, trained_tok, MODE)
+            a1, a2 = _turned_keys(a1, a2, cos_ptr, sin_ptr, at_left[:, None], left_exists[:, None], MODE, HALF, 16)
+            at_right = _key_position(right, rank, first, last, trained_tok, MODE)
+            b1, b2 = _turned_keys(b1, b2, cos_ptr, sin_ptr, at_right[:, None], right_exists[:, None], MODE, HALF, 16)
+            left_score = _best_product(a1, a2, a3, l1, l2, l3, REST)
+            right_score = _best_product(b1, b2, b3, r1, r2, r3, REST)
+            low, size, best = _halved(low, size, half, best, left_score, right_score, left_exists, right_exists)
+    tl.store(scores_ptr + rank, best, mask=rank < C)
+
+
+@triton.jit(do_not_specialize=_PLAIN)
+def _scan(
+    q_ptr,  # [H, N, ROWS, D]
+    k_ptr,  # [K, T, D]
+    starts_ptr,  # [S or 1, N or 1, C]
+    counts_ptr,  # [S, N]
+    limits_ptr,  # [N]
+    scores_ptr,  # [K, N, C] fp32
+    cos_ptr,  # [P, HALF] fp32
+    sin_ptr,
+    position_ptr,  # [N, ROWS]
+    first_ptr,  # [N]
+    last_ptr,  # [N]
+    trained_tok,
+    scan_window_tok,
+    k_stride_h,
+    k_stride_t,
+    starts_stride_s,
+    starts_stride_n,
+    counts_stride_s,
+    N,
+    C,
+    T,
+    MODE: tl.constexpr,
+    GROUP: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    n, kv, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    rank = tile * TILE + tl.arange(0, TILE)
+    scores_ptr += (kv * N + n).to(tl.int64) * C
+    count = tl.load(counts_ptr + kv * counts_stride_s + n)
+    if tile * TILE >= count:
+        tl.store(scores_ptr + rank, tl.full([TILE], float("-inf"), tl.float32), mask=rank < C)
+        return
+    starts_ptr += kv.to(tl.int64) * starts_stride_s + n.to(tl.int64) * starts_stride_n
+    # Every chunk once for each of its tokens that are multiplied together.
+    key = tl.arange(0, TILE * TOKENS)
+    key_rank = tile * TILE + key // TOKENS
+    start, length, present = _chunks(starts_ptr, limits_ptr, n, key_rank, count, T, CHUNK)
+    first, last = _block(first_ptr, last_ptr, n, MODE)
+    k_ptr += kv.to(tl.int64) * k_stride_h
+
+    best = tl.full([TILE * TOKENS], float("-inf"), tl.float32)
+    for begin in range(0, GROUP * ROWS, COLUMNS):
+        column = tl.minimum(begin + tl.arange(0, COLUMNS), GROUP * ROWS - 1)  # padding repeats the last one
+        r = column % ROWS
+        row = (((kv * GROUP + column // ROWS) * N + n) * ROWS + r)[:, None]
+        at = _query_position(position_ptr, n, r, count, scan_window_tok, ROWS, MODE)
+        q1, q2, q3 = _query_in(k_ptr.dtype.element_ty, q_ptr, row, cos_ptr, sin_ptr, at, MODE, HALF, REST, 16)
+        for offset in range(0, CHUNK, TOKENS):
+            inside = offset + key % TOKENS
+            token, exists = start + inside, present & (inside < length)
+            k1, k2, k3 = _keys(k_ptr, token[:, None], k_stride_t, exists[:, None], HALF, REST, 16)
+            at_key = _key_position(token, key_rank, first, last, trained_tok, MODE)
+            k1, k2 = _turned_keys(k1, k2, cos_ptr, sin_ptr, at_key[:, None], exists[:, None], MODE, HALF, 16)
+            score = tl.where(exists, _best_product(k1, k2, k3, q1, q2, q3, REST), float("-inf"))
+            best = tl.maximum(best, score, propagate_nan=tl.PropagateNan.ALL)
+    best = tl.reshape(best, (TILE, TOKENS))
+    is_nan = tl.max((best != best).to(tl.int32), 1)  # a maximum alone would lose it
+    best = tl.where(is_nan == 1, float("nan"), tl.max(tl.where(best == best, best, float("-inf")), 1))
+    tl.store(scores_ptr + rank, best, mask=rank < C)
+
+
+@triton.constexpr_function
+def _depth(chunk):
+    """Halvings until one token is left; a chunk of one token is probed all the same."""
+    return max(1, chunk.bit_length() - 1)
+
+
+@triton.jit
+def _chunks(starts_ptr, limits_ptr, n, rank, count, T, CHUNK: tl.constexpr):
+    """First token and number of tokens of the chunks at ``rank``, and which of them there are (the others get one token, at 0)."""
+    limit = tl.minimum(tl.load(limits_ptr + n), T)
+    start = tl.load(starts_ptr + rank, mask=rank < count, other=0)
+    present = (rank < count) & (start < limit)
+    size = tl.where(present, tl.minimum(limit - start, CHUNK), 1)
+    return tl.where(present, start, 0).to(tl.int32), size.to(tl.int32), present
+
+
+@triton.jit
+def _block(first_ptr, last_ptr, n, MODE: tl.constexpr):
+    """First and last position of the query block, where the positions of keys depend on them."""
+    if MODE == "dynamic" or MODE == "self_extend":
+        first, last = tl.load(first_ptr + n).to(tl.int64), tl.load(last_ptr + n).to(tl.int64)
+    else:
+        first, last = tl.zeros([], tl.int64), tl.zeros([], tl.int64)
+    return first, last
+
+
+@triton.jit
+def _halved(low, size, half, best, left_score, right_score, left_exists, right_exists):
+    """The halves that stay (ties: right) and the best probes so far."""
+    left_score = tl.where(left_exists, left_score, float("-inf"))
+    right_score = tl.where(right_exists, right_score, float("-inf"))
+    best = tl.maximum(best, left_score, propagate_nan=tl.PropagateNan.ALL)
+    best = tl.maximum(best, right_score, propagate_nan=tl.PropagateNan.ALL)
+    go_left = left_score > right_score
+    return tl.where(go_left, low, low + half), tl.where(go_left, half, size - half), best
+
+
+@triton.jit
+def _best_product(k1, k2, k3, q1, q2, q3, REST: tl.constexpr):
+    """Best product of every key over the query rows, in the dtype of the queries."""
+    product = tl.dot(k1.to(q1.dtype), tl.trans(q1), input_precision="ieee")
+    product = tl.dot(k2.to(q1.dtype), tl.trans(q2), product, input_precision="ieee")
+    if REST:
+        product = tl.dot(k3.to(q1.dtype), tl.trans(q3), product, input_precision="ieee")
+    return tl.max(product, 1)
+
+
+@triton.jit
+def _query_position(position_ptr, n, r, count, scan_window_tok, ROWS: tl.constexpr, MODE: tl.constexpr):
+    """Table rows of the query rows ``r`` of block ``n`` for the right probe; for the left one it is one more if keys stay raw."""
+    if MODE == "none" or MODE == "relative" or MODE == "infllm":
+        at = r * 0 + scan_window_tok
+    else:
+        at = tl.load(position_ptr + n * ROWS + r)
+        if MODE == "rank":
+            at = tl.minimum(at, count + scan_window_tok)
+    return at
+
+
+@triton.jit
+def _key_position(token, rank, first, last, trained_tok, MODE: tl.constexpr):
+    """Table rows of the keys ``token`` of the chunks ``rank`` of a list (:meth:`hipexp_kernels.rope.ScoreRotation.keys`)."""
+    if MODE == "rank":
+        at = token * 0 + rank
+    elif MODE == "dynamic":
+        token = token.to(tl.int64)
+        window = trained_tok // 4
+        end = tl.maximum(first - window, 1)
+        # The division rounds towards zero; where it matters the dividend is not negative.
+        squeezed = tl.maximum(end - (end - token) * (trained_tok - window) // end, last - trained_tok)
+        keep = (last < trained_tok) | (token >= last - window) | (token >= end) | (end <= trained_tok - window)
+        at = tl.maximum(tl.where(keep, token, squeezed), 0)
+    elif MODE == "self_extend":
+        token = token.to(tl.int64)
+        near = tl.minimum(trained_tok // 2, 8192)
+        grouped = ((token - first) >> 4) + first
+        at = tl.maximum(tl.where((token > first - near) | (last < trained_tok), token, grouped), 0)
+    else:
+        at = token
+    return at
+
+
+@triton.jit
+def _load(ptr, at, mask, HALF: tl.constexpr, REST: tl.constexpr, MIN: tl.constexpr):
+    """First halves, second halves and rest of the rows that begin at ``at`` ``[..., 1]``, 0 in padding; ``MIN``: least width of a tile."""
+    t = tl.arange(0, max(MIN, triton.next_power_of_2(HALF)))
+    inside = mask & (t < HALF)
+    first = tl.load(ptr + at + t, mask=inside, other=0.0)
+    second = tl.load(ptr + at + HALF + t, mask=inside, other=0.0)
+    if REST:
+        t = tl.arange(0, max(MIN, triton.next_power_of_2(REST)))
+        rest = tl.load(ptr + at + 2 * HALF + t, mask=mask & (t < REST), other=0.0)
+    else:
+        rest = first  # never used
+    return first, second, rest
+
+
+@triton.jit
+def _turned(first, second, cos_ptr, sin_ptr, at, mask, factor, HALF: tl.constexpr, MIN: tl.constexpr):
+    """Both halves in fp32, rotated to the table rows ``at`` ``[..., 1]`` and multiplied by ``factor``."""
+    t = tl.arange(0, max(MIN, triton.next_power_of_2(HALF)))
+    inside = mask & (t < HALF)
+    where = at.to(tl.int64) * HALF + t
+    cos = tl.load(cos_ptr + where, mask=inside, other=0.0) * factor
+    sin = tl.load(sin_ptr + where, mask=inside, other=0.0) * factor
+    first, second = first.to(tl.float32), second.to(tl.float32)
+    return first * cos - second * sin, second * cos + first * sin
+
+
+@triton.jit
+def _query(q_ptr, row, cos_ptr, sin_ptr, at, MODE: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, MIN: tl.constexpr):
+    """Queries ``row`` ``[..., 1]`` in fp32, rotated to the table rows ``at``; before raw keys they carry the keys' attention factor too."""
+    everywhere = row >= 0
+    first, second, rest = _load(q_ptr, row.to(tl.int64) * (2 * HALF + REST), everywhere, HALF, REST, MIN)
+    first, second, rest = first.to(tl.float32), second.to(tl.float32), rest.to(tl.float32)
+    if MODE != "none":
+        factor = 1.0
+        if MODE == "relative" or MODE == "infllm":
+            factor = tl.load(cos_ptr)  # cos of position 0
+        first, second = _turned(first, second, cos_ptr, sin_ptr, at, everywhere, factor, HALF, MIN)
+    return first, second, rest
+
+
+@triton.jit
+def _query_in(
+    dtype: tl.constexpr, q_ptr, row, cos_ptr, sin_ptr, at, MODE: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, MIN: tl.constexpr
+):
+    """The same for rows with positions ``at`` of the same number, rounded to ``dtype``."""
+    first, second, rest = _query(q_ptr, row, cos_ptr, sin_ptr, at[:, None], MODE, HALF, REST, MIN)
+    return first.to(dtype), second.to(dtype), rest.to(dtype)
+
+
+@triton.jit
+def _keys(k_ptr, token, stride_t, mask, HALF: tl.constexpr, REST: tl.constexpr, MIN: tl.constexpr):
+    """Raw keys ``token`` ``[..., 1]`` where ``mask`` says so, 0 elsewhere."""
+    return _load(k_ptr, token.to(tl.int64) * stride_t, mask, HALF, REST, MIN)
+
+
+@triton.jit
+def _turned_keys(first, second, cos_ptr, sin_ptr, at, mask, MODE: tl.constexpr, HALF: tl.constexpr, MIN: tl.constexpr):
+    """Keys at the table rows ``at`` ``[..., 1]``, in fp32; as they are if the strategy leaves keys raw."""
+    if MODE == "rank" or MODE == "native" or MODE == "dynamic" or MODE == "self_extend":
+        first, second = _turned(first, second, cos_ptr, sin_ptr, at, mask, 1.0, HALF, MIN)
+    return first, second

@@ -1,0 +1,175 @@
+"""Triton's chunk scores against the reference: heads, rows, modes, cut chunks, lists of all kinds, padding, NaN."""
+
+import pytest
+import torch
+from triton_device import DEVICE, DTYPES, needs_triton, on_device
+
+import brute
+from hipexp_kernels import score_chunks
+from hipexp_kernels.rope import ScoreRotation
+
+pytestmark = needs_triton
+
+MODES = (None, *ScoreRotation.MODES)
+FAR = 2**40  # no such token: what a list holds past its count
+
+
+def make(K=2, G=2, N=2, R=1, D=32, T=90, C=5, chunk=8, S=1, shared=False, representative="descent", whole=False, seed=0):
+    """Arguments of a call: chunks in order, garbage past the counts, limits that cut some of them short.
+
+    ``whole``: products are whole numbers, so that no rounding turns a decision and ties are common.
+    """
+    make = torch.Generator().manual_seed(seed)
+    random = (lambda *shape: torch.randint(-2, 3, shape, generator=make).float()) if whole else (lambda *s: torch.randn(s, generator=make))
+    starts = torch.randint(0, max(1, T - chunk // 2), (1 if shared else S, 1 if shared else N, C), generator=make).sort(-1).values
+    counts = torch.randint(0, C + 1, (S, N), generator=make)
+    counts.view(-1)[0] = C
+    if not shared:
+        starts = torch.where(torch.arange(C) < counts[..., None], starts, torch.tensor([-1, FAR, -FAR])[torch.arange(C) % 3])
+    limits = torch.randint(T // 2, T + 9, (N,), generator=make)
+    return dict(q=random(K * G, N, R, D), k=random(K, T, D), starts=starts, counts=counts, limits=limits, chunk_tok=chunk, representative=representative)
+
+
+def rotation(call, mode, rotary=None, trained=64, scan_window=20, seed=1):
+    if mode is None:
+        return None
+    _, N, R, D = call["q"].shape
+    first = torch.randint(40, 250, (N,), generator=torch.Generator().manual_seed(seed))
+    position = first[:, None] + 2 * torch.arange(R)
+    return ScoreRotation(mode, brute.rope_table(400, rotary or D), trained, scan_window, position, first, first + 2 * R + 1)
+
+
+def moved(call, turn):
+    if turn is not None:
+        table = type(turn.table)(on_device(turn.table.cos), on_device(turn.table.sin))
+        turn = type(turn)(turn.mode, table, turn.trained_tok, turn.scan_window_tok, *(on_device(x) for x in (turn.position, turn.first, turn.last)))
+    return on_device(call), turn
+
+
+def compare(call, turn=None, tolerance=2e-5, share=1.0):
+    """``share``: how many of the scores must agree (rounding may turn decisions between probes that are nearly equal)."""
+    expected = score_chunks(**call, rotation=turn, impl="reference")
+    on, turn = moved(call, turn)
+    scores = score_chunks(**on, rotation=turn, impl="triton").cpu()
+    assert scores.shape == expected.shape and scores.dtype == torch.float32
+    assert torch.equal(scores == -torch.inf, expected == -torch.inf)
+    close = torch.isclose(scores, expected, atol=tolerance, rtol=tolerance)
+    assert close.float().mean() >= share, (scores - expected)[~close]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("representative", ["descent", "exact"])
+def test_modes(mode, rows, representative):
+    for trained in (16, 1000):
+        call = make(R=rows, D=32, representative=representative)
+        compare(call, rotation(call, mode, trained=trained))
+
+
+@pytest.mark.parametrize("mode", [None, "relative", "dynamic"])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("representative", ["descent", "exact"])
+def test_part_of_the_dimensions_rotated(mode, rows, representative):
+    call = make(R=rows, D=40, N=1, representative=representative)
+    compare(call, rotation(call, mode, rotary=16))
+
+
+@pytest.mark.parametrize("D", [32, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_head_dimensions(D, rows):
+    for representative in ("descent", "exact"):
+        call = make(D=D, R=rows, N=1, K=1, representative=representative)
+        compare(call, rotation(call, "native"), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("G", [1, 3, 4, 8, 16])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_groups_of_heads(G, rows):
+    for representative in ("descent", "exact"):
+        call = make(G=G, R=rows, N=2, K=2, S=2, representative=representative)
+        compare(call, rotation(call, "rank"))
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 8, 32, 256])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_sizes_of_chunks(chunk, rows):
+    """Longer than the keys, cut by a limit, of one token; ties."""
+    for T in (9, 70, 300):
+        for representative in ("descent", "exact"):
+            compare(make(chunk=chunk, R=rows, T=T, K=1, N=2, whole=True, seed=chunk + T, representative=representative), tolerance=0)
+            call = make(chunk=chunk, R=rows, T=T, K=1, N=2, seed=chunk + T, representative=representative)
+            compare(call, rotation(call, "relative"))
+
+
+@pytest.mark.parametrize("rows", [1, 17])
+@pytest.mark.parametrize("lists", [dict(S=1), dict(S=2), dict(shared=True)])
+def test_lists(rows, lists):
+    for C in (1, 6, 70):
+        call = make(R=rows, C=C, N=3, G=2, chunk=4, **lists)
+        compare(call, rotation(call, "rank"))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_more_rows_than_one_product_takes(rows):
+    call = make(R=70 * rows, G=4, N=1, K=1, representative="exact")
+    compare(call)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("representative", ["descent", "exact"])
+def test_capacity_and_empty_lists(rows, representative):
+    call = make(C=150, R=rows, K=1, chunk=4, representative=representative)
+    call["counts"][:] = torch.tensor([[3, 0]])
+    call["starts"][..., 3:] = FAR
+    compare(call)
+    none = score_chunks(**on_device(call | dict(starts=call["starts"][..., :0], counts=call["counts"] * 0)), impl="triton")
+    assert none.shape == (1, 2, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 4])
+def test_dtypes(dtype, rows):
+    for mode in ("relative", "native"):
+        call = make(R=rows, C=20)
+        call["k"] = call["k"].to(dtype)
+        if rows == 1:  # in fp32 whatever the keys are
+            compare(call, rotation(call, mode))
+        else:
+            precision = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}[dtype]
+            compare(call, rotation(call, mode), tolerance=precision, share=0.9)
+        call["q"] = call["q"].to(dtype)
+        compare(call, rotation(call, mode), tolerance=1e-1, share=0.8)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("representative", ["descent", "exact"])
+def test_keys_outside_the_candidates_are_not_read_and_keys_that_are_nan_surface(rows, representative):
+    call = make(R=rows, K=1, N=1, C=4, T=100, representative=representative)
+    call |= dict(starts=torch.tensor([[[8, 32, 56, 80]]]), counts=torch.tensor([[3]]), limits=torch.tensor([60]))
+    clean = score_chunks(**on_device(call), impl="triton")
+    candidate = torch.zeros(100, dtype=torch.bool)
+    for start in (8, 32, 56):
+        candidate[start : min(start + 8, 60)] = True
+    call["k"][:, ~candidate] = torch.nan
+    assert torch.equal(score_chunks(**on_device(call), impl="triton"), clean)
+    call["k"][:, 32:40] = torch.nan
+    broken = score_chunks(**on_device(call), impl="triton")
+    assert broken.isnan().tolist() == [[[False, True, False, False]]]
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_keys_with_room_to_grow(rows):
+    """A view of a longer buffer, heads far apart, as a cache hands it out."""
+    call = make(R=rows)
+    K, T, D = call["k"].shape
+    buffer = torch.full((K, T + 50, D), torch.nan, device=DEVICE)
+    buffer[:, :T] = on_device(call["k"])
+    expected = score_chunks(**call, impl="reference")
+    scores = score_chunks(**on_device(call) | dict(k=buffer[:, :T]), impl="triton")
+    torch.testing.assert_close(scores.cpu(), expected, atol=2e-5, rtol=1e-5)
+
+
+def test_odd_head_dimensions():
+    for D in (1, 7):
+        compare(make(D=D, whole=True), tolerance=0)
+        compare(make(D=D, R=2, whole=True), tolerance=0)
