@@ -39,15 +39,18 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         CONFIG | {"hipexp.report", "hipexp.run", "hipexp.suites", "hipexp.track"},
         {"hipexp.hf", "hipexp.attention", "hipexp.cache", "huggingface_hub", "numpy", "pyarrow", "tokenizers", "torch", "tqdm", "yaml"},
     ),
+    "hipexp/run/contestants.py": ({"hipexp.report", "hipexp.run", "hipexp_kernels", "torch"}, set()),
 }
 # A GPU machine may lack these: what runs there does not import them at load time.
 OFTEN_MISSING = {"hydra", "omegaconf", "datasets", "wandb", "pyarrow", "matplotlib"}
 RUNS_ON_A_GPU_MACHINE = (
     "hipexp_kernels",
+    "hipexp.attention.inputs",
     "hipexp.attention.layer",
     "hipexp.cache.resident",
     "hipexp.hf",
     "hipexp.config.schema",
+    "hipexp.run.contestants",
     "hipexp.run.latency",
     "hipexp.run.point",
 )

@@ -182,7 +182,11 @@ def near_equal_needles(
     return _inputs(geometry, n_tok, directions, seed, device, spread=2.0, likeness=0.98, hold_steps=hold_steps)
 
 
-GENERATORS: dict[str, Callable[..., Inputs]] = {"drifting": drifting, "isolated_needles": isolated_needles, "near_equal_needles": near_equal_needles}
+GENERATORS: dict[str, Callable[..., Inputs]] = {
+    "drifting": drifting,
+    "isolated_needles": isolated_needles,
+    "near_equal_needles": near_equal_needles,
+}
 
 
 def _directions(geometry: Geometry, n: int, similarity: float, seed: int) -> Tensor:
