@@ -34,6 +34,7 @@ LOG = logging.getLogger("hipexp")
 FLEX_BLOCK_TOK = 128
 TILE_LOGITS = 1 << 24  # logits of a tile of the matmul prefill: 64 MiB in fp32
 CPU_BYTES, GPU_BYTES = 1 << 29, 1 << 32  # buffers for the bandwidth, many times the caches
+HEAD_START_CYCLES = 500_000  # a quarter of a millisecond, in which the host hands a graph over
 
 
 def _nothing() -> None:
@@ -102,14 +103,18 @@ def _decode_flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _decode_own(q: Tensor, k: Tensor, v: Tensor, impl: str = "triton") -> Tensor:
     """Our kernel with nothing pruned: an endless window, by which it also decides over how many programs keys are split."""
-    H, T = len(q), k.shape[1]
-    blocks, counts = (torch.zeros(shape, dtype=torch.int64, device=q.device) for shape in ((1, 1, 0), (1, 1)))
-    first, exact = torch.full((1,), T - 1, device=q.device), torch.ones(1, dtype=torch.bool, device=q.device)
     out, _ = attend_blocks(
-        q.view(H, 1, 1, -1), k, v, blocks, counts, first, exact,
+        q.view(len(q), 1, 1, -1), k, v, *_nothing_selected(k.shape[1], q.device),
         block_tok=16, sink_tok=0, window_tok=1 << 30, scale=q.shape[-1] ** -0.5, impl=impl,
     )  # fmt: skip
     return out.view(q.shape)
+
+
+@cache
+def _nothing_selected(n_tok: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``blocks``, ``counts``, ``first`` and ``exact`` of the last query; made once, as a model's layers share them."""
+    blocks, counts = (torch.zeros(shape, dtype=torch.int64, device=device) for shape in ((1, 1, 0), (1, 1)))
+    return blocks, counts, torch.full((1,), n_tok - 1, device=device), torch.ones(1, dtype=torch.bool, device=device)
 
 
 @cache
@@ -250,17 +255,19 @@ def runnable(contestants: Sequence[Contestant], inputs: tuple) -> tuple[list[Con
 
 
 def time_alternating(
-    contestants: Sequence[Contestant], layers: Sequence[tuple], rounds: int = 50, warmup: int = 2
+    contestants: Sequence[Contestant], layers: Sequence[tuple], rounds: int = 50, warmup: int = 2, graphs: bool = True
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One row per contestant: ``mean_ms``, ``median_ms``, ``p10_ms``, ``p90_ms`` of one layer, and whether ``graph`` was used.
 
     ``layers``: the inputs of each layer; give 8 or more, whose keys together exceed the cache. In every round each contestant has
     its turn. On a CPU that is one call, each with the next layer's inputs. On a GPU it is all layers one after another, as one replay of
     a CUDA graph where it can be captured, its time divided by their number: what starting a graph costs is shared by the layers, as
-    in a model. Inputs must stay where they are in memory.
+    in a model. What is not captured, everything with ``graphs=False``, is launched by the host, which its time includes. Inputs must
+    stay where they are in memory.
     """
-    measure = _time_cpu if layers[0][0].device.type == "cpu" else _time_gpu
-    return measure(contestants, layers, rounds, warmup)
+    if layers[0][0].device.type == "cpu":
+        return _time_cpu(contestants, layers, rounds, warmup)
+    return _time_gpu(contestants, layers, rounds, warmup, graphs)
 
 
 def fastest(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -282,26 +289,29 @@ def _time_cpu(contestants: Sequence[Contestant], layers: Sequence[tuple], rounds
     return [_row(name, values, graph=False, n_layers=len(layers)) for name, values in times.items()]
 
 
-def _time_gpu(contestants: Sequence[Contestant], layers: Sequence[tuple], rounds: int, warmup: int) -> list[dict[str, Any]]:
+def _time_gpu(
+    contestants: Sequence[Contestant], layers: Sequence[tuple], rounds: int, warmup: int, graphs: bool
+) -> list[dict[str, Any]]:  # fmt: skip
     device = layers[0][0].device
-    calls = [(contestant.name, *_captured(contestant, layers)) for contestant in contestants]
+    calls = [(contestant.name, *_captured(contestant, layers, graphs)) for contestant in contestants]
     marks: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name, _, _ in calls}
     for number in range(-warmup, rounds):
-        for name, call, _ in calls:
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
+        for name, call, graph in calls:
+            pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda.synchronize(device)  # nobody's launches hide behind another's work
+            if graph:
+                torch.cuda._sleep(HEAD_START_CYCLES)
+            pair[0].record()
             call()
-            end.record()
+            pair[1].record()
             if number >= 0:
-                marks[name].append((begin, end))
-        torch.cuda.synchronize(device)  # no queue builds up in which calls without a graph could hide what launching them costs
-    return [
-        _row(name, [begin.elapsed_time(end) / len(layers) for begin, end in marks[name]], graph, len(layers))
-        for name, _, graph in calls
-    ]  # fmt: skip
+                marks[name].append(pair)
+    torch.cuda.synchronize(device)
+    times = {name: [begin.elapsed_time(end) / len(layers) for begin, end in pairs] for name, pairs in marks.items()}
+    return [_row(name, times[name], graph, len(layers)) for name, _, graph in calls]
 
 
-def _captured(contestant: Contestant, layers: Sequence[tuple]) -> tuple[Callable[[], None], bool]:
+def _captured(contestant: Contestant, layers: Sequence[tuple], graphs: bool = True) -> tuple[Callable[[], None], bool]:
     """A function that runs all layers, and whether it is a CUDA graph."""
 
     def run() -> None:
@@ -313,7 +323,7 @@ def _captured(contestant: Contestant, layers: Sequence[tuple]) -> tuple[Callable
     with torch.cuda.stream(side):  # what happens on first use must not happen in the capture
         run()
     torch.cuda.current_stream().wait_stream(side)
-    if not contestant.capture:
+    if not (graphs and contestant.capture):
         return run, False
     graph = torch.cuda.CUDAGraph()
     try:
@@ -374,7 +384,7 @@ def _seconds(call: Callable[[], Any], device: torch.device, repeats: int) -> flo
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """What a run records of its surroundings, and what decides times beside it: load, C++ compiler, the GPU and its clocks as found."""
-    told = describe_environment() | {"load": [round(x, 2) for x in os.getloadavg()], "missing": missing_compiler()}
+    told = describe_environment() | {"load": [round(x, 2) for x in os.getloadavg()], "lacks": missing_compiler()}
     if device.type == "cpu":
         return told
     gpu = torch.cuda.get_device_properties(device)

@@ -143,3 +143,14 @@ def test_meaning_survives_rope_by_a_thousand_positions(text):
     turned = rotate(q, angle.cos(), angle.sin())
     plain, moved = (beyond_sink(weights(text, x)) for x in (q, turned))
     assert shared(plain, moved) > 0.35
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_draws_the_like():
+    made = drifting(LLAMA.as_dtype(torch.bfloat16), T, device="cuda")
+    assert made.keys.is_cuda and made.planted.is_cuda and made.prefill_queries(70).is_cuda
+    assert held_by_best(beyond_sink(weights(made, made.queries(0))), 0.02) > 0.7
+    for generate in (isolated_needles, near_equal_needles):
+        made = generate(LLAMA.as_dtype(torch.bfloat16), T, device="cuda")
+        assert beyond_sink(weights(made, made.queries(0)))[:, made.planted - SINK_TOK].sum(-1).mean() > 0.2

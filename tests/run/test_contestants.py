@@ -119,6 +119,7 @@ def test_what_cannot_be_captured_is_timed_without_a_graph():
     able = Contestant("able", lambda x: x + 1)
     rows = c.time_alternating([Contestant("reads back", lambda x: x * x.sum().item()), able], layers, rounds=3)
     assert [row["graph"] for row in rows] == [False, True]
+    assert not c.time_alternating([able], layers, rounds=3, graphs=False)[0]["graph"]
 
 
 def test_our_own_operation_without_pruning():
