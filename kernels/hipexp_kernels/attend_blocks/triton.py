@@ -6,6 +6,7 @@ keys a block attends to, never ``T``; nothing is read back by the host, so a cal
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
@@ -33,7 +34,7 @@ class Queries(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """Keys and values ``[K, T, D]``, their strides (the last is 1) and ``T``."""
+    """Keys and values ``[K, T, D]`` and their strides; the last is 1."""
 
     k: object
     v: object
@@ -41,20 +42,15 @@ class Keys(NamedTuple):
     k_tok: object
     v_head: object
     v_tok: object
-    length: object
-    n_heads: object
 
 
 class Lists(NamedTuple):
-    """``blocks`` ``[S, N, M]`` and ``counts`` ``[S, N]``, contiguous; ``per_head`` is 1 if every head has its own list, else 0."""
+    """``blocks`` ``[S, N, M]``, ``counts`` ``[S, N]``, ``first`` and ``exact`` ``[N]``, contiguous."""
 
     blocks: object
     counts: object
     first: object
     exact: object
-    n_blocks: object
-    width: object
-    per_head: object
 
 
 class Angles(NamedTuple):
@@ -62,7 +58,17 @@ class Angles(NamedTuple):
 
     cos: object
     sin: object
-    rows: object
+
+
+class Sizes(NamedTuple):
+    """Lengths of dimensions; ``per_head`` is 1 if every key/value head has its own list, else 0."""
+
+    K: object
+    N: object
+    T: object
+    M: object
+    per_head: object
+    angles: object
 
 
 class Results(NamedTuple):
@@ -97,15 +103,15 @@ class Span(NamedTuple):
 
 
 @triton.jit
-def _span(lists, n, list_at, SINK: tl.constexpr, WINDOW: tl.constexpr, BLOCK_TOK: tl.constexpr, LIST_TILE: tl.constexpr):
+def _span(lists, sizes, n, list_at, SINK: tl.constexpr, WINDOW: tl.constexpr, BLOCK_TOK: tl.constexpr, LIST_TILE: tl.constexpr):
     first = tl.load(lists.first + n).to(tl.int32)
     exact = tl.load(lists.exact + n).to(tl.int32)
     near = tl.maximum(first - (WINDOW - 1), 0) * (1 - exact)
     count = tl.load(lists.counts + list_at).to(tl.int32)
     n_selected = tl.zeros([LIST_TILE], tl.int32)
-    for begin in range(0, lists.width, LIST_TILE):
+    for begin in range(0, sizes.M, LIST_TILE):
         slot = begin + tl.arange(0, LIST_TILE)
-        start = tl.load(lists.blocks + list_at * lists.width + slot, mask=slot < lists.width, other=0).to(tl.int32)
+        start = tl.load(lists.blocks + list_at * sizes.M + slot, mask=slot < sizes.M, other=0).to(tl.int32)
         # blocks ascend, so those that reach past near are the last ones: their number says where the list is cut
         n_selected += tl.where(slot < count, tl.minimum(tl.maximum(near - start, 0), BLOCK_TOK), 0)
     n_sink = tl.minimum(near, SINK)
@@ -113,11 +119,11 @@ def _span(lists, n, list_at, SINK: tl.constexpr, WINDOW: tl.constexpr, BLOCK_TOK
 
 
 @triton.jit
-def _tokens(j, span, lists, list_at, BLOCK_TOK: tl.constexpr):
+def _tokens(j, span, lists, sizes, list_at, BLOCK_TOK: tl.constexpr):
     """Token at each packed index."""
     slot = j - span.n_sink
     selected = (slot >= 0) & (j < span.n_far)
-    start = tl.load(lists.blocks + list_at * lists.width + slot // BLOCK_TOK, mask=selected, other=0).to(tl.int32)
+    start = tl.load(lists.blocks + list_at * sizes.M + slot // BLOCK_TOK, mask=selected, other=0).to(tl.int32)
     return tl.where(selected, start + slot % BLOCK_TOK, tl.where(slot < 0, j, span.near + j - span.n_far))
 
 
@@ -136,42 +142,63 @@ def _squeezed(token, span, Q: tl.constexpr, TRAINED: tl.constexpr):
 
 
 @triton.jit
-def _angle(angles, row, HALF: tl.constexpr, HALF_P: tl.constexpr):
-    """cos and sin ``[n, HALF_P]``. Rows nobody attends to may lie past the table."""
+def _angle(angles, sizes, row, HALF: tl.constexpr, HALF_P: tl.constexpr):
+    """cos and sin ``[n, HALF_P]`` of table rows ``[n]``. Rows of keys and queries nobody asks for may lie past the table."""
     d = tl.arange(0, HALF_P)
-    at = tl.minimum(row, angles.rows - 1)[:, None] * HALF + d
-    return tl.load(angles.cos + at, mask=(d < HALF)[None, :], other=0.0), tl.load(angles.sin + at, mask=(d < HALF)[None, :], other=0.0)
+    at = tl.minimum(row, sizes.angles - 1)[:, None] * HALF + d
+    mask = (d < HALF)[None, :]
+    return tl.load(angles.cos + at, mask=mask, other=1.0), tl.load(angles.sin + at, mask=mask, other=0.0)
+
+
+@triton.jit
+def _shifted(angles, sizes, begin, local, HALF: tl.constexpr, HALF_P: tl.constexpr):
+    """Angles of rows ``begin`` on from those of rows 0 on (``local``): one row is read. Row 0 is the attention factor, at angle 0."""
+    one, _ = _angle(angles, sizes, tl.zeros([1], tl.int32), HALF, HALF_P)
+    cos, sin = _angle(angles, sizes, tl.zeros([1], tl.int32) + begin, HALF, HALF_P)
+    cos, sin = cos / one, sin / one
+    return cos * local[0] - sin * local[1], sin * local[0] + cos * local[1]
 
 
 @triton.jit
 def _key_angle(
-    angles, j, token, span,
-    MODE: tl.constexpr, Q: tl.constexpr, WINDOW: tl.constexpr, TRAINED: tl.constexpr, HALF: tl.constexpr, HALF_P: tl.constexpr,
+    angles, sizes, local, begin, token, span, MODE: tl.constexpr, Q: tl.constexpr, WINDOW: tl.constexpr, TRAINED: tl.constexpr,
+    KEYS: tl.constexpr, HALF: tl.constexpr, HALF_P: tl.constexpr,
 ):  # fmt: skip
-    """As :meth:`hipexp_kernels.rope.AttendRotation.keys`."""
+    """Angles of the keys with packed indices ``begin`` on, as :meth:`hipexp_kernels.rope.AttendRotation.keys`.
+
+    ``streaming`` with a single query: both are turned back by ``begin`` rows, only the distance between them matters.
+    """
+    j = begin + tl.arange(0, KEYS)
     if MODE == "streaming":
-        return _angle(angles, j, HALF, HALF_P)
+        if Q == 1:
+            return local
+        else:
+            return _shifted(angles, sizes, begin, local, HALF, HALF_P)
     elif MODE == "infllm":
-        return _angle(angles, tl.maximum(j - span.n_far + 1 - span.exact, 0), HALF, HALF_P)
+        return _angle(angles, sizes, tl.maximum(j - span.n_far + 1 - span.exact, 0), HALF, HALF_P)
     elif MODE == "native":
-        return _angle(angles, token, HALF, HALF_P)
+        return _angle(angles, sizes, token, HALF, HALF_P)
     else:
         far = j < span.n_far
         packed = tl.where(far, tl.maximum(j + span.first - WINDOW + 1 - span.n_far, 0), token)
-        near_cos, near_sin = _angle(angles, packed, HALF, HALF_P)
-        far_cos, far_sin = _angle(angles, tl.where(far, _squeezed(token, span, Q, TRAINED), token), HALF, HALF_P)
+        near_cos, near_sin = _angle(angles, sizes, packed, HALF, HALF_P)
+        far_cos, far_sin = _angle(angles, sizes, tl.where(far, _squeezed(token, span, Q, TRAINED), token), HALF, HALF_P)
         return 0.75 * near_cos + 0.25 * far_cos, 0.75 * near_sin + 0.25 * far_sin
 
 
 @triton.jit
-def _query_angle(angles, r, span, MODE: tl.constexpr, HALF: tl.constexpr, HALF_P: tl.constexpr):
-    """As :meth:`hipexp_kernels.rope.AttendRotation.query`; short windows included, a query's row is that of its own key."""
+def _query_angle(angles, sizes, begin, r, span, MODE: tl.constexpr, Q: tl.constexpr, HALF: tl.constexpr, HALF_P: tl.constexpr):
+    """As :meth:`hipexp_kernels.rope.AttendRotation.query`; short windows included, a query's row is that of its own key.
+
+    A single query before ``streaming`` keys is turned back by ``begin`` rows, as they are.
+    """
+    own = r + span.n_far + span.first - span.near
     if MODE == "streaming":
-        return _angle(angles, r + span.n_far + span.first - span.near, HALF, HALF_P)
+        return _angle(angles, sizes, own - begin if Q == 1 else own, HALF, HALF_P)
     elif MODE == "infllm":
-        return _angle(angles, r + span.first - span.near + 1 - span.exact, HALF, HALF_P)
+        return _angle(angles, sizes, own - span.n_far + 1 - span.exact, HALF, HALF_P)
     else:
-        return _angle(angles, r + span.first, HALF, HALF_P)
+        return _angle(angles, sizes, r + span.first, HALF, HALF_P)
 
 
 # -- rows in up to three pieces: the two rotated halves, and what is not rotated -----------------------------------------------------
@@ -186,23 +213,48 @@ def _piece(base, offset, inside, BEGIN: tl.constexpr, SIZE: tl.constexpr, SIZE_P
 
 
 @triton.jit
-def _turned(base, offset, inside, cos, sin, HALF: tl.constexpr, HALF_P: tl.constexpr):
-    one = _piece(base, offset, inside, 0, HALF, HALF_P)
-    two = _piece(base, offset, inside, HALF, HALF, HALF_P)
+def _pieces(base, offset, inside, D: tl.constexpr, HALF: tl.constexpr, HALF_P: tl.constexpr, REST_P: tl.constexpr):
+    one, two, rest = 0, 0, 0
+    if HALF > 0:
+        one = _piece(base, offset, inside, 0, HALF, HALF_P)
+        two = _piece(base, offset, inside, HALF, HALF, HALF_P)
+    if D > 2 * HALF:
+        rest = _piece(base, offset, inside, 2 * HALF, D - 2 * HALF, REST_P)
+    return one, two, rest
+
+
+@triton.jit
+def _turned(pieces, angle):
+    """Pieces, the halves rotated by cos and sin (rows of them, or one for all)."""
+    one, two, rest = pieces
+    cos, sin = angle
     x, y = one.to(tl.float32), two.to(tl.float32)
-    return (x * cos - y * sin).to(one.dtype), (y * cos + x * sin).to(one.dtype)
+    return (x * cos - y * sin).to(one.dtype), (y * cos + x * sin).to(one.dtype), rest
+
+
+@triton.jit
+def _products(q, k, D: tl.constexpr, HALF: tl.constexpr):
+    """Dot products ``[rows, keys]`` of queries and keys in pieces."""
+    if HALF > 0:
+        products = tl.dot(q[0], tl.trans(k[0]), input_precision="ieee")
+        products = tl.dot(q[1], tl.trans(k[1]), products, input_precision="ieee")
+        if D > 2 * HALF:
+            products = tl.dot(q[2], tl.trans(k[2]), products, input_precision="ieee")
+    else:
+        products = tl.dot(q[2], tl.trans(k[2]), input_precision="ieee")
+    return products
 
 
 # -- softmax -----------------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _bounded(logits, scale, SOFTCAP: tl.constexpr):
-    """Scaled logits, in powers of two."""
-    if SOFTCAP:
-        return SOFTCAP * LOG2_E * (2 * tl.sigmoid(logits * (2 * scale / SOFTCAP)) - 1)
+def _logits(products, scale, SOFTCAP: tl.constexpr):
+    """Scaled, and bounded if asked for; in powers of two."""
+    if SOFTCAP > 0.0:
+        return SOFTCAP * LOG2_E * (2 * tl.sigmoid(products * (2 * scale / SOFTCAP)) - 1)
     else:
-        return logits * (scale * LOG2_E)
+        return products * (scale * LOG2_E)
 
 
 @triton.jit
@@ -223,108 +275,86 @@ def _finish(state):
     return acc / tl.where(total == 0, 1.0, total)[:, None], top + tl.log2(total)
 
 
+@triton.jit
+def _store(results, out, lse, row, head, n, N, G: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr):
+    d, is_row = tl.arange(0, D_P), row < G * Q
+    at = ((head * G + row // Q).to(tl.int64) * N + n) * Q + row % Q
+    mask = is_row[:, None] & (d < D)[None, :]
+    tl.store(results.out + at[:, None] * D + d[None, :], out.to(results.out.dtype.element_ty), mask=mask)
+    tl.store(results.lse + at, lse * LN_2, mask=is_row)
+
+
 # -- merging splits ----------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _arrive(parts, group, SPLITS: tl.constexpr):
-    """Whether all other splits of the group have stored their part. Whoever comes last puts the counter back for the next call."""
+def _store_part(parts, out, lse, row, part, N_ROWS: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr):
+    d, at = tl.arange(0, D_P), part * N_ROWS + row
+    tl.store(parts.out + at[:, None] * D + d[None, :], out, mask=(row < N_ROWS)[:, None] & (d < D)[None, :])
+    tl.store(parts.lse + at, lse, mask=row < N_ROWS)
+
+
+@triton.jit
+def _arrive(parts, group, PROGRAMS: tl.constexpr):
+    """Whether the other programs of the group have stored their parts. Whoever comes last puts the counter back for the next call."""
     tl.debug_barrier()  # all threads have stored before one of them announces it
     ticket = tl.atomic_add(parts.tickets + group, 1, sem="acq_rel", scope="gpu")
-    if ticket == SPLITS - 1:
+    if ticket == PROGRAMS - 1:
         tl.store(parts.tickets + group, 0)
-    return ticket == SPLITS - 1
+    return ticket == PROGRAMS - 1
 
 
 @triton.jit
 def _merged(
     parts, group, SPLITS: tl.constexpr, N_ROWS: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr
 ):
-    """Output ``[ROWS, D_P]`` and log-sum-exp ``[ROWS]`` over all splits of a group."""
+    """Output ``[ROWS, D_P]`` and log-sum-exp ``[ROWS]`` over all splits of a group. Past the L1 cache: others wrote them."""
     row, d, s = tl.arange(0, ROWS), tl.arange(0, D_P), tl.arange(0, AT_ONCE)
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, D_P], tl.float32)
+    state = (tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, D_P], tl.float32))
     for begin in range(0, SPLITS, AT_ONCE):
         at = (group * SPLITS + begin + s)[:, None] * N_ROWS + row[None, :]
         inside = (begin + s < SPLITS)[:, None] & (row < N_ROWS)[None, :]
         lse = tl.load(parts.lse + at, mask=inside, other=float("-inf"), cache_modifier=".cg")
-        out = tl.load(
-            parts.out + at[:, :, None] * D + d[None, None, :],
-            mask=inside[:, :, None] & (d < D)[None, None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
+        wide = inside[:, :, None] & (d < D)[None, None, :]
+        out = tl.load(parts.out + at[:, :, None] * D + d[None, None, :], mask=wide, other=0.0, cache_modifier=".cg")
+        top, total, acc = state
         new_top = tl.maximum(top, tl.max(lse, 0))
-        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+        safe = tl.where(new_top == float("-inf"), 0.0, new_top)  # where all splits so far are empty
         weight, fade = tl.exp2(lse - safe[None, :]), tl.exp2(top - safe)
-        acc = acc * fade[:, None] + tl.sum(out * weight[:, :, None], 0)
-        total = total * fade + tl.sum(weight, 0)
-        top = new_top
-    return _finish((top, total, acc))
+        state = (new_top, total * fade + tl.sum(weight, 0), acc * fade[:, None] + tl.sum(out * weight[:, :, None], 0))
+    return _finish(state)
 
 
 # -- the kernel --------------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
-def _logits(q_pieces, kv, head, token, inside, cos, sin, scale, HALF: tl.constexpr, HALF_P: tl.constexpr, REST: tl.constexpr, REST_P: tl.constexpr,
-            SOFTCAP: tl.constexpr):  # fmt: skip
-    """Logits ``[rows, keys]`` in powers of two, ``-inf`` where not ``inside``."""
-    offset = token.to(tl.int64) * kv.k_tok + head.to(tl.int64) * kv.k_head
-    if HALF:
-        one, two = _turned(kv.k, offset, inside, cos, sin, HALF, HALF_P)
-        logits = tl.dot(q_pieces[0], tl.trans(one), input_precision="ieee")
-        logits = tl.dot(q_pieces[1], tl.trans(two), logits, input_precision="ieee")
-        if REST:
-            rest = _piece(kv.k, offset, inside, 2 * HALF, REST, REST_P)
-            logits = tl.dot(q_pieces[2], tl.trans(rest), logits, input_precision="ieee")
-    else:
-        logits = tl.dot(q_pieces[2], tl.trans(_piece(kv.k, offset, inside, 0, REST, REST_P)), input_precision="ieee")
-    return tl.where(inside[None, :], _bounded(logits, scale, SOFTCAP), float("-inf"))
-
-
-@triton.jit
-def _values(kv, head, token, inside, D: tl.constexpr, D_P: tl.constexpr):
-    return _piece(kv.v, token.to(tl.int64) * kv.v_tok + head.to(tl.int64) * kv.v_head, inside, 0, D, D_P)
-
-
-@triton.jit
-def _query_pieces(q, offset, inside, angles, r, span, MODE: tl.constexpr, HALF: tl.constexpr, HALF_P: tl.constexpr, REST: tl.constexpr,
-                  REST_P: tl.constexpr):  # fmt: skip
-    if HALF:
-        cos, sin = _query_angle(angles, r, span, MODE, HALF, HALF_P)
-        one, two = _turned(q, offset, inside, cos, sin, HALF, HALF_P)
-    else:
-        one, two = 0, 0
-    if REST:
-        rest = _piece(q, offset, inside, 2 * HALF, REST, REST_P)
-    else:
-        rest = 0
-    return one, two, rest
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["N", "T", "M", "n_angles"])
 def _attend(
-    queries, kv, lists, angles, results, parts, scale,
+    queries, kv, lists, angles, results, parts, K, N, T, M, per_head, n_angles, scale,
     G: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, MODE: tl.constexpr, TRAINED: tl.constexpr,
     BLOCK_TOK: tl.constexpr, SINK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     D_P: tl.constexpr, HALF_P: tl.constexpr, REST_P: tl.constexpr, LIST_TILE: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, AT_ONCE: tl.constexpr, MERGE_ROWS: tl.constexpr,
 ):  # fmt: skip
-    N_ROWS: tl.constexpr = G * Q
-    TILES: tl.constexpr = (N_ROWS + ROWS - 1) // ROWS
-    REST: tl.constexpr = D - 2 * HALF
-    tile, rest = tl.program_id(0) % TILES, tl.program_id(0) // TILES
-    split, group = rest % SPLITS, rest // SPLITS
-    head, n = group % kv.n_heads, group // kv.n_heads
-    list_at = head * lists.per_head * lists.n_blocks + n
-    span = _span(lists, n, list_at, SINK, WINDOW, BLOCK_TOK, LIST_TILE)
+    TILES: tl.constexpr = (G * Q + ROWS - 1) // ROWS
+    sizes = Sizes(K, N, T, M, per_head, n_angles)
+    program = tl.program_id(0)
+    tile, split, group = program % TILES, program // TILES % SPLITS, program // (TILES * SPLITS)
+    head, n = group % sizes.K, group // sizes.K
+    list_at = head * sizes.per_head * sizes.N + n
+    local = (0.0, 0.0)
+    if (HALF > 0) & (MODE == "streaming"):
+        local = _angle(angles, sizes, tl.arange(0, KEYS), HALF, HALF_P)
+    span = _span(lists, sizes, n, list_at, SINK, WINDOW, BLOCK_TOK, LIST_TILE)
 
     row = tile * ROWS + tl.arange(0, ROWS)
-    g, r, is_row = row // Q, row % Q, row < N_ROWS
-    q_at = (head * G + g).to(tl.int64) * queries.head + n.to(tl.int64) * queries.block + r * queries.row
-    q_pieces = _query_pieces(queries.q, q_at, is_row, angles, r, span, MODE, HALF, HALF_P, REST, REST_P)
+    r = row % Q
+    q_at = (head * G + row // Q).to(tl.int64) * queries.head + n.to(tl.int64) * queries.block + r * queries.row
+    q_raw = _pieces(queries.q, q_at, row < G * Q, D, HALF, HALF_P, REST_P)
+    q = q_raw
+    if (HALF > 0) & ((MODE != "streaming") | (Q > 1)):
+        q = _turned(q_raw, _query_angle(angles, sizes, 0, r, span, MODE, Q, HALF, HALF_P))
+    k_head, v_head = kv.k + head.to(tl.int64) * kv.k_head, kv.v + head.to(tl.int64) * kv.v_head
 
     state = (tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, D_P], tl.float32))
     n_before = span.n_far + span.first - span.near
@@ -333,50 +363,56 @@ def _attend(
     end = tl.minimum(n_shared, (split + 1) * share)
     for begin in range(split * share, end, KEYS):
         j = begin + tl.arange(0, KEYS)
-        inside = j < end
-        token = _tokens(j, span, lists, list_at, BLOCK_TOK)
-        cos, sin = 0.0, 0.0
-        if HALF:
-            cos, sin = _key_angle(angles, j, token, span, MODE, Q, WINDOW, TRAINED, HALF, HALF_P)
-        logits = _logits(q_pieces, kv, head, token, inside, cos, sin, scale, HALF, HALF_P, REST, REST_P, SOFTCAP)
-        state = _update(state, logits, _values(kv, head, token, inside, D, D_P))
+        token, inside = _tokens(j, span, lists, sizes, list_at, BLOCK_TOK), j < end
+        values = _piece(v_head, token.to(tl.int64) * kv.v_tok, inside, 0, D, D_P)
+        keys = _pieces(k_head, token.to(tl.int64) * kv.k_tok, inside, D, HALF, HALF_P, REST_P)
+        if HALF > 0:
+            keys = _turned(keys, _key_angle(angles, sizes, local, begin, token, span, MODE, Q, WINDOW, TRAINED, KEYS, HALF, HALF_P))
+            if (MODE == "streaming") & (Q == 1):
+                q = _turned(q_raw, _query_angle(angles, sizes, begin, tl.zeros([1], tl.int32), span, MODE, Q, HALF, HALF_P))
+        logits = _logits(_products(q, keys, D, HALF), scale, SOFTCAP)
+        state = _update(state, tl.where(inside[None, :], logits, float("-inf")), values)
 
-    if Q > 1 and split == SPLITS - 1:
+    if (Q > 1) & (split == SPLITS - 1):
         for begin in range(0, Q, KEYS):
             own = begin + tl.arange(0, KEYS)
-            token = span.first + own
-            inside = (own < Q) & (token < kv.length)
-            cos, sin = 0.0, 0.0
-            if HALF:
-                cos, sin = _key_angle(angles, n_before + own, token, span, MODE, Q, WINDOW, TRAINED, HALF, HALF_P)
-            logits = _logits(q_pieces, kv, head, token, inside, cos, sin, scale, HALF, HALF_P, REST, REST_P, SOFTCAP)
-            logits = tl.where(own[None, :] <= r[:, None], logits, float("-inf"))
-            state = _update(state, logits, _values(kv, head, token, inside, D, D_P))
+            token, inside = span.first + own, (own < Q) & (span.first + own < sizes.T)
+            values = _piece(v_head, token.to(tl.int64) * kv.v_tok, inside, 0, D, D_P)
+            keys = _pieces(k_head, token.to(tl.int64) * kv.k_tok, inside, D, HALF, HALF_P, REST_P)
+            if HALF > 0:
+                keys = _turned(
+                    keys, _key_angle(angles, sizes, local, n_before + begin, token, span, MODE, Q, WINDOW, TRAINED, KEYS, HALF, HALF_P)
+                )
+            logits = _logits(_products(q, keys, D, HALF), scale, SOFTCAP)
+            state = _update(state, tl.where(inside[None, :] & (own[None, :] <= r[:, None]), logits, float("-inf")), values)
 
     out, lse = _finish(state)
     if SPLITS == 1:
-        _store(results, out, lse, row, head, n, lists.n_blocks, G, Q, D, D_P)
+        _store(results, out, lse, row, head, n, sizes.N, G, Q, D, D_P)
     else:
-        part = (group * SPLITS + split) * N_ROWS + row
-        d = tl.arange(0, D_P)
-        tl.store(parts.out + part[:, None] * D + d[None, :], out, mask=is_row[:, None] & (d < D)[None, :])
-        tl.store(parts.lse + part, lse, mask=is_row)
+        _store_part(parts, out, lse, row, group * SPLITS + split, G * Q, D, D_P)
         if _arrive(parts, group, SPLITS * TILES):
-            out, lse = _merged(parts, group, SPLITS, N_ROWS, MERGE_ROWS, AT_ONCE, D, D_P)
-            _store(results, out, lse, tl.arange(0, MERGE_ROWS), head, n, lists.n_blocks, G, Q, D, D_P)
-
-
-@triton.jit
-def _store(results, out, lse, row, head, n, n_blocks, G: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr):
-    g, r, d = row // Q, row % Q, tl.arange(0, D_P)
-    at = ((head * G + g).to(tl.int64) * n_blocks + n) * Q + r
-    tl.store(
-        results.out + at[:, None] * D + d[None, :], out.to(results.out.dtype.element_ty), mask=(row < G * Q)[:, None] & (d < D)[None, :]
-    )
-    tl.store(results.lse + at, lse * LN_2, mask=row < G * Q)
+            all_out, all_lse = _merged(parts, group, SPLITS, G * Q, MERGE_ROWS, AT_ONCE, D, D_P)
+            _store(results, all_out, all_lse, tl.arange(0, MERGE_ROWS), head, n, sizes.N, G, Q, D, D_P)
 
 
 # -- launching ---------------------------------------------------------------------------------------------------------------------
+
+
+class Tuning(NamedTuple):
+    """``rows`` at most and ``keys`` of a tile, warps, stages (two for each tile of keys in flight: its list, then its rows)."""
+
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+PROGRAMS_PER_SM = 2  # keys are split until so many programs run
+DECODE = Tuning(64, 64, 4, 5)
+PREFILL = Tuning(128, 64, 8, 5)
+PREFILL_BEFORE_HOPPER = Tuning(64, 64, 4, 3)
+WIDE = Tuning(64, 32, 4, 3)  # fp32, or heads of more than 128
 
 
 def padded(n: int) -> int:
@@ -384,39 +420,53 @@ def padded(n: int) -> int:
     return max(16, triton.next_power_of_2(n))
 
 
-def launch(G: int, Q: int, D: int, half: int, n_groups: int, max_keys: int, n_programs: int, element_bytes: int) -> tuple[dict, dict]:
+def launch(
+    G: int, Q: int, D: int, half: int, M: int, n_groups: int, max_keys: int, itemsize: int, n_sm: int, hopper: bool
+) -> tuple[dict, dict]:
     """Tile sizes (constexprs) and compiler options for a call.
 
     ``n_groups``: query blocks times key/value heads; ``max_keys``: what a block attends to at most, exact blocks left aside;
-    ``n_programs``: how many programs should run at once.
+    ``itemsize``: bytes of a number; ``n_sm``: multiprocessors of the GPU; ``hopper``: it is of that generation or newer.
     """
-    n_rows = G * Q
-    wide = element_bytes == 4 or D > 128
-    rows = min(padded(n_rows), 64 if wide else 128)
-    keys = 32 if wide else 64
-    tiles = triton.cdiv(n_rows, rows)
-    splits = max(1, min(n_programs // (n_groups * tiles), triton.cdiv(max_keys, keys)))
+    n_rows, d_padded = G * Q, padded(D)
+    if itemsize == 4 or D > 128:
+        tuning = WIDE
+    elif n_rows <= DECODE.rows:
+        tuning = DECODE
+    else:
+        tuning = PREFILL if hopper else PREFILL_BEFORE_HOPPER
+    rows = min(padded(n_rows), tuning.rows)
     merge_rows = triton.next_power_of_2(n_rows)
-    if merge_rows > 64:  # the merging program holds all rows
-        splits = 1
-    d_padded = padded(D)
+    splits = 1
+    if merge_rows <= 64:  # the program that merges holds all rows
+        n_tiles = triton.cdiv(max_keys, tuning.keys)
+        wanted = max(1, PROGRAMS_PER_SM * n_sm // (n_groups * triton.cdiv(n_rows, rows)))
+        splits = triton.cdiv(n_tiles, triton.cdiv(n_tiles, wanted))
+    at_once = max(1, min(triton.next_power_of_2(splits), 8192 // (merge_rows * d_padded)))
     tile = dict(
-        D_P=d_padded, HALF_P=padded(half), REST_P=padded(D - 2 * half), ROWS=rows, KEYS=keys, SPLITS=splits, MERGE_ROWS=merge_rows,
-        AT_ONCE=max(1, min(triton.next_power_of_2(splits), 8192 // (merge_rows * d_padded))),
+        D_P=d_padded, HALF_P=padded(half), REST_P=padded(D - 2 * half), LIST_TILE=min(512, padded(M)),
+        ROWS=rows, KEYS=tuning.keys, SPLITS=splits, AT_ONCE=at_once, MERGE_ROWS=merge_rows,
     )  # fmt: skip
-    return tile, dict(num_warps=8 if rows > 64 else 4, num_stages=3 if not wide else 2)
+    return tile, dict(num_warps=tuning.num_warps, num_stages=tuning.num_stages)
 
 
 @cache
 def tickets(device: torch.device) -> Tensor:
-    """Counters that are 0 between calls. Calls on one device must not overlap: run them on one stream."""
+    """Counters that are 0 between calls. Calls on one device must not overlap: they belong on one stream."""
+    require(
+        device.type != "cuda" or not torch.cuda.is_current_stream_capturing(),
+        "attend_blocks: call it once before it is captured in a CUDA graph",
+    )
     return torch.zeros(N_TICKETS, dtype=torch.int32, device=device)
 
 
 @cache
-def n_programs(device: torch.device) -> int:
-    """One and a half programs for each multiprocessor."""
-    return 3 * torch.cuda.get_device_properties(device).multi_processor_count // 2 if device.type == "cuda" else 8
+def gpu(device: torch.device) -> tuple[int, bool]:
+    """How many multiprocessors, and whether they are of Hopper's generation or newer."""
+    if device.type != "cuda":
+        return 8, True  # the interpreter: a few splits
+    found = torch.cuda.get_device_properties(device)
+    return found.multi_processor_count, found.major >= 9
 
 
 def attend_blocks(
@@ -431,28 +481,55 @@ def attend_blocks(
     S, _, M = blocks.shape
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     blocks, counts, first, exact = (x.contiguous() for x in (blocks, counts, first, exact))
-    cos, sin = (rotation.table.cos, rotation.table.sin) if rotation else (first, first)
+    cos, sin = (rotation.table.cos.contiguous(), rotation.table.sin.contiguous()) if rotation else (first, first)
     half = cos.shape[1] if rotation else 0
-    tile, options = launch(H // K, Q, D, half, N * K, sink_tok + M * block_tok + window_tok, n_programs(q.device), q.element_size())
+    n_sm, hopper = gpu(q.device)
+    tile, options = launch(H // K, Q, D, half, M, N * K, sink_tok + M * block_tok + window_tok, q.element_size(), n_sm, hopper)
     splits = tile["SPLITS"]
     out, lse = torch.empty((H, N, Q, D), dtype=q.dtype, device=q.device), torch.empty((H, N, Q), device=q.device)
-    parts = Parts(out, lse, lse)
+    parts = Parts(out, lse, lse)  # not used
     if splits > 1:
-        n_parts = N * H * Q * splits
-        parts = Parts(torch.empty(n_parts * D, device=q.device), torch.empty(n_parts, device=q.device), tickets(q.device))
-    tiles = triton.cdiv(H // K * Q, tile["ROWS"])
-    _attend[(N * K * splits * tiles,)](
+        n_rows = N * H * Q * splits
+        parts = Parts(torch.empty((n_rows, D), device=q.device), torch.empty(n_rows, device=q.device), tickets(q.device))
+    _attend[(N * K * splits * triton.cdiv(H // K * Q, tile["ROWS"]),)](
         Queries(q, q.stride(0), q.stride(1), q.stride(2)),
-        Keys(k, v, k.stride(0), k.stride(1), v.stride(0), v.stride(1), T, K),
-        Lists(blocks, counts, first, exact, N, M, int(S > 1)),
-        Angles(cos.contiguous(), sin.contiguous(), cos.shape[0]),
+        Keys(k, v, k.stride(0), k.stride(1), v.stride(0), v.stride(1)),
+        Lists(blocks, counts, first, exact),
+        Angles(cos, sin),
         Results(out, lse),
         parts,
+        *Sizes(K, N, T, M, int(S > 1), cos.shape[0]),
         scale,
         G=H // K, Q=Q, D=D, HALF=half, MODE=mode, TRAINED=rotation.trained_tok if rotation else 0,
         BLOCK_TOK=block_tok, SINK=sink_tok, WINDOW=window_tok, SOFTCAP=softcap or 0.0,
-        LIST_TILE=min(512, padded(M)),
         **tile,
         **options,
     )  # fmt: skip
     return out, lse
+
+
+def aot_cases(hopper: bool = True) -> Iterator[tuple[str, object, dict, dict, dict]]:
+    """What is compiled ahead of time to find errors without a GPU: name, kernel, signature, constexprs, options."""
+    for D in (64, 128):
+        for name, Q, N in (("decode", 1, 1), ("prefill", 64, 512)):
+            for mode in ("streaming", "dynamic", "none"):
+                yield aot_case(f"attend {name} D={D} {mode}", Q, D, N, mode, hopper)
+
+
+def aot_case(name: str, Q: int, D: int, N: int, mode: str, hopper: bool, dtype: str = "bf16", G: int = 4) -> tuple:
+    signature = dict(
+        queries=Queries(f"*{dtype}", "i64", "i64", "i64"),
+        kv=Keys(f"*{dtype}", f"*{dtype}", "i64", "i64", "i64", "i64"),
+        lists=Lists("*i64", "*i64", "*i64", "*i1"),
+        angles=Angles("*fp32", "*fp32"),
+        results=Results(f"*{dtype}", "*fp32"),
+        parts=Parts("*fp32", "*fp32", "*i32"),
+        **dict.fromkeys(("K", "N", "T", "M", "per_head", "n_angles"), "i32"),
+        scale="fp32",
+    )
+    half = 0 if mode == "none" else D // 2
+    tile, options = launch(G, Q, D, half, 256, 8 * N, 256 + 2048 + 1024, 4 if dtype == "fp32" else 2, 132, hopper)
+    constants = dict(
+        G=G, Q=Q, D=D, HALF=half, MODE=mode, TRAINED=131072, BLOCK_TOK=8, SINK=256, WINDOW=1024, SOFTCAP=0.0, **tile
+    )  # fmt: skip
+    return name, _attend, {**signature, **dict.fromkeys(constants, "constexpr")}, constants, options
