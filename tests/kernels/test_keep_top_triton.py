@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from hipexp_kernels.keep_top import keep_top
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton_device import DEVICE, needs_triton, on_device
 
-from hipexp_kernels.keep_top import keep_top
+from triton_device import DEVICE, needs_triton, on_device
 
 pytestmark = needs_triton
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from triton_device import DEVICE, DTYPES, needs_triton, on_device
-
-import brute
 from hipexp_kernels import score_chunks
 from hipexp_kernels.rope import ScoreRotation
+
+import brute
+from triton_device import DEVICE, DTYPES, needs_triton, on_device
 
 pytestmark = needs_triton
 

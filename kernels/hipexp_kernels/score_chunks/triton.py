@@ -21,9 +21,10 @@ from hipexp_kernels.dispatch import require_triton_can
 from hipexp_kernels.rope import ScoreRotation
 
 # What to tune: rows of keys in flight in each program, and warps that share them.
-ONE_ROW = dict(keys=64, warps=4)  # keys: chunks times query heads
-ROWS = dict(keys=64, warps=4)  # keys: chunks
-EXACT = dict(keys=64, warps=4)  # keys: tokens
+# ``registers`` of each thread: without that hint ptxas saves registers by waiting for one key before it asks for the next.
+ONE_ROW = dict(keys=64, warps=4, registers=128)  # keys: chunks times query heads
+ROWS = dict(keys=64, warps=4, registers=168)  # keys: chunks
+EXACT = dict(keys=64, warps=4, registers=128)  # keys: tokens
 MAX_COLUMNS = 128  # query rows that are multiplied at a time
 
 
@@ -70,21 +71,27 @@ def launch(mode: str, rows: int, group: int, dim: int, rotary: int, chunk_tok: i
     padded = max(16, triton.next_power_of_2(rotary // 2)) + (max(16, triton.next_power_of_2(dim - rotary)) if dim > rotary else 0)
     wide = max(1, padded // 64)  # the registers hold fewer rows of more than 128 dimensions
     if representative == "exact":
+        kernel, tuned = _scan, EXACT
+        tokens = min(chunk_tok, tuned["keys"])
         columns = min(max(16, triton.next_power_of_2(group * rows)), MAX_COLUMNS)
-        tokens = min(chunk_tok, EXACT["keys"])
-        constexprs |= dict(ROWS=rows, COLUMNS=columns, TOKENS=tokens, TILE=max(16 // tokens, EXACT["keys"] // wide // tokens, 1))
-        return _scan, constexprs, dict(num_warps=EXACT["warps"], num_stages=1)
-    if rows == 1:
-        heads = triton.next_power_of_2(group)
-        return _descend_one_row, constexprs | dict(TILE=max(1, ONE_ROW["keys"] // wide // heads)), dict(num_warps=ONE_ROW["warps"], num_stages=1)
-    return _descend_rows, constexprs | dict(ROWS=rows, TILE=max(16, ROWS["keys"] // wide)), dict(num_warps=ROWS["warps"], num_stages=1)
+        constexprs |= dict(ROWS=rows, COLUMNS=columns, TOKENS=tokens, TILE=max(16 // tokens, tuned["keys"] // wide // tokens, 1))
+    elif rows == 1:
+        kernel, tuned = _descend_one_row, ONE_ROW
+        constexprs |= dict(TILE=max(1, tuned["keys"] // wide // triton.next_power_of_2(group)))
+    else:
+        kernel, tuned = _descend_rows, ROWS
+        constexprs |= dict(ROWS=rows, TILE=max(16, tuned["keys"] // wide))
+    options = dict(num_warps=tuned["warps"], num_stages=1)
+    if torch.version.hip is None:
+        options["maxnreg"] = tuned["registers"]
+    return kernel, constexprs, options
 
 
 def aot_cases() -> Iterator[tuple[str, triton.JITFunction, dict, dict, dict]]:
     """What is compiled ahead of time: name, kernel, signature, constexprs, options."""
     types = dict(
-        q_ptr="*fp32", k_ptr="*bf16", starts_ptr="*i64", counts_ptr="*i64", limits_ptr="*i64", scores_ptr="*fp32", cos_ptr="*fp32", sin_ptr="*fp32",
-        position_ptr="*i64", first_ptr="*i64", last_ptr="*i64",
+        q_ptr="*fp32", k_ptr="*bf16", starts_ptr="*i64", counts_ptr="*i64", limits_ptr="*i64", scores_ptr="*fp32",
+        cos_ptr="*fp32", sin_ptr="*fp32", position_ptr="*i64", first_ptr="*i64", last_ptr="*i64",
     )  # fmt: skip
     for dim in (64, 128):
         for rows in (1, 16, 64):
@@ -145,40 +152,39 @@ def _descend_one_row(
     first, last = _block(first_ptr, last_ptr, n, MODE)
     k_ptr += kv.to(tl.int64) * k_stride_h
 
-    # [chunk, head, dimension], so that the heads of a group that probe the same key do so in one instruction.
+    # [head, chunk, dimension]: Triton spreads the heads over the lanes of a warp, so that heads which probe the same key ask for it once.
     HEADS: tl.constexpr = triton.next_power_of_2(GROUP)
     head = tl.minimum(tl.arange(0, HEADS), GROUP - 1)  # padding repeats the last one
-    row = ((kv * GROUP + head) * N + n)[None, :, None]
+    row = ((kv * GROUP + head) * N + n)[:, None, None]
     at = _query_position(position_ptr, n, 0, count, scan_window_tok, 1, MODE)
     r1, r2, r3 = _query(q_ptr, row, cos_ptr, sin_ptr, at, MODE, HALF, REST, 1)
     l1, l2, l3 = r1, r2, r3
     if MODE == "relative":
         l1, l2, l3 = _query(q_ptr, row, cos_ptr, sin_ptr, at + 1, MODE, HALF, REST, 1)
 
-    rank, present = rank[:, None], present[:, None]
-    low = tl.broadcast_to(low[:, None], (TILE, HEADS))
-    size = tl.broadcast_to(size[:, None], (TILE, HEADS))
-    best = tl.full([TILE, HEADS], float("-inf"), tl.float32)
+    rank, present = rank[None, :], present[None, :]
+    low = tl.broadcast_to(low[None, :], (HEADS, TILE))
+    size = tl.broadcast_to(size[None, :], (HEADS, TILE))
+    best = tl.full([HEADS, TILE], float("-inf"), tl.float32)
     for depth in range(_depth(CHUNK)):
         half = size // 2
         left, right = low + half // 2, low + half + (size - half) // 2
         left_exists = present & (size > 1)
         right_exists = present & ((size > 1) | (depth == 0))  # a chunk of one token is probed once, as a right half
         # Both are on their way before either is waited for.
-        a1, a2, a3 = _keys(k_ptr, left[:, :, None], k_stride_t, left_exists[:, :, None], HALF, REST, 1)
-        b1, b2, b3 = _keys(k_ptr, right[:, :, None], k_stride_t, right_exists[:, :, None], HALF, REST, 1)
-        at_left = _key_position(left, rank, first, last, trained_tok, MODE)
-        a1, a2 = _turned_keys(a1, a2, cos_ptr, sin_ptr, at_left[:, :, None], left_exists[:, :, None], MODE, HALF, 1)
-        at_right = _key_position(right, rank, first, last, trained_tok, MODE)
-        b1, b2 = _turned_keys(b1, b2, cos_ptr, sin_ptr, at_right[:, :, None], right_exists[:, :, None], MODE, HALF, 1)
+        a1, a2, a3 = _keys(k_ptr, left[:, :, None], k_stride_t, HALF, REST, 1)
+        b1, b2, b3 = _keys(k_ptr, right[:, :, None], k_stride_t, HALF, REST, 1)
+        at_left = _key_position(left, rank, count, first, last, trained_tok, MODE)
+        a1, a2 = _turned_keys(a1, a2, cos_ptr, sin_ptr, at_left[:, :, None], MODE, HALF, 1)
+        at_right = _key_position(right, rank, count, first, last, trained_tok, MODE)
+        b1, b2 = _turned_keys(b1, b2, cos_ptr, sin_ptr, at_right[:, :, None], MODE, HALF, 1)
         left_score, right_score = tl.sum(l1 * a1 + l2 * a2, 2), tl.sum(r1 * b1 + r2 * b2, 2)
         if REST:
             left_score += tl.sum(l3 * a3, 2)
             right_score += tl.sum(r3 * b3, 2)
         low, size, best = _halved(low, size, half, best, left_score, right_score, left_exists, right_exists)
-    is_nan = tl.max((best != best).to(tl.int32), 1)  # a maximum alone would lose it
-    best = tl.where(is_nan == 1, float("nan"), tl.max(tl.where(best == best, best, float("-inf")), 1))
-    tl.store(scores_ptr + tile * TILE + tl.arange(0, TILE), best, mask=tile * TILE + tl.arange(0, TILE) < C)
+    rank = tile * TILE + tl.arange(0, TILE)
+    tl.store(scores_ptr + rank, _max(best, 0), mask=rank < C)
 
 
 @triton.jit(do_not_specialize=_PLAIN)
@@ -241,12 +247,12 @@ def _descend_rows(
             left_exists = present & (size > 1)
             right_exists = present & ((size > 1) | (depth == 0))  # a chunk of one token is probed once, as a right half
             # Both are on their way before either is waited for.
-            a1, a2, a3 = _keys(k_ptr, left[:, None], k_stride_t, left_exists[:, None], HALF, REST, 16)
-            b1, b2, b3 = _keys(k_ptr, right[:, None], k_stride_t, right_exists[:, None], HALF, REST, 16)
-            at_left = _key_position(left, rank, first, last, trained_tok, MODE)
-            a1, a2 = _turned_keys(a1, a2, cos_ptr, sin_ptr, at_left[:, None], left_exists[:, None], MODE, HALF, 16)
-            at_right = _key_position(right, rank, first, last, trained_tok, MODE)
-            b1, b2 = _turned_keys(b1, b2, cos_ptr, sin_ptr, at_right[:, None], right_exists[:, None], MODE, HALF, 16)
+            a1, a2, a3 = _keys(k_ptr, left[:, None], k_stride_t, HALF, REST, 16)
+            b1, b2, b3 = _keys(k_ptr, right[:, None], k_stride_t, HALF, REST, 16)
+            at_left = _key_position(left, rank, count, first, last, trained_tok, MODE)
+            a1, a2 = _turned_keys(a1, a2, cos_ptr, sin_ptr, at_left[:, None], MODE, HALF, 16)
+            at_right = _key_position(right, rank, count, first, last, trained_tok, MODE)
+            b1, b2 = _turned_keys(b1, b2, cos_ptr, sin_ptr, at_right[:, None], MODE, HALF, 16)
             left_score = _best_product(a1, a2, a3, l1, l2, l3, REST)
             right_score = _best_product(b1, b2, b3, r1, r2, r3, REST)
             low, size, best = _halved(low, size, half, best, left_score, right_score, left_exists, right_exists)
@@ -310,15 +316,13 @@ def _scan(
         q1, q2, q3 = _query_in(k_ptr.dtype.element_ty, q_ptr, row, cos_ptr, sin_ptr, at, MODE, HALF, REST, 16)
         for offset in range(0, CHUNK, TOKENS):
             inside = offset + key % TOKENS
-            token, exists = start + inside, present & (inside < length)
-            k1, k2, k3 = _keys(k_ptr, token[:, None], k_stride_t, exists[:, None], HALF, REST, 16)
-            at_key = _key_position(token, key_rank, first, last, trained_tok, MODE)
-            k1, k2 = _turned_keys(k1, k2, cos_ptr, sin_ptr, at_key[:, None], exists[:, None], MODE, HALF, 16)
+            token, exists = start + tl.minimum(inside, length - 1), present & (inside < length)
+            k1, k2, k3 = _keys(k_ptr, token[:, None], k_stride_t, HALF, REST, 16)
+            at_key = _key_position(token, key_rank, count, first, last, trained_tok, MODE)
+            k1, k2 = _turned_keys(k1, k2, cos_ptr, sin_ptr, at_key[:, None], MODE, HALF, 16)
             score = tl.where(exists, _best_product(k1, k2, k3, q1, q2, q3, REST), float("-inf"))
             best = tl.maximum(best, score, propagate_nan=tl.PropagateNan.ALL)
-    best = tl.reshape(best, (TILE, TOKENS))
-    is_nan = tl.max((best != best).to(tl.int32), 1)  # a maximum alone would lose it
-    best = tl.where(is_nan == 1, float("nan"), tl.max(tl.where(best == best, best, float("-inf")), 1))
+    best = _max(tl.reshape(best, (TILE, TOKENS)), 1)
     tl.store(scores_ptr + rank, best, mask=rank < C)
 
 
@@ -330,7 +334,10 @@ def _depth(chunk):
 
 @triton.jit
 def _chunks(starts_ptr, limits_ptr, n, rank, count, T, CHUNK: tl.constexpr):
-    """First token and number of tokens of the chunks at ``rank``, and which of them there are (the others get one token, at 0)."""
+    """First token and number of tokens of the chunks at ``rank``, and which of them there are.
+
+    The others get token 0, to be read and forgotten: ptxas spreads loads that have a condition, so that each is waited for.
+    """
     limit = tl.minimum(tl.load(limits_ptr + n), T)
     start = tl.load(starts_ptr + rank, mask=rank < count, other=0)
     present = (rank < count) & (start < limit)
@@ -342,9 +349,9 @@ def _chunks(starts_ptr, limits_ptr, n, rank, count, T, CHUNK: tl.constexpr):
 def _block(first_ptr, last_ptr, n, MODE: tl.constexpr):
     """First and last position of the query block, where the positions of keys depend on them."""
     if MODE == "dynamic" or MODE == "self_extend":
-        first, last = tl.load(first_ptr + n).to(tl.int64), tl.load(last_ptr + n).to(tl.int64)
+        first, last = tl.load(first_ptr + n).to(tl.int32), tl.load(last_ptr + n).to(tl.int32)
     else:
-        first, last = tl.zeros([], tl.int64), tl.zeros([], tl.int64)
+        first, last = 0, 0
     return first, last
 
 
@@ -357,6 +364,13 @@ def _halved(low, size, half, best, left_score, right_score, left_exists, right_e
     best = tl.maximum(best, right_score, propagate_nan=tl.PropagateNan.ALL)
     go_left = left_score > right_score
     return tl.where(go_left, low, low + half), tl.where(go_left, half, size - half), best
+
+
+@triton.jit
+def _max(x, axis: tl.constexpr):
+    """The maximum, NaN if there is one."""
+    is_nan = tl.max((x != x).to(tl.int32), axis)
+    return tl.where(is_nan == 1, float("nan"), tl.max(tl.where(x == x, x, float("-inf")), axis))
 
 
 @triton.jit
@@ -382,20 +396,17 @@ def _query_position(position_ptr, n, r, count, scan_window_tok, ROWS: tl.constex
 
 
 @triton.jit
-def _key_position(token, rank, first, last, trained_tok, MODE: tl.constexpr):
+def _key_position(token, rank, count, first, last, trained_tok, MODE: tl.constexpr):
     """Table rows of the keys ``token`` of the chunks ``rank`` of a list (:meth:`hipexp_kernels.rope.ScoreRotation.keys`)."""
     if MODE == "rank":
-        at = token * 0 + rank
+        at = token * 0 + tl.minimum(rank, count - 1)  # the table may have no more rows
     elif MODE == "dynamic":
-        token = token.to(tl.int64)
         window = trained_tok // 4
         end = tl.maximum(first - window, 1)
-        # The division rounds towards zero; where it matters the dividend is not negative.
-        squeezed = tl.maximum(end - (end - token) * (trained_tok - window) // end, last - trained_tok)
+        squeezed = tl.maximum(end - _quotient((end - token).to(tl.int64) * (trained_tok - window), end), last - trained_tok)
         keep = (last < trained_tok) | (token >= last - window) | (token >= end) | (end <= trained_tok - window)
         at = tl.maximum(tl.where(keep, token, squeezed), 0)
     elif MODE == "self_extend":
-        token = token.to(tl.int64)
         near = tl.minimum(trained_tok // 2, 8192)
         grouped = ((token - first) >> 4) + first
         at = tl.maximum(tl.where((token > first - near) | (last < trained_tok), token, grouped), 0)
@@ -405,28 +416,43 @@ def _key_position(token, rank, first, last, trained_tok, MODE: tl.constexpr):
 
 
 @triton.jit
-def _load(ptr, at, mask, HALF: tl.constexpr, REST: tl.constexpr, MIN: tl.constexpr):
+def _quotient(a, b):
+    """``a // b`` (int32) of int64 ``a`` >= 0 and int32 ``b`` > 0, without the long division that GPUs lack."""
+    b64, inverse = b.to(tl.int64), 1.0 / b.to(tl.float32)
+    q = (a.to(tl.float32) * inverse).to(tl.int64)
+    q += ((a - q * b64).to(tl.float32) * inverse).to(tl.int64)
+    rest = a - q * b64
+    return (q + (rest >= b64).to(tl.int64) - (rest < 0).to(tl.int64)).to(tl.int32)
+
+
+@triton.jit
+def _load(ptr, at, HALF: tl.constexpr, REST: tl.constexpr, MIN: tl.constexpr):
     """First halves, second halves and rest of the rows that begin at ``at`` ``[..., 1]``, 0 in padding; ``MIN``: least width of a tile."""
-    t = tl.arange(0, max(MIN, triton.next_power_of_2(HALF)))
-    inside = mask & (t < HALF)
-    first = tl.load(ptr + at + t, mask=inside, other=0.0)
-    second = tl.load(ptr + at + HALF + t, mask=inside, other=0.0)
+    first, second = _columns(ptr + at, HALF, MIN), _columns(ptr + at + HALF, HALF, MIN)
     if REST:
-        t = tl.arange(0, max(MIN, triton.next_power_of_2(REST)))
-        rest = tl.load(ptr + at + 2 * HALF + t, mask=mask & (t < REST), other=0.0)
+        rest = _columns(ptr + at + 2 * HALF, REST, MIN)
     else:
         rest = first  # never used
     return first, second, rest
 
 
 @triton.jit
-def _turned(first, second, cos_ptr, sin_ptr, at, mask, factor, HALF: tl.constexpr, MIN: tl.constexpr):
+def _columns(ptr, N: tl.constexpr, MIN: tl.constexpr):
+    """``N`` numbers from each of the pointers ``[..., 1]`` on."""
+    WIDTH: tl.constexpr = max(MIN, triton.next_power_of_2(N))
+    t = tl.arange(0, WIDTH)
+    if N == WIDTH:
+        x = tl.load(ptr + t)
+    else:
+        x = tl.load(ptr + t, mask=t < N, other=0.0)
+    return x
+
+
+@triton.jit
+def _turned(first, second, cos_ptr, sin_ptr, at, factor, HALF: tl.constexpr, MIN: tl.constexpr):
     """Both halves in fp32, rotated to the table rows ``at`` ``[..., 1]`` and multiplied by ``factor``."""
-    t = tl.arange(0, max(MIN, triton.next_power_of_2(HALF)))
-    inside = mask & (t < HALF)
-    where = at.to(tl.int64) * HALF + t
-    cos = tl.load(cos_ptr + where, mask=inside, other=0.0) * factor
-    sin = tl.load(sin_ptr + where, mask=inside, other=0.0) * factor
+    at = at.to(tl.int64) * HALF
+    cos, sin = _columns(cos_ptr + at, HALF, MIN) * factor, _columns(sin_ptr + at, HALF, MIN) * factor
     first, second = first.to(tl.float32), second.to(tl.float32)
     return first * cos - second * sin, second * cos + first * sin
 
@@ -434,14 +460,13 @@ def _turned(first, second, cos_ptr, sin_ptr, at, mask, factor, HALF: tl.constexp
 @triton.jit
 def _query(q_ptr, row, cos_ptr, sin_ptr, at, MODE: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, MIN: tl.constexpr):
     """Queries ``row`` ``[..., 1]`` in fp32, rotated to the table rows ``at``; before raw keys they carry the keys' attention factor too."""
-    everywhere = row >= 0
-    first, second, rest = _load(q_ptr, row.to(tl.int64) * (2 * HALF + REST), everywhere, HALF, REST, MIN)
+    first, second, rest = _load(q_ptr, row.to(tl.int64) * (2 * HALF + REST), HALF, REST, MIN)
     first, second, rest = first.to(tl.float32), second.to(tl.float32), rest.to(tl.float32)
     if MODE != "none":
         factor = 1.0
         if MODE == "relative" or MODE == "infllm":
             factor = tl.load(cos_ptr)  # cos of position 0
-        first, second = _turned(first, second, cos_ptr, sin_ptr, at, everywhere, factor, HALF, MIN)
+        first, second = _turned(first, second, cos_ptr, sin_ptr, at, factor, HALF, MIN)
     return first, second, rest
 
 
@@ -455,14 +480,14 @@ def _query_in(
 
 
 @triton.jit
-def _keys(k_ptr, token, stride_t, mask, HALF: tl.constexpr, REST: tl.constexpr, MIN: tl.constexpr):
-    """Raw keys ``token`` ``[..., 1]`` where ``mask`` says so, 0 elsewhere."""
-    return _load(k_ptr, token.to(tl.int64) * stride_t, mask, HALF, REST, MIN)
+def _keys(k_ptr, token, stride_t, HALF: tl.constexpr, REST: tl.constexpr, MIN: tl.constexpr):
+    """Raw keys ``token`` ``[..., 1]``."""
+    return _load(k_ptr, token.to(tl.int64) * stride_t, HALF, REST, MIN)
 
 
 @triton.jit
-def _turned_keys(first, second, cos_ptr, sin_ptr, at, mask, MODE: tl.constexpr, HALF: tl.constexpr, MIN: tl.constexpr):
+def _turned_keys(first, second, cos_ptr, sin_ptr, at, MODE: tl.constexpr, HALF: tl.constexpr, MIN: tl.constexpr):
     """Keys at the table rows ``at`` ``[..., 1]``, in fp32; as they are if the strategy leaves keys raw."""
     if MODE == "rank" or MODE == "native" or MODE == "dynamic" or MODE == "self_extend":
-        first, second = _turned(first, second, cos_ptr, sin_ptr, at, mask, 1.0, HALF, MIN)
+        first, second = _turned(first, second, cos_ptr, sin_ptr, at, 1.0, HALF, MIN)
     return first, second
