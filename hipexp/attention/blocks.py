@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -10,13 +11,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class QueryBlocks:
-    """Queries ``[H, N, size, D]`` of consecutive blocks; block ``n`` starts at position ``first[n]``, a multiple of ``size``.
+    """Queries ``[H, N, size, D]`` of consecutive blocks; block ``n`` begins at position ``start + n * size``, a multiple of ``size``.
 
     Rows before ``begin`` or from ``end`` on do not exist (:meth:`cut` leaves such rows in the first and the last block only).
     """
 
     q: Tensor
-    first: Tensor
+    start: int
     size: int
     begin: int
     end: int
@@ -25,37 +26,46 @@ class QueryBlocks:
     def cut(cls, q: Tensor, begin: int, size: int) -> QueryBlocks:
         """Cut queries ``q`` ``[H, Q, D]`` at positions ``begin``, ``begin + 1``, …; missing rows are zero."""
         H, Q, D = q.shape
-        grid, end = begin // size * size, begin + Q
-        n_blocks = -(-(end - grid) // size)
+        start, end = begin // size * size, begin + Q
+        n_blocks = -(-(end - start) // size)
         padded = q
-        if grid < begin or grid + n_blocks * size > end:
+        if start < begin or start + n_blocks * size > end:
             padded = q.new_zeros(H, n_blocks * size, D)
-            padded[:, begin - grid : end - grid] = q
-        first = grid + size * torch.arange(n_blocks, device=q.device)
-        return cls(padded.view(H, n_blocks, size, D), first, size, begin, end)
+            padded[:, begin - start : end - start] = q
+        return cls(padded.view(H, n_blocks, size, D), start, size, begin, end)
+
+    def __len__(self) -> int:
+        return self.q.shape[1]
+
+    @cached_property
+    def first(self) -> Tensor:
+        """First position of each block ``[N]``."""
+        return self.start + self.size * torch.arange(len(self), device=self.q.device)
 
     @property
     def last(self) -> Tensor:
         """Last position of each block on the grid ``[N]``, whether a query exists there or not."""
         return self.first + self.size - 1
 
+    def within(self, length: int) -> int:
+        """How many of the blocks, from the first on, end before position ``length``."""
+        return min(len(self), max(0, (length - self.start) // self.size))
+
     def rows(self, out: Tensor) -> Tensor:
         """Undo :meth:`cut` for an output ``[H, N, size, D]``: ``[H, Q, D]``."""
-        skip = self.begin - int(self.first[0])
+        skip = self.begin - self.start
         return out.flatten(1, 2)[:, skip : skip + self.end - self.begin]
 
     def from_block(self, n: int) -> QueryBlocks:
         """The blocks from the ``n``-th on."""
-        begin = max(self.begin, int(self.first[n])) if n < len(self.first) else self.end
-        return QueryBlocks(self.q[:, n:], self.first[n:], self.size, begin, self.end)
+        start = self.start + n * self.size
+        return QueryBlocks(self.q[:, n:], start, self.size, min(self.end, max(self.begin, start)), self.end)
 
     def split(self, size: int) -> QueryBlocks:
         """The same queries in smaller blocks; those that would begin past the end are left out."""
         H, N, _, D = self.q.shape
-        parts = self.size // size
-        n = min(N * parts, -(-(self.end - int(self.first[0])) // size))
-        first = (self.first[:, None] + size * torch.arange(parts, device=self.q.device)).flatten()
-        return QueryBlocks(self.q.reshape(H, N * parts, size, D)[:, :n], first[:n], size, self.begin, self.end)
+        n = min(N * self.size // size, -(-(self.end - self.start) // size))
+        return QueryBlocks(self.q.reshape(H, -1, size, D)[:, :n], self.start, size, self.begin, self.end)
 
     def pool(self, stride: int) -> tuple[Tensor, Tensor]:
         """Mean (fp32) of every ``stride`` neighbouring queries that exist ``[H, N, size/stride, D]``, and the position of the first.
@@ -65,8 +75,11 @@ class QueryBlocks:
         H, N, size, D = self.q.shape
         R = size // stride
         at = self.first[:, None] + torch.arange(0, size, stride, device=self.q.device)
+        complete = self.begin <= self.start and self.start + N * size <= self.end
+        if complete and stride == 1:
+            return self.q, at
         total = self.q.float().view(H, N, R, stride, D).sum(3)  # rows that do not exist are zero
-        if self.begin <= int(self.first[0]) and int(self.first[-1]) + size <= self.end:
+        if complete:
             return total / stride, at
         member = at[..., None] + torch.arange(stride, device=self.q.device)
         exists = (member >= self.begin) & (member < self.end)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from hipexp_kernels import attend_blocks
 from hipexp_kernels.rope import AttendRotation
 from torch import Tensor
@@ -51,23 +52,23 @@ class LayerAttention:
             )
         queries = QueryBlocks.cut(q, begin, size)
         attended = queries if memory or not stages else queries.split(stages[-1].query_block_tok)
-        exact = attended.last < self.plan.sink_tok + self.plan.window_tok + (stages[-1].keep_tok if stages else 0)
-        selection = self._select(queries, attended, exact, k, memory)
+        n_exact = attended.within(self.plan.sink_tok + self.plan.window_tok + (stages[-1].keep_tok if stages else 0))
+        selection = self._select(queries, attended, n_exact, k, memory)
         if memory:
             memory.step += 1
         out, _ = attend_blocks(
-            attended.q, k, v, selection.blocks, selection.counts, attended.first, exact,
+            attended.q, k, v, selection.blocks, selection.counts, attended.first,
+            torch.arange(len(attended), device=k.device) < n_exact,
             block_tok=block_tok, sink_tok=self.plan.sink_tok, window_tok=self.plan.window_tok, scale=self.scale,
             rotation=self._attend_rotation(k.shape[1], queries), softcap=self.softcap,
         )  # fmt: skip
         return attended.rows(out)
 
-    def _select(self, queries: QueryBlocks, attended: QueryBlocks, exact: Tensor, k: Tensor, memory: Memory | None) -> Selection:
-        """The selection for every attended block; blocks that see everything (a prefix of them) have none."""
+    def _select(self, queries: QueryBlocks, attended: QueryBlocks, n_exact: int, k: Tensor, memory: Memory | None) -> Selection:
+        """The selection for every attended block; the first ``n_exact`` of them see everything and have none."""
         stages = self.plan.decode if memory else self.plan.stages
-        n_exact = int(exact.sum())
-        self.pruned_blocks += len(exact) - n_exact
-        if n_exact == len(exact):
+        self.pruned_blocks += len(attended) - n_exact
+        if n_exact == len(attended):
             return Selection.empty(n_exact, k.device)
         parts = queries.size // attended.size
         skipped = n_exact // parts

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from hipexp_kernels.rope import KeyRotation, RopeTable, rotate
+from hipexp_kernels.rope import RopeTable, ScoreRotation
 from torch import Tensor
 
+from hipexp.attention.blocks import QueryBlocks
 from hipexp.config.schema import PruneRope
 
 CosSin = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -33,55 +34,20 @@ class RopeTables:
         return self._table
 
 
+MODES = {PruneRope.chunk_indexed: "rank"}  # of ScoreRotation, where the name differs
+
+
 def score_rotation(
-    strategy: PruneRope,
-    tables: RopeTables,
-    pooled: Tensor,
-    position: Tensor,
-    n_chunks: Tensor,
-    first: Tensor,
-    last: Tensor,
-    scan_window_tok: int,
-) -> tuple[Tensor, Tensor, KeyRotation | None]:
-    """Rotate pooled queries ``[H, N, R, D]`` for the left and the right probe, and say how probed keys are rotated.
+    strategy: PruneRope, tables: RopeTables, position: Tensor, n_chunks: int, queries: QueryBlocks, scan_window_tok: int
+) -> ScoreRotation | None:
+    """How chunks are scored for blocks of ``queries`` under a strategy; None: nothing is rotated.
 
-    ``position`` ``[N, R]``: position of each pooled query (that of its first member). ``n_chunks`` ``[S, N]``: candidates of each block
-    (``S`` is 1, or the key/value heads if each has its own list).
-    ``first``, ``last`` ``[N]``: the block's first and last position.
-
-    | strategy        | query                               | key                 |
-    |-----------------|-------------------------------------|---------------------|
-    | `relative`      | scan window + 1 (left), + 0 (right) | 0: left raw         |
-    | `infllm`        | scan window                         | 0: left raw         |
-    | `chunk_indexed` | min(position, chunks + scan window) | rank of its chunk   |
-    | `dynamic`       | position                            | squeezed position   |
-    | `self_extend`   | position                            | grouped position    |
-    | `native`        | position                            | position            |
-    | `none`          | not rotated                         | not rotated         |
+    ``position`` ``[N, R]``: position of each pooled query. ``n_chunks``: the length of the longest list. The table holds every
+    position that can be asked for: a probed key lies before its block.
     """
     if strategy is PruneRope.none:
-        return pooled, pooled, None
-    if strategy in (PruneRope.relative, PruneRope.infllm):
-        table = tables.upto(scan_window_tok + 2)
-        right = _with_key_factor(rotate(pooled, table.cos[scan_window_tok], table.sin[scan_window_tok]), table)
-        if strategy is PruneRope.infllm:
-            return right, right, None
-        left = _with_key_factor(rotate(pooled, table.cos[scan_window_tok + 1], table.sin[scan_window_tok + 1]), table)
-        return left, right, None
-    if strategy is PruneRope.chunk_indexed:
-        position = torch.minimum(position, n_chunks[..., None] + scan_window_tok).repeat_interleave(len(pooled) // len(n_chunks), 0)
-        table = tables.upto(int(n_chunks.max()) + scan_window_tok + 1)
-        mode = "rank"
-    else:
-        table = tables.upto(int(position.max()) + 1)  # every probed key lies before a block
-        mode = strategy.value
-    rotated = rotate(pooled, table.cos[position], table.sin[position])
-    return rotated, rotated, KeyRotation(mode, table, tables.trained_tok, first, last)
-
-
-def _with_key_factor(query: Tensor, table: RopeTable) -> Tensor:
-    """Give a rotated query the attention factor of its raw key too (cos of position 0 is the factor)."""
-    factor = float(table.cos[0, 0])
-    if factor != 1.0:
-        query[..., : 2 * table.cos.shape[1]] *= factor
-    return query
+        return None
+    rows = {PruneRope.relative: 2, PruneRope.infllm: 1, PruneRope.chunk_indexed: n_chunks + 1}.get(strategy)
+    table = tables.upto(queries.end if rows is None else scan_window_tok + rows)
+    mode = MODES.get(strategy, strategy.value)
+    return ScoreRotation(mode, table, tables.trained_tok, scan_window_tok, position, queries.first, queries.last)

@@ -86,6 +86,7 @@ KV_QUESTIONS = (
 )
 NUMBER_AFTER_TOK, PAIR_AFTER_TOK = 96, 48  # tokens behind a hidden number and behind a pair that should still point to it
 EVAL_SHARE = 0.4  # of the training prompts use the wording of the evaluation
+RUN_SHARE, SNIPPET_RUN_SHARE = 0.3, 0.5  # of the ten-digit numbers in prompts and in snippets have long runs of equal digits
 
 
 @dataclass
@@ -116,6 +117,11 @@ class Link(NamedTuple):
     needle_from: int
     needle_to: int
     after: int
+
+
+def digits_in_runs(rng: random.Random) -> str:
+    """Ten digits grown from two or three in place of five: to say them again one must count equal pairs."""
+    return ten_digits(rng, rng.choice((2, 3)))
 
 
 def sentence(rng: random.Random) -> str:
@@ -164,7 +170,7 @@ class PromptMaker:
         rng = self.rng
         ten = rng.random() < 0.6
         (thing, words), lines = digits_wording(rng, ten), noise_lines(rng)
-        key = ten_digits if ten else five_digits
+        key = (digits_in_runs if rng.random() < RUN_SHARE else ten_digits) if ten else five_digits
         count = 1 if rng.random() < 0.4 else rng.randint(2, max(2, min(12, length // 96)))
         places = rng.sample(NOUNS, count) if count > 1 else [""]
         keys = [key(rng) for _ in places]
@@ -228,7 +234,7 @@ class PromptMaker:
         kind = self.rng.random()
         if length < 128:
             return self.repeats(length) if kind < 0.6 else self.pairs(length)
-        if kind < (0.6 if length < 192 else 0.2 if length < 1024 else 0.05):
+        if kind < (0.6 if length < 192 else 0.3 if length < 1024 else 0.05):
             return self.snippets(length)
         return self.pairs(length) if length < 192 or kind < 0.65 else self.digits(length)
 
@@ -259,12 +265,12 @@ class PromptMaker:
         """A part of a UUID, a run of hex characters, a number or some words."""
         rng = self.rng
         kind = rng.random()
-        if kind < 0.4:
+        if kind < 0.35:
             return random_uuid(rng)[: rng.choice((8, 13, 18, 23, 36))]
-        if kind < 0.6:
+        if kind < 0.5:
             return f"{rng.getrandbits(64):016x}"[: rng.choice((4, 8, 12, 16))]
-        if kind < 0.8:
-            return rng.choice((five_digits, ten_digits))(rng)
+        if kind < 0.85:
+            return digits_in_runs(rng) if rng.random() < SNIPPET_RUN_SHARE else rng.choice((five_digits, ten_digits))(rng)
         return " ".join(rng.choice(rng.choice((NOUNS, VERBS, ADJECTIVES))) for _ in range(rng.randint(2, 8)))
 
     def pieces(self, segments: list[Segment]) -> Iterator[tuple[Segment, list[int]]]:

@@ -1,4 +1,4 @@
-"""Train ``needle`` from nothing on a CPU: ``python -m hipexp.needle.train`` (``make needle``). Resumable.
+"""Train ``needle`` from nothing: ``python -m hipexp.needle.train`` (``make needle``), on a GPU if there is one. Resumable.
 
 A plain Llama (GQA, RoPE base 1,000,000) learns to answer retrieval prompts of growing length. Beside the loss on the answers and
 a tenth of the language-model loss there is a *locality* loss: at the tokens that ask for a needle, attention logits should single out
@@ -79,6 +79,10 @@ class Asking:
     target: torch.Tensor
     allowed: torch.Tensor
 
+    def to(self, device: str) -> Asking:
+        """The same on another device."""
+        return Asking(self.rows.to(device), self.target.to(device), self.allowed.to(device))
+
 
 class Locality:
     """Collects the locality loss of one forward pass.
@@ -98,12 +102,13 @@ class Locality:
 
         Each token of the needle's neighbourhood competes with the tokens elsewhere, so that attention may still single one out.
         """
-        T = k_BHTD.shape[2]
-        k_BHTD = turn(k_BHTD, -torch.arange(T))
+        T, device = k_BHTD.shape[2], k_BHTD.device
+        k_BHTD = turn(k_BHTD, -torch.arange(T, device=device))
         for heads, asking, losses in ((slice(-1, None), self.single, self.own), (slice(None), self.blocks, self.shared)):
             q, rows = q_BHTD[:, heads], asking.rows.flatten(1)
             q = q.gather(2, rows[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
-            distance = torch.randint(T // 8, T * 2 // 3, asking.rows.shape[:2])[..., None].expand_as(asking.rows).flatten(1)
+            distance = torch.randint(T // 8, T * 2 // 3, asking.rows.shape[:2]).to(device)
+            distance = distance[..., None].expand_as(asking.rows).flatten(1)
             logits = (turn(q, (distance - rows)[:, None]) @ k_BHTD[:, heads].transpose(-1, -2)) * scale
             pooled = logits.unflatten(2, asking.rows.shape[1:]).logsumexp((1, 3))
             pooled = pooled.masked_fill(~asking.allowed, -1e9)
@@ -114,7 +119,7 @@ class Locality:
 
 def turn(x_D: torch.Tensor, by_tok: torch.Tensor) -> torch.Tensor:
     """Rotary embedding: turn vectors ``[..., D]`` on by ``by_tok`` ``[...]`` positions."""
-    angle = by_tok[..., None] * ROPE_THETA ** (-torch.arange(HEAD_DIM // 2) / (HEAD_DIM // 2))
+    angle = by_tok[..., None] * ROPE_THETA ** (-torch.arange(HEAD_DIM // 2, device=by_tok.device) / (HEAD_DIM // 2))
     (a, b), cos, sin = x_D.chunk(2, -1), angle.cos(), angle.sin()
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
@@ -147,8 +152,8 @@ def _attend_near(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, near_tok: in
         sink = x[:, :, None, :NEAR_SINK_TOK].expand(B, H, blocks, NEAR_SINK_TOK, D)
         return torch.cat([sink, own.roll(1, 2), own], 3).transpose(1, 2).flatten(0, 1)
 
-    block = torch.arange(blocks)[:, None, None]
-    key, query = torch.arange(NEAR_SINK_TOK + 2 * near_tok), torch.arange(near_tok)[:, None]
+    block = torch.arange(blocks, device=q.device)[:, None, None]
+    key, query = torch.arange(NEAR_SINK_TOK + 2 * near_tok, device=q.device), torch.arange(near_tok, device=q.device)[:, None]
     before, own = key >= NEAR_SINK_TOK, key - NEAR_SINK_TOK - near_tok
     mask = torch.where(own >= 0, own <= query, torch.where(before, block >= 1, block >= 2))
     mask = mask.repeat(B, 1, 1)[:, None]
@@ -219,8 +224,9 @@ def train(out: Path, minutes: float) -> bool:
     )
     AttentionInterface.register("needle_training", _attention)
     AttentionMaskInterface.register("needle_training", lambda *_, **__: None)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    model = LlamaForCausalLM(make_config(tokenizer.get_vocab_size()))
+    model = LlamaForCausalLM(make_config(tokenizer.get_vocab_size())).to(device)
     model.set_attn_implementation("needle_training")
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
@@ -230,7 +236,7 @@ def train(out: Path, minutes: float) -> bool:
     made_by = recipe()
     first, spent, checkpoint = 0, 0.0, out / "train.pt"
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=False)
+        state = torch.load(checkpoint, weights_only=False, map_location=device)
         if state.get("recipe") != made_by:
             raise SystemExit(f"error: {checkpoint} was made by another recipe than this code's; remove it, or train into another --out")
         model.load_state_dict(state["model"])
@@ -254,9 +260,10 @@ def train(out: Path, minutes: float) -> bool:
         length = step_length(step, rng)
         maker = PromptMaker(lambda text: tokenizer.encode(text, add_special_tokens=False), step, FIRST_WEIGHT)
         ids, weight, locality = collate([maker.prompt(length) for _ in range(max(1, TOKENS_PER_STEP // length))])
+        ids, weight = ids.to(device), weight.to(device)
         for group in optimizer.param_groups:
             group["lr"] = PEAK * min(1.0, (step + 1) / WARM_UP_STEPS, (1 - step / STEPS) / DECAY)
-        LOCALITY.single, LOCALITY.blocks = locality if locality else (None, None)
+        LOCALITY.single, LOCALITY.blocks = (asking.to(device) for asking in locality) if locality else (None, None)
         LOCALITY.own, LOCALITY.shared = [], []
         near = length <= NEAR_ALWAYS_TOK or rng.random() < NEAR_SHARE
         LOCALITY.near_tok = length // rng.choice(NEAR_PARTS) if near else 0
@@ -265,7 +272,7 @@ def train(out: Path, minutes: float) -> bool:
         answers, text = weight[:, 1:], (ids[:, 1:] != 0).float()
         answer_loss = (each * answers).sum() / answers.sum().clamp(min=1)
         text_loss = (each * text).sum() / text.sum()
-        local_loss = torch.stack(LOCALITY.own + LOCALITY.shared).mean() * 2 if locality else torch.zeros(())
+        local_loss = torch.stack(LOCALITY.own + LOCALITY.shared).mean() * 2 if locality else torch.zeros((), device=device)
         loss = answer_loss + LM_WEIGHT * text_loss + LOCALITY_WEIGHT * local_loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

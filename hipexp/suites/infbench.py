@@ -100,10 +100,10 @@ def five_digits(rng: random.Random) -> str:
     return str(rng.randint(10000, 99999))
 
 
-def ten_digits(rng: random.Random) -> str:
-    """Ten digits by the published recipe: five random ones, then five times a random digit is doubled in place."""
-    digits = [str(rng.randint(0, 9)) for _ in range(5)]
-    for _ in range(5):
+def ten_digits(rng: random.Random, seeds: int = 5) -> str:
+    """Ten digits by the published recipe: five random ones (``seeds``), then five times a random digit is doubled in place."""
+    digits = [str(rng.randint(0, 9)) for _ in range(seeds)]
+    while len(digits) < 10:
         spot = rng.randrange(len(digits))
         digits.insert(spot, digits[spot])
     return "".join(digits)

@@ -34,24 +34,61 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class KeyRotation:
-    """How a stage rotates the keys it probes.
+class ScoreRotation:
+    """Which positions pooled queries and probed keys get while chunks are scored.
 
-    ``rank``: by the chunk's index in the stage's list (chunk-indexed); ``native``: by the token's position; ``dynamic``:
-    positions further than ``trained_tok/4`` are squeezed into the trained length; ``self_extend``: far positions are
-    grouped by 16. ``first`` and ``last`` ``[N]`` are the first and last query position of each block.
+    | mode          | query                               | key                                                                 |
+    |---------------|-------------------------------------|---------------------------------------------------------------------|
+    | `relative`    | scan window + 1 (left), + 0 (right) | 0: left raw                                                         |
+    | `infllm`      | scan window                         | 0: left raw                                                         |
+    | `rank`        | min(position, chunks + scan window) | the chunk's index in the stage's list (chunk-indexed)               |
+    | `native`      | position                            | position                                                            |
+    | `dynamic`     | position                            | further than ``trained_tok/4``: squeezed into the trained length    |
+    | `self_extend` | position                            | far ones grouped by 16                                              |
+
+    ``position`` ``[N, R]``: position of each pooled query (that of its first member). ``first`` and ``last`` ``[N]``: first and last
+    query position of each block. ``table`` needs a row for every position that is asked for.
     """
 
     mode: str
     table: RopeTable
     trained_tok: int
+    scan_window_tok: int
+    position: Tensor
     first: Tensor
     last: Tensor
 
     GROUP = 16
     NEIGHBOUR_TOK = 8192
+    MODES = ("relative", "infllm", "rank", "native", "dynamic", "self_extend")
 
-    def positions(self, token_SNC: Tensor, rank_C: Tensor) -> Tensor:
+    @property
+    def turns_keys(self) -> bool:
+        """Whether probed keys are rotated; otherwise they are read as they are."""
+        return self.mode not in ("relative", "infllm")
+
+    def queries(self, q: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries ``[H, N, R, D]`` rotated (fp32) for the left and for the right probe: one tensor where that makes no difference.
+
+        ``counts`` ``[S, N]``: candidates of each block.
+        """
+        q = q.float()
+        if not self.turns_keys:
+            right = self._before_raw_keys(q, self.scan_window_tok)
+            return (self._before_raw_keys(q, self.scan_window_tok + 1) if self.mode == "relative" else right), right
+        at = self.position
+        if self.mode == "rank":
+            at = torch.minimum(at, counts[..., None] + self.scan_window_tok).repeat_interleave(len(q) // len(counts), 0)
+        rotated = rotate(q, self.table.cos[at], self.table.sin[at])
+        return rotated, rotated
+
+    def _before_raw_keys(self, q: Tensor, row: int) -> Tensor:
+        """``q`` at one position; it carries the attention factor of its raw keys too (cos of position 0 is the factor)."""
+        rotated = rotate(q, self.table.cos[row], self.table.sin[row])
+        rotated[..., : 2 * self.table.cos.shape[1]] *= self.table.cos[0, 0]
+        return rotated
+
+    def keys(self, token_SNC: Tensor, rank_C: Tensor) -> Tensor:
         """Positions of the probed tokens ``[S, N, C]`` of chunks ``[C]`` (ints, not below 0).
 
         Other shapes go as well where ``first`` and ``last`` with a last dimension of one broadcast against them.
@@ -63,11 +100,9 @@ class KeyRotation:
             return token_SNC
         if self.mode == "dynamic":
             return dynamic_positions(token_SNC, first, last, self.trained_tok)
-        if self.mode == "self_extend":
-            near = min(self.NEIGHBOUR_TOK, self.trained_tok // 2)
-            grouped = torch.div(token_SNC - first, self.GROUP, rounding_mode="floor") + first
-            return torch.where((token_SNC > first - near) | (last < self.trained_tok), token_SNC, grouped).clamp(min=0)
-        raise ValueError(f"key rotation {self.mode!r} is unknown; use rank, native, dynamic or self_extend")
+        near = min(self.NEIGHBOUR_TOK, self.trained_tok // 2)
+        grouped = torch.div(token_SNC - first, self.GROUP, rounding_mode="floor") + first
+        return torch.where((token_SNC > first - near) | (last < self.trained_tok), token_SNC, grouped).clamp(min=0)
 
 
 def paired(x: Tensor, table: RopeTable) -> Tensor:

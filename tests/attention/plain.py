@@ -7,12 +7,7 @@ import brute
 from hipexp.config.schema import Heads, PruneRope
 
 CLOSE = 1e-5  # rounding may turn a closer decision: such an example says nothing
-KEYS = {
-    PruneRope.chunk_indexed: "rank",
-    PruneRope.dynamic: "dynamic",
-    PruneRope.self_extend: "self_extend",
-    PruneRope.native: "native",
-}
+MODES = {PruneRope.chunk_indexed: "rank"}
 
 
 def lists(plan, q, k):
@@ -40,10 +35,10 @@ def select(plan, stages, q, k, at, rotary, trained, memory=None, due=0):
         first = at // size * size
         group = np.arange(first, min(first + size, q.shape[1]), stride)
         pooled = np.stack([q[:, g : min(g + stride, first + size)].mean(1) for g in group], 1)
-        left, right = (rotated(pooled, stage.rope, p, rotary) for p in query_positions(stage.rope, group, len(chunks), scan))
+        mode = None if stage.rope is PruneRope.none else MODES.get(stage.rope, stage.rope.value)
         scores, margins = brute.score_chunks(
-            left[:, None], right[:, None], k, np.array(chunks, int)[None, None], np.array([[len(chunks)]]), np.array([limit]), stage.chunk_tok,
-            stage.representative.value, KEYS.get(stage.rope), rotary, trained, [first], [first + size - 1],
+            pooled[:, None], k, np.array(chunks, int)[None, None], np.array([[len(chunks)]]), np.array([limit]), stage.chunk_tok,
+            stage.representative.value, mode, rotary, trained, scan, [group], [first], [first + size - 1],
         )  # fmt: skip
         best, keep = scores[:, 0].max(0), stage.keep_tok // stage.chunk_tok
         ranking = -np.sort(-best)
@@ -53,24 +48,6 @@ def select(plan, stages, q, k, at, rotary, trained, memory=None, due=0):
             pieces = range(0, stage.chunk_tok, stages[i + 1].chunk_tok)
             chunks = [start + piece for start in chunks for piece in pieces if start + piece < limit]
     return chunks
-
-
-def query_positions(strategy, position, n_chunks, scan):
-    """For the left and the right probe, with keys that stay at position 0 where the strategy does not rotate them."""
-    if strategy is PruneRope.relative:
-        return np.full(len(position), scan + 1), np.full(len(position), scan)
-    if strategy is PruneRope.infllm:
-        return (np.full(len(position), scan),) * 2
-    if strategy is PruneRope.chunk_indexed:
-        return (np.minimum(position, n_chunks + scan),) * 2
-    return position, position
-
-
-def rotated(pooled, strategy, position, rotary):
-    if strategy is PruneRope.none:
-        return pooled
-    turned = brute.turned(pooled, brute.phase(position, rotary))
-    return turned if strategy in KEYS else brute.turned(turned, brute.phase(0, rotary))  # the raw key's attention factor
 
 
 def attend(plan, stages, q, k, v, first, size, chosen, exact, rotary, trained, scale, softcap):

@@ -1,10 +1,12 @@
 """Positions of the pooled queries under every strategy against a table written by hand (those of keys: tests/kernels)."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from exact_tables import ExactTables
-from hipexp.attention.rope import RopeTables, score_rotation
+from hipexp.attention.rope import score_rotation
 from hipexp.config.schema import PruneRope
 
 SCAN = 768  # the paper's window of 1024 less its first chunk of 256
@@ -22,13 +24,16 @@ TABLE = {
 }
 
 
+def rotation_of(strategy, cos_sin, position=POSITION, n_chunks=17):
+    queries = SimpleNamespace(first=position[:, 0], last=position[:, 0] + 63, end=5064)
+    return score_rotation(strategy, ExactTables(cos_sin, 2048), position, n_chunks, queries, SCAN)
+
+
 def positions_of(strategy, position=POSITION, chunks=CHUNKS, heads=1):
-    """Positions of the queries ``[H, N, R]`` for the left and the right probe, and the key rotation."""
-    tables = ExactTables(lambda p: (p[:, None] + 1.0, torch.zeros(len(p), 1)), 2048)  # cos of position p is p + 1
-    pooled = torch.tensor([1.0, 0.0]).expand(heads, *position.shape, 2)
-    first, last = position[:, 0], position[:, 0] + 63
-    left, right, keys = score_rotation(strategy, tables, pooled, position, chunks, first, last, SCAN)
-    return (left[..., 0] - 1).tolist(), (right[..., 0] - 1).tolist(), keys
+    """Positions of the queries ``[H, N, R]`` for the left and the right probe, and the rotation."""
+    rotation = rotation_of(strategy, lambda p: (p[:, None] + 1.0, torch.zeros(len(p), 1)), position, int(chunks.max()))  # cos of p is p + 1
+    left, right = rotation.queries(torch.tensor([1.0, 0.0]).expand(heads, *position.shape, 2), chunks)
+    return (left[..., 0] - 1).tolist(), (right[..., 0] - 1).tolist(), rotation
 
 
 def test_the_table_is_complete():
@@ -40,8 +45,8 @@ def test_positions_of_pooled_queries(strategy):
     left, right, mode = TABLE[strategy]
     *found, keys = positions_of(strategy)
     assert found == [[left], [right]]
-    assert (keys and keys.mode) == mode
-    if keys:
+    assert keys.turns_keys == bool(mode) and keys.mode == (mode or strategy.value)
+    if mode:
         assert keys.first.tolist() == [1280, 5000] and keys.last.tolist() == [1343, 5063] and keys.trained_tok == 2048
 
 
@@ -56,19 +61,15 @@ def test_chunk_indexed_counts_each_list_by_itself():
 
 
 def test_none_rotates_nothing():
-    pooled = torch.randn(2, 2, 2, 4)
-    left, right, keys = score_rotation(PruneRope.none, RopeTables(None, 0), pooled, POSITION, CHUNKS, POSITION[:, 0], POSITION[:, 0], SCAN)
-    assert torch.equal(left, pooled) and torch.equal(right, pooled) and keys is None
+    assert rotation_of(PruneRope.none, None) is None
 
 
 @pytest.mark.parametrize("strategy", [PruneRope.relative, PruneRope.infllm])
 def test_a_query_that_meets_raw_keys_carries_their_attention_factor(strategy):
     """YaRN multiplies queries and keys, in the rotated dimensions alone."""
-    plain = RopeTables(lambda p: (torch.cos(p[:, None] * 0.1), torch.sin(p[:, None] * 0.1)), 2048)
-    yarn = RopeTables(lambda p: (1.5 * torch.cos(p[:, None] * 0.1), 1.5 * torch.sin(p[:, None] * 0.1)), 2048)
-    pooled = torch.randn(2, 2, 2, 4)
-    expected, found = (
-        score_rotation(strategy, tables, pooled, POSITION, CHUNKS, POSITION[:, 0], POSITION[:, 0], SCAN)[:2] for tables in (plain, yarn)
+    q = torch.randn(2, 2, 2, 4)
+    plain, yarn = (
+        rotation_of(strategy, lambda p, f=f: (f * torch.cos(p[:, None] * 0.1), f * torch.sin(p[:, None] * 0.1))) for f in (1, 1.5)
     )
-    for raw, own in zip(expected, found, strict=True):
+    for raw, own in zip(plain.queries(q, CHUNKS), yarn.queries(q, CHUNKS), strict=True):
         torch.testing.assert_close(own, raw * torch.tensor([2.25, 2.25, 1, 1]))

@@ -51,35 +51,56 @@ def probe_position(mode, i, rank, first, last, trained):
     return i
 
 
+KEYS_STAY = (None, "relative", "infllm")
+
+
+def query_positions(mode, position, n_chunks, scan):
+    """For the left and the right probe."""
+    if mode == "relative":
+        return np.full(len(position), scan + 1), np.full(len(position), scan)
+    if mode == "infllm":
+        return (np.full(len(position), scan),) * 2
+    if mode == "rank":
+        return (np.minimum(position, n_chunks + scan),) * 2
+    return position, position
+
+
 def score_chunks(
-    q_left, q_right, k, starts, counts, limits, chunk_tok, representative, mode=None, rotary=0, trained=0, first=None, last=None
+    q, k, starts, counts, limits, chunk_tok, representative, mode=None, rotary=0, trained=0, scan=0, position=None, first=None, last=None
 ):
-    """Scores ``[H, N, C]`` and, for each, the smallest margin of a decision on its path."""
-    H, N = q_left.shape[:2]
-    group, C = H // len(k), starts.shape[2]
-    scores, margins = np.full((H, N, C), -np.inf), np.full((H, N, C), np.inf)
+    """Scores ``[K, N, C]`` and, for each, the smallest margin of a decision on its paths."""
+    H, N = q.shape[:2]
+    K, C = len(k), starts.shape[2]
+    scores, margins = np.full((K, N, C), -np.inf), np.full((K, N, C), np.inf)
     for h, n, c in np.ndindex(H, N, C):
-        s, b = (h // group) % len(starts), n % starts.shape[1]
+        g = h // (H // K)
+        s, b = g % len(starts), n % starts.shape[1]
         begin, end = int(starts[s, b, c]), min(int(starts[s, b, c]) + chunk_tok, int(limits[n]), k.shape[1])
         if c >= counts[s, n] or begin >= end:
             continue
+        left = right = q[h, n]
+        if mode:
+            at = query_positions(mode, np.asarray(position[n]), int(counts[s, n]), scan)
+            left, right = (turned(q[h, n], phase(p, rotary)) for p in at)
+        if mode in ("relative", "infllm"):  # the raw key's attention factor
+            left, right = (turned(rows, phase(0, rotary)) for rows in (left, right))
 
-        def best_row(rows, i, h=h, n=n, c=c):
-            key = k[h // group, i]
-            if mode:
+        def best_row(rows, i, g=g, n=n, c=c):
+            key = k[g, i]
+            if mode not in KEYS_STAY:
                 key = turned(key, phase(probe_position(mode, i, c, int(first[n]), int(last[n]), trained), rotary))
-            return max(np.dot(row, key) for row in rows[h, n])
+            return max(np.dot(row, key) for row in rows)
 
         path, margin = [], np.inf
         if representative == "exact" or end - begin == 1:
-            path = [best_row(q_right, i) for i in range(begin, end)]
+            path = [best_row(right, i) for i in range(begin, end)]
         else:
             while end - begin > 1:
                 middle = begin + (end - begin) // 2
-                path += [best_row(q_left, begin + (middle - begin) // 2), best_row(q_right, middle + (end - middle) // 2)]
+                path += [best_row(left, begin + (middle - begin) // 2), best_row(right, middle + (end - middle) // 2)]
                 margin = min(margin, abs(path[-1] - path[-2]))
                 begin, end = (begin, middle) if path[-2] > path[-1] else (middle, end)
-        scores[h, n, c], margins[h, n, c] = max(path), margin
+        scores[g, n, c], margins[g, n, c] = max(scores[g, n, c], *path), min(margins[g, n, c], margin)
     return scores, margins
 
 

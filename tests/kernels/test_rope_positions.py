@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hipexp_kernels.rope import AttendRotation, KeyRotation, RopeTable, paired, rotate, turn
+from hipexp_kernels.rope import AttendRotation, RopeTable, ScoreRotation, paired, rotate, turn
 
 import brute
 
@@ -11,8 +11,8 @@ INDEX = RopeTable(torch.arange(200.0)[:, None], torch.arange(200.0)[:, None] + 0
 
 
 def key_positions(mode, tokens, first, last, trained_tok):
-    rotation = KeyRotation(mode, INDEX, trained_tok, torch.tensor([first]), torch.tensor([last]))
-    return rotation.positions(torch.tensor([[tokens]]), torch.arange(len(tokens)))[0, 0].tolist()
+    rotation = ScoreRotation(mode, INDEX, trained_tok, 0, torch.tensor([[first]]), torch.tensor([first]), torch.tensor([last]))
+    return rotation.keys(torch.tensor([[tokens]]), torch.arange(len(tokens)))[0, 0].tolist()
 
 
 def test_keys_by_rank_of_their_chunk():

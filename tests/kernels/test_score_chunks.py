@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from hipexp_kernels import score_chunks
-from hipexp_kernels.rope import KeyRotation
+from hipexp_kernels.rope import RopeTable, ScoreRotation
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,17 +33,15 @@ def calls(draw, integers=False):
         starts = rng.integers(0, max(1, T - chunk // 2), (S, N, C))
         counts = rng.integers(0, C + 1, (S, N))
         starts = np.where(np.arange(C) < counts[..., None], starts, rng.choice([-1, -(2**40), 2**40]))
-    one_query = draw(st.booleans())
-    q_left = random(K * G, N, R, D)
     return dict(
-        q_left=q_left, q_right=q_left if one_query else random(K * G, N, R, D), k=random(K, T, D), starts=starts, counts=counts, limits=limits,
+        q=random(K * G, N, R, D), k=random(K, T, D), starts=starts, counts=counts, limits=limits,
         chunk_tok=chunk, representative=draw(st.sampled_from(["descent", "exact"])),
     )  # fmt: skip
 
 
 def run(impl, call, rotation=None):
     tensors = {name: torch.from_numpy(np.ascontiguousarray(x)) if isinstance(x, np.ndarray) else x for name, x in call.items()}
-    for name in ("q_left", "q_right", "k"):
+    for name in ("q", "k"):
         tensors[name] = tensors[name].float()
     return score_chunks(**tensors, rotation=rotation, impl=impl).numpy()
 
@@ -68,24 +66,29 @@ def test_ties_of_whole_numbers_are_decided_alike(impl, call):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("mode", ["rank", "native", "dynamic", "self_extend"])
-@given(call=calls(), partial=st.booleans(), trained=st.sampled_from([8, 32, 64, 1000]), seed=st.integers(0, 2**32 - 1))
-def test_rotated_keys(impl, mode, call, partial, trained, seed):
-    n_blocks, width = len(call["limits"]), call["k"].shape[-1]
+@pytest.mark.parametrize("mode", ScoreRotation.MODES)
+@given(call=calls(), partial=st.booleans(), trained=st.sampled_from([8, 32, 64, 1000]), scan=st.integers(0, 9), seed=st.integers(0, 2**32 - 1))
+def test_rotations(impl, mode, call, partial, trained, scan, seed):
+    (_, n_blocks, rows, width), n_chunks = call["q"].shape, call["starts"].shape[-1]
     rotary = 2 * max(1, width // 4) if partial else width
-    first = np.random.default_rng(seed).integers(0, 200, n_blocks)
-    last = first + 7
-    rows = {"native": call["k"].shape[1], "rank": call["starts"].shape[-1]}.get(mode, 300)  # no row too many
-    rotation = KeyRotation(mode, brute.rope_table(rows, rotary), trained, torch.from_numpy(first), torch.from_numpy(last))
-    expected = brute.score_chunks(**call, mode=mode, rotary=rotary, trained=trained, first=first, last=last)
+    rng = np.random.default_rng(seed)
+    first = rng.integers(0, 200, n_blocks)
+    last, position = first + 7, first[:, None] + rng.integers(0, 8, (n_blocks, rows))
+    needed = {"relative": scan + 2, "infllm": scan + 1, "rank": n_chunks + scan + 1}.get(mode, 300)  # no row too many
+    tensors = (torch.from_numpy(x) for x in (position, first, last))
+    rotation = ScoreRotation(mode, brute.rope_table(needed, rotary), trained, scan, *tensors)
+    expected = brute.score_chunks(
+        **call, mode=mode, rotary=rotary, trained=trained, scan=scan, position=position, first=first, last=last
+    )
     compare(run(impl, call, rotation), *expected)
 
 
-@given(call=calls(), size=st.integers(1, 2000), mode=st.sampled_from([None, "rank", "native", "dynamic"]))
+@given(call=calls(), size=st.integers(1, 2000), mode=st.sampled_from([None, "relative", "rank", "native", "dynamic"]))
 def test_any_cut_into_groups_of_blocks(call, size, mode):
     """However few products are in flight at a time, the scores stay."""
     first = torch.arange(len(call["limits"])) * 30
-    rotation = mode and KeyRotation(mode, brute.rope_table(100, 4), 32, first, first + 7)
+    position = first[:, None] + torch.arange(call["q"].shape[2])
+    rotation = mode and ScoreRotation(mode, brute.rope_table(130, 4), 32, 5, position, first, first + 7)
     whole = run("vectorized", call, rotation)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(VECTORIZED, "FLOATS", size)
@@ -97,7 +100,7 @@ def test_any_cut_into_groups_of_blocks(call, size, mode):
 def test_head_dimensions(D, representative):
     rng = np.random.default_rng(D)
     q = rng.standard_normal((4, 3, 5, D))
-    call = dict(q_left=q, q_right=q * 1.01, k=rng.standard_normal((2, 500, D)), starts=np.arange(16, 470, 32)[None, None], counts=np.array([[15, 3, 0]]),
+    call = dict(q=q, k=rng.standard_normal((2, 500, D)), starts=np.arange(16, 470, 32)[None, None], counts=np.array([[15, 3, 0]]),
                 limits=np.array([500, 110, 20]), chunk_tok=32, representative=representative)  # fmt: skip
     for impl in IMPLS:
         compare(run(impl, call), *brute.score_chunks(**call))
@@ -109,9 +112,9 @@ def test_half_precision_inputs_are_scored_in_fp32(impl, dtype):
     torch.manual_seed(0)
     q, k = torch.randn(4, 2, 3, 16).to(dtype), torch.randn(2, 100, 16).to(dtype)
     rest = (torch.arange(0, 96, 8)[None, None], torch.tensor([[12, 7]]), torch.tensor([100, 50]))
-    half = score_chunks(q, q, k, *rest, chunk_tok=8, impl=impl)
+    half = score_chunks(q, k, *rest, chunk_tok=8, impl=impl)
     assert half.dtype == torch.float32
-    torch.testing.assert_close(half, score_chunks(q.float(), q.float(), k.float(), *rest, chunk_tok=8, impl=impl))
+    torch.testing.assert_close(half, score_chunks(q.float(), k.float(), *rest, chunk_tok=8, impl=impl))
 
 
 def one_head(products, chunk_tok, limit=None, representative="descent", impl="reference"):
@@ -121,7 +124,7 @@ def one_head(products, chunk_tok, limit=None, representative="descent", impl="re
     counts = torch.tensor([[starts.shape[-1]]])
     q = torch.ones(1, 1, 1, 1)
     return score_chunks(
-        q, q, k, starts, counts, torch.tensor([limit or len(products)]), chunk_tok=chunk_tok, representative=representative, impl=impl
+        q, k, starts, counts, torch.tensor([limit or len(products)]), chunk_tok=chunk_tok, representative=representative, impl=impl
     )[0, 0].tolist()
 
 
@@ -144,12 +147,26 @@ def test_chunks_are_cut_at_the_limit(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_one_token_is_a_right_half(impl):
-    left, right = torch.full((1, 1, 1, 1), 2.0), torch.full((1, 1, 1, 1), 3.0)
+    cos = torch.tensor([[1.0], [3.0], [2.0]])  # a right probe looks from position 1, a left one from 2
+    at = torch.zeros(1, 1, dtype=torch.int64)
+    rotation = ScoreRotation("relative", RopeTable(cos, torch.zeros(3, 1)), 64, 1, at, at[0], at[0])
+    q, k = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2), torch.tensor([1.0, 0.0]).expand(1, 4, 2)
     for chunk_tok, limit in ((1, 1), (8, 1)):
         for representative in ("descent", "exact"):
-            score = score_chunks(left, right, torch.ones(1, 4, 1), torch.zeros(1, 1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.int64), torch.tensor([limit]),
-                                 chunk_tok=chunk_tok, representative=representative, impl=impl)  # fmt: skip
+            score = score_chunks(q, k, at[None], at + 1, torch.tensor([limit]), chunk_tok=chunk_tok, representative=representative,
+                                 rotation=rotation, impl=impl)  # fmt: skip
             assert score.item() == 3
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_every_head_walks_by_itself_and_the_best_counts(impl):
+    """Two heads on one key/value head: what is on one path only is found by its head."""
+    k = torch.tensor([[9.0, 0], [0, 0], [2, 1], [0, 0], [0, 0], [0, 0], [1, 2], [0, 5]])[None]
+    q = torch.eye(2).view(2, 1, 1, 2)
+    rest = (torch.zeros(1, 1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.int64), torch.tensor([8]))
+    assert score_chunks(q[:1], k, *rest, chunk_tok=8, impl=impl).tolist() == [[[2.0]]]  # left at 2, then 1 and 3: zeros
+    assert score_chunks(q[1:], k, *rest, chunk_tok=8, impl=impl).tolist() == [[[5.0]]]
+    assert score_chunks(q, k, *rest, chunk_tok=8, impl=impl).tolist() == [[[5.0]]]
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -188,7 +205,6 @@ def test_isolated_spike_is_found_by_exact(impl):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(q_right=torch.zeros(4, 2, 3, 9)), "q_right"),
         (dict(k=torch.zeros(2, 50, 9)), "score_chunks: k"),
         (dict(k=torch.zeros(3, 50, 8)), "score_chunks: k"),
         (dict(k=torch.zeros(50, 8)), "score_chunks: k"),
@@ -201,13 +217,13 @@ def test_isolated_spike_is_found_by_exact(impl):
         (dict(chunk_tok=0), "chunk_tok=0 must be a power of two"),
         (dict(chunk_tok=12), "chunk_tok=12 must be a power of two"),
         (
-            dict(rotation=KeyRotation("sideways", brute.rope_table(60, 8), 64, torch.zeros(2), torch.zeros(2))),
-            "key rotation 'sideways' is unknown",
+            dict(rotation=ScoreRotation("sideways", brute.rope_table(60, 8), 64, 0, torch.zeros(2, 3), torch.zeros(2), torch.zeros(2))),
+            "score rotation 'sideways' is unknown; use relative, infllm",
         ),
     ],
 )
 def test_refusals(change, message):
-    call = dict(q_left=torch.zeros(4, 2, 3, 8), q_right=torch.zeros(4, 2, 3, 8), k=torch.zeros(2, 50, 8), starts=torch.zeros(1, 2, 5, dtype=torch.int64),
+    call = dict(q=torch.zeros(4, 2, 3, 8), k=torch.zeros(2, 50, 8), starts=torch.zeros(1, 2, 5, dtype=torch.int64),
                 counts=torch.ones(1, 2, dtype=torch.int64), limits=torch.full((2,), 50), chunk_tok=8)  # fmt: skip
     score_chunks(**call)
     with pytest.raises(ValueError, match=message):

@@ -39,16 +39,15 @@ def select(
         stage = stages[i]
         if stage.query_block_tok < queries.size:
             parts, queries = queries.size // stage.query_block_tok, queries.split(stage.query_block_tok)
-            starts, counts, limits = (_repeat(x, parts, dim, len(queries.first)) for x, dim in ((starts, 1), (counts, 1), (limits, 0)))
+            starts, counts, limits = (_repeat(x, parts, dim, len(queries)) for x, dim in ((starts, 1), (counts, 1), (limits, 0)))
         if memory and i:
             memory.candidates[i] = (starts, counts)
         scores = _score(stage, queries, keys, starts, counts, limits, scan_window_tok, tables)
-        scores = scores.unflatten(0, (lists, -1)).amax(1)
-        index, kept = keep_top(scores, counts.expand(lists, -1), stage.keep_tok // stage.chunk_tok)
-        starts = starts.expand(lists, index.shape[1], -1).gather(2, index.clamp(min=0)).masked_fill(index < 0, -1)
-        counts = kept
-        if i + 1 < len(stages):
-            starts, counts = subdivide(starts, counts, limits, stage.chunk_tok, stages[i + 1].chunk_tok)
+        following = stages[min(i + 1, len(stages) - 1)]
+        starts, counts = keep_top(
+            scores, starts, counts, limits, keep=stage.keep_tok // stage.chunk_tok, lists=lists,
+            chunk_tok=stage.chunk_tok, next_tok=following.chunk_tok,
+        )  # fmt: skip
     selection = Selection(starts, counts)
     if memory:
         memory.selection = selection
@@ -61,20 +60,15 @@ def first_candidates(queries: QueryBlocks, sink_tok: int, scan_window_tok: int, 
     A chunk takes part if it starts no later than ``scan_window_tok`` before the block. The scan window is one chunk shorter than
     the attention window, so that tokens which leave the window while a selection is reused had a chance to be in it.
     """
-    bound = (queries.first - scan_window_tok - sink_tok).clamp(min=-1)
-    counts = torch.div(bound, chunk_tok, rounding_mode="floor") + 1
-    counts = torch.minimum(counts, torch.div(queries.first - sink_tok + chunk_tok - 1, chunk_tok, rounding_mode="floor").clamp(min=0))
-    starts = sink_tok + chunk_tok * torch.arange(int(counts.max()), device=queries.first.device)
-    return starts[None, None], counts[None]
 
+    def reached(first: Tensor) -> Tensor:
+        bound = (first - scan_window_tok - sink_tok).clamp(min=-1)
+        reaching = torch.div(bound, chunk_tok, rounding_mode="floor") + 1
+        return torch.minimum(reaching, torch.div(first - sink_tok + chunk_tok - 1, chunk_tok, rounding_mode="floor").clamp(min=0))
 
-def subdivide(starts: Tensor, counts: Tensor, limits: Tensor, chunk_tok: int, next_tok: int) -> Candidates:
-    """Cut chunks ``[S, N, M]`` into pieces of ``next_tok``, in ascending order, without pieces at or past the block's limit."""
-    pieces = torch.arange(0, chunk_tok, next_tok, device=starts.device)
-    fine = (starts[..., None] + pieces).flatten(2)
-    rank = torch.arange(fine.shape[2], device=starts.device)
-    valid = (rank < counts[..., None] * len(pieces)) & (fine < limits[:, None])
-    return fine.masked_fill(~valid, -1), valid.sum(-1)
+    most = int(reached(torch.tensor(queries.start + (len(queries) - 1) * queries.size)))
+    starts = sink_tok + chunk_tok * torch.arange(most, device=queries.first.device)
+    return starts[None, None], reached(queries.first)[None]
 
 
 def _score(
@@ -89,17 +83,9 @@ def _score(
 ) -> Tensor:
     pooled, position = queries.pool(stage.query_stride_tok if queries.size > 1 else 1)
     assert stage.rope is not None, "LayerPlan resolves it"
-    q_left, q_right, rotation = score_rotation(stage.rope, tables, pooled, position, counts, queries.first, queries.last, scan_window_tok)
+    rotation = score_rotation(stage.rope, tables, position, starts.shape[2], queries, scan_window_tok)
     return score_chunks(
-        q_left,
-        q_right,
-        keys,
-        starts,
-        counts,
-        limits,
-        chunk_tok=stage.chunk_tok,
-        representative=stage.representative.value,
-        rotation=rotation,
+        pooled, keys, starts, counts, limits, chunk_tok=stage.chunk_tok, representative=stage.representative.value, rotation=rotation
     )
 
 

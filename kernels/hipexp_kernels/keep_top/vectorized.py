@@ -4,7 +4,21 @@ import torch
 from torch import Tensor
 
 
-def keep_top(scores: Tensor, counts: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+def keep_top(
+    scores: Tensor, starts: Tensor, counts: Tensor, limits: Tensor, *, keep: int, lists: int, chunk_tok: int, next_tok: int
+) -> tuple[Tensor, Tensor]:
+    scores = scores.unflatten(0, (lists, -1)).amax(1)
+    index, kept = _best(scores, counts.expand(lists, -1), min(keep, scores.shape[2]))
+    chosen = starts.expand(lists, index.shape[1], -1).gather(2, index.clamp(min=0)) if index.numel() else index
+    pieces = torch.arange(0, chunk_tok, next_tok, device=starts.device)
+    fine = (chosen[..., None] + pieces).flatten(2)
+    slot = torch.arange(fine.shape[2], device=starts.device)
+    valid = (slot < kept[..., None] * len(pieces)) & (fine < limits[:, None])
+    return fine.masked_fill(~valid, -1), valid.sum(-1)
+
+
+def _best(scores: Tensor, counts: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """Indices ``[S, N, keep]`` of the best of ``scores`` ``[S, N, C]``, ascending and -1 padded, and how many there are."""
     S, N, C = scores.shape
     rank = torch.arange(C, device=scores.device)
     active = rank < counts[..., None]

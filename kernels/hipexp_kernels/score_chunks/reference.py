@@ -1,51 +1,47 @@
 """Plain statement of chunk scoring: one head, one block, one chunk at a time, in fp32."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from hipexp_kernels.rope import KeyRotation, rotate
+from hipexp_kernels.rope import ScoreRotation, rotate
 
 
 def score_chunks(
-    q_left: Tensor,
-    q_right: Tensor,
-    k: Tensor,
-    starts: Tensor,
-    counts: Tensor,
-    limits: Tensor,
-    *,
-    chunk_tok: int,
-    representative: str,
-    rotation: KeyRotation | None,
-) -> Tensor:
-    H, N, _, _ = q_left.shape
-    S, C, group = starts.shape[0], starts.shape[2], H // k.shape[0]
+    q: Tensor, k: Tensor, starts: Tensor, counts: Tensor, limits: Tensor, *,
+    chunk_tok: int, representative: str, rotation: ScoreRotation | None,
+) -> Tensor:  # fmt: skip
+    (H, N, _, _), K = q.shape, k.shape[0]
+    S, C, group = starts.shape[0], starts.shape[2], H // K
     starts, k = starts.expand(S, N, C), k.float()
-    scores = torch.full((H, N, C), float("-inf"))
+    q_left, q_right = rotation.queries(q, counts) if rotation else (q.float(), q.float())
+    scores = torch.full((K, N, C), float("-inf"))
     for h in range(H):
         s = h // group if S > 1 else 0
         for n in range(N):
 
             def probe(token: int, queries: Tensor, rank: int, h=h, n=n) -> float:
                 key = k[h // group, token]
-                if rotation is not None:
+                if rotation and rotation.turns_keys:
                     at = int(position_of(rotation, token, rank, n))
                     key = rotate(key, rotation.table.cos[at], rotation.table.sin[at])
-                return float((queries[h, n].float() @ key).max())
+                return float((queries[h, n] @ key).max())
 
             for c in range(int(counts[s, n])):
                 left = int(starts[s, n, c])
-                right = min(left + chunk_tok, int(limits[n]))
+                right = min(left + chunk_tok, int(limits[n]), k.shape[1])
                 if left < right:
                     walk = descend if representative == "descent" else scan
-                    scores[h, n, c] = walk(left, right, lambda t, q, c=c: probe(t, q, c), q_left, q_right)
+                    score = walk(left, right, lambda t, q, c=c: probe(t, q, c), q_left, q_right)
+                    scores[h // group, n, c] = max(scores[h // group, n, c], score)
     return scores
 
 
-def position_of(rotation: KeyRotation, token: int, rank: int, n: int) -> Tensor:
+def position_of(rotation: ScoreRotation, token: int, rank: int, n: int) -> Tensor:
     """Position of one probed token for block ``n``."""
-    one = KeyRotation(rotation.mode, rotation.table, rotation.trained_tok, rotation.first[n : n + 1], rotation.last[n : n + 1])
-    return one.positions(torch.tensor([[[token]]]), torch.tensor([rank]))
+    one = replace(rotation, first=rotation.first[n : n + 1], last=rotation.last[n : n + 1])
+    return one.keys(torch.tensor([[[token]]]), torch.tensor([rank]))
 
 
 def descend(left: int, right: int, probe, q_left: Tensor, q_right: Tensor) -> float:

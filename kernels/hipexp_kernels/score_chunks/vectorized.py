@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hipexp_kernels.rope import KeyRotation, turn
+from hipexp_kernels.rope import ScoreRotation, turn
 from hipexp_kernels.rows import KeyRows
 
 FLOATS = 1 << 20  # of gathered keys or products in flight: 4 MiB, found best on two cores with 0.5 MiB of L2 each
@@ -18,22 +18,15 @@ NONE = float("-inf")
 
 
 def score_chunks(
-    q_left: Tensor,
-    q_right: Tensor,
-    k: Tensor,
-    starts: Tensor,
-    counts: Tensor,
-    limits: Tensor,
-    *,
-    chunk_tok: int,
-    representative: str,
-    rotation: KeyRotation | None,
-) -> Tensor:
-    H, N, R, D = q_left.shape
+    q: Tensor, k: Tensor, starts: Tensor, counts: Tensor, limits: Tensor, *,
+    chunk_tok: int, representative: str, rotation: ScoreRotation | None,
+) -> Tensor:  # fmt: skip
+    H, N, R, D = q.shape
     K, T, _ = k.shape
-    S, _, C = starts.shape
-    scores = torch.full((H, N, C), NONE, device=k.device)
-    keys = KeyRows(k, rotation.table if rotation else None, once=K * T <= H * N * C)
+    C, limits = starts.shape[2], limits.clamp(max=T)
+    q_left, q_right = rotation.queries(q, counts) if rotation else (q, q)
+    scores = torch.full((K, N, C), NONE, device=k.device)
+    keys = KeyRows(k, rotation.table if rotation and rotation.turns_keys else None, once=K * T <= H * N * C)
     width = max(64, FLOATS // (H * max(R, D)))  # chunks at a time
     step = max(1, min(N, width // max(1, C)))  # blocks at a time
     products = torch.empty(H * step * R * min(width, C), device=k.device)
@@ -54,8 +47,7 @@ def score_chunks(
                 if representative == "descent"
                 else _scan(right, start, size, rank, chunk_tok)
             )
-            best = best.transpose(1, 2).reshape(S, H // S, -1, len(rank)).masked_fill(~present[:, None], NONE)
-            scores[:, part, c : c + len(rank)] = best.view(H, -1, len(rank))
+            scores[:, part, c : c + len(rank)] = best.amax(2).masked_fill_(~present, NONE)
     return scores
 
 
@@ -99,8 +91,8 @@ def _scan(right: _Probe, start: Tensor, size: Tensor | int, rank: Tensor, chunk_
 class _Probe:
     """Scores of probed keys under the queries ``[H, n, R, D]`` of some blocks."""
 
-    def __init__(self, q: Tensor, keys: KeyRows, rotation: KeyRotation | None, products: Tensor):
-        self.keys, self.rotation, self.products = keys, rotation, products
+    def __init__(self, q: Tensor, keys: KeyRows, rotation: ScoreRotation | None, products: Tensor):
+        self.keys, self.rotation, self.products = keys, rotation if rotation and rotation.turns_keys else None, products
         q = keys.convert(q)
         q = torch.view_as_real(q).flatten(-2) if q.is_complex() else q
         self.q = q.unflatten(0, (len(keys.heads), -1)).transpose(1, 2).contiguous()
@@ -109,7 +101,7 @@ class _Probe:
         """Best product over the rows, ``[K, n, G, C]``, with the keys at ``token`` ``[K or 1, n or 1, G or 1, C]`` of chunks ``rank``."""
         K, n, G, R, D = self.q.shape
         if self.rotation:
-            at = rank if self.rotation.mode == "rank" else self.rotation.positions(token, rank)
+            at = rank if self.rotation.mode == "rank" else self.rotation.keys(token, rank)
             token = token.expand(-1, at.shape[1] if at.ndim > 1 else -1, -1, -1)
             assert self.keys.table is not None, "keys that are rotated come with a table"
             factor = self.keys.table.factor.index_select(0, at.flatten()).unflatten(0, at.shape)
@@ -123,6 +115,6 @@ class _Probe:
         return products.view(-1, R, C).amax(1).view(K, n, G, C)
 
 
-def _of_blocks(rotation: KeyRotation | None, part: slice) -> KeyRotation | None:
+def _of_blocks(rotation: ScoreRotation | None, part: slice) -> ScoreRotation | None:
     """The rotation for some blocks, to be asked for positions of ``[K, n, G, C]`` tokens."""
     return rotation and replace(rotation, first=rotation.first[part, None], last=rotation.last[part, None])
