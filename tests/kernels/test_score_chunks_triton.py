@@ -27,7 +27,15 @@ def make(K=2, G=2, N=2, R=1, D=32, T=90, C=5, chunk=8, S=1, shared=False, repres
     if not shared:
         starts = torch.where(torch.arange(C) < counts[..., None], starts, torch.tensor([-1, FAR, -FAR])[torch.arange(C) % 3])
     limits = torch.randint(T // 2, T + 9, (N,), generator=make)
-    return dict(q=random(K * G, N, R, D), k=random(K, T, D), starts=starts, counts=counts, limits=limits, chunk_tok=chunk, representative=representative)
+    return dict(
+        q=random(K * G, N, R, D),
+        k=random(K, T, D),
+        starts=starts,
+        counts=counts,
+        limits=limits,
+        chunk_tok=chunk,
+        representative=representative,
+    )
 
 
 def rotation(call, mode, rotary=None, trained=64, scan_window=20, seed=1):
@@ -42,7 +50,9 @@ def rotation(call, mode, rotary=None, trained=64, scan_window=20, seed=1):
 def moved(call, turn):
     if turn is not None:
         table = type(turn.table)(on_device(turn.table.cos), on_device(turn.table.sin))
-        turn = type(turn)(turn.mode, table, turn.trained_tok, turn.scan_window_tok, *(on_device(x) for x in (turn.position, turn.first, turn.last)))
+        turn = type(turn)(
+            turn.mode, table, turn.trained_tok, turn.scan_window_tok, *(on_device(x) for x in (turn.position, turn.first, turn.last))
+        )
     return on_device(call), turn
 
 

@@ -20,12 +20,14 @@ from torch import Tensor
 from hipexp_kernels.dispatch import require_triton_can
 from hipexp_kernels.rope import ScoreRotation
 
-# What to tune: rows of keys in flight in each program, and warps that share them.
-# ``registers`` of each thread: without that hint ptxas saves registers by waiting for one key before it asks for the next.
-ONE_ROW = dict(keys=64, warps=4, registers=128)  # keys: chunks times query heads
-ROWS = dict(keys=64, warps=4, registers=168)  # keys: chunks
-EXACT = dict(keys=64, warps=4, registers=128)  # keys: tokens
+# What to tune: rows of keys in flight in each program, the warps that share them, and the registers of a thread (fewer let more programs
+# run side by side). Without that bound ptxas saves registers by waiting for one key before it asks for the next. Keys that are rotated
+# take more of them.
+ONE_ROW = dict(keys=64, warps=4, registers=128, registers_rotated=168)  # keys: chunks times query heads
+ROWS = dict(keys=64, warps=4, registers=168, registers_rotated=255)  # keys: chunks
+EXACT = dict(keys=64, warps=4, registers=168, registers_rotated=255)  # keys: tokens
 MAX_COLUMNS = 128  # query rows that are multiplied at a time
+RAW_KEYS = ("none", "relative", "infllm")  # modes that leave keys as they are
 
 
 def score_chunks(
@@ -83,7 +85,7 @@ def launch(mode: str, rows: int, group: int, dim: int, rotary: int, chunk_tok: i
         constexprs |= dict(ROWS=rows, TILE=max(16, tuned["keys"] // wide))
     options = dict(num_warps=tuned["warps"], num_stages=1)
     if torch.version.hip is None:
-        options["maxnreg"] = tuned["registers"]
+        options["maxnreg"] = tuned["registers" if mode in RAW_KEYS else "registers_rotated"]
     return kernel, constexprs, options
 
 
@@ -182,7 +184,8 @@ def _descend_one_row(
         if REST:
             left_score += tl.sum(l3 * a3, 2)
             right_score += tl.sum(r3 * b3, 2)
-        low, size, best = _halved(low, size, half, best, left_score, right_score, left_exists, right_exists)
+        best, go_left = _better(best, left_score, right_score, left_exists, right_exists)
+        low, size = tl.where(go_left, low, low + half), tl.where(go_left, half, size - half)
     rank = tile * TILE + tl.arange(0, TILE)
     tl.store(scores_ptr + rank, _max(best, 0), mask=rank < C)
 
@@ -241,21 +244,29 @@ def _descend_rows(
         if MODE == "relative":
             l1, l2, l3 = _query_in(k_ptr.dtype.element_ty, q_ptr, row, cos_ptr, sin_ptr, at + 1, MODE, HALF, REST, 16)
         low, size = start, length
+        width = length  # the same number, but in the layout of the pointers, where ``size`` is in that of the products
         for depth in range(_depth(CHUNK)):
-            half = size // 2
-            left, right = low + half // 2, low + half + (size - half) // 2
-            left_exists = present & (size > 1)
-            right_exists = present & ((size > 1) | (depth == 0))  # a chunk of one token is probed once, as a right half
-            # Both are on their way before either is waited for.
+            half = width // 2
+            left, right = low + half // 2, low + half + (width - half) // 2
             a1, a2, a3 = _keys(k_ptr, left[:, None], k_stride_t, HALF, REST, 16)
-            b1, b2, b3 = _keys(k_ptr, right[:, None], k_stride_t, HALF, REST, 16)
-            at_left = _key_position(left, rank, count, first, last, trained_tok, MODE)
-            a1, a2 = _turned_keys(a1, a2, cos_ptr, sin_ptr, at_left[:, None], MODE, HALF, 16)
-            at_right = _key_position(right, rank, count, first, last, trained_tok, MODE)
-            b1, b2 = _turned_keys(b1, b2, cos_ptr, sin_ptr, at_right[:, None], MODE, HALF, 16)
-            left_score = _best_product(a1, a2, a3, l1, l2, l3, REST)
+            if MODE == "none" or MODE == "relative" or MODE == "infllm":
+                # Both are on their way before either is waited for.
+                b1, b2, b3 = _keys(k_ptr, right[:, None], k_stride_t, HALF, REST, 16)
+                left_score = _best_product(a1, a2, a3, l1, l2, l3, REST)
+            else:
+                # One after the other: angles take registers too.
+                at_left = _key_position(left, rank, count, first, last, trained_tok, MODE)
+                a1, a2 = _turned_keys(a1, a2, cos_ptr, sin_ptr, at_left[:, None], MODE, HALF, 16)
+                left_score = _best_product(a1, a2, a3, l1, l2, l3, REST)
+                b1, b2, b3 = _keys(k_ptr, right[:, None], k_stride_t, HALF, REST, 16)
+                at_right = _key_position(right, rank, count, first, last, trained_tok, MODE)
+                b1, b2 = _turned_keys(b1, b2, cos_ptr, sin_ptr, at_right[:, None], MODE, HALF, 16)
             right_score = _best_product(b1, b2, b3, r1, r2, r3, REST)
-            low, size, best = _halved(low, size, half, best, left_score, right_score, left_exists, right_exists)
+            best, go_left = _better(best, left_score, right_score, present & (size > 1), present & ((size > 1) | (depth == 0)))
+            size = tl.where(go_left, size // 2, size - size // 2)
+            # A gather changes the layout once; left to itself, Triton changes that of every pointer, with a barrier before each load.
+            went_left = tl.gather(go_left.to(tl.int32), tl.arange(0, TILE), 0) == 1
+            low, width = tl.where(went_left, low, low + half), tl.where(went_left, half, width - half)
     tl.store(scores_ptr + rank, best, mask=rank < C)
 
 
@@ -356,14 +367,12 @@ def _block(first_ptr, last_ptr, n, MODE: tl.constexpr):
 
 
 @triton.jit
-def _halved(low, size, half, best, left_score, right_score, left_exists, right_exists):
-    """The halves that stay (ties: right) and the best probes so far."""
+def _better(best, left_score, right_score, left_exists, right_exists):
+    """The best probes so far, and where the left half stays (ties: right)."""
     left_score = tl.where(left_exists, left_score, float("-inf"))
     right_score = tl.where(right_exists, right_score, float("-inf"))
     best = tl.maximum(best, left_score, propagate_nan=tl.PropagateNan.ALL)
-    best = tl.maximum(best, right_score, propagate_nan=tl.PropagateNan.ALL)
-    go_left = left_score > right_score
-    return tl.where(go_left, low, low + half), tl.where(go_left, half, size - half), best
+    return tl.maximum(best, right_score, propagate_nan=tl.PropagateNan.ALL), left_score > right_score
 
 
 @triton.jit
