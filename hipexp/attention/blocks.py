@@ -10,10 +10,36 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Step:
+    """Where a decode step stands, as the device reads it: ``numbers`` ``[2]``, its position and how many first candidates there are.
+
+    A CUDA graph of decode steps reads the same tensor in every replay; whoever replays it writes the numbers before.
+    """
+
+    numbers: Tensor
+
+    @classmethod
+    def at(cls, position: int, n_candidates: int, device: torch.device) -> Step:
+        """The step of the token at ``position``."""
+        return cls(torch.tensor([position, n_candidates], device=device))
+
+    @property
+    def position(self) -> Tensor:
+        """``[1]``"""
+        return self.numbers[:1]
+
+    @property
+    def n_candidates(self) -> Tensor:
+        """``[1, 1]``"""
+        return self.numbers[1:, None]
+
+
+@dataclass(frozen=True)
 class QueryBlocks:
     """Queries ``[H, N, size, D]`` of consecutive blocks; block ``n`` begins at position ``start + n * size``, a multiple of ``size``.
 
     Rows before ``begin`` or from ``end`` on do not exist (:meth:`cut` leaves such rows in the first and the last block only).
+    ``step``: of a decode step, what the device reads in place of ``start`` (see :class:`Step`).
     """
 
     q: Tensor
@@ -21,6 +47,7 @@ class QueryBlocks:
     size: int
     begin: int
     end: int
+    step: Step | None = None
 
     @classmethod
     def cut(cls, q: Tensor, begin: int, size: int) -> QueryBlocks:
@@ -34,12 +61,19 @@ class QueryBlocks:
             padded[:, begin - start : end - start] = q
         return cls(padded.view(H, n_blocks, size, D), start, size, begin, end)
 
+    @classmethod
+    def one(cls, q: Tensor, position: int, step: Step) -> QueryBlocks:
+        """The query ``[H, 1, D]`` of a decode step, which stands at ``position`` or, in a CUDA graph, no later."""
+        return cls(q[:, None], position, 1, position, position + 1, step)
+
     def __len__(self) -> int:
         return self.q.shape[1]
 
     @cached_property
     def first(self) -> Tensor:
         """First position of each block ``[N]``."""
+        if self.step:
+            return self.step.position
         return self.start + self.size * torch.arange(len(self), device=self.q.device)
 
     @property
@@ -73,11 +107,11 @@ class QueryBlocks:
         A group without any query repeats the nearest one that has some: a maximum over rows is not changed by that.
         """
         H, N, size, D = self.q.shape
+        if self.step:
+            return self.q, self.first[:, None]
         R = size // stride
         at = self.first[:, None] + torch.arange(0, size, stride, device=self.q.device)
         complete = self.begin <= self.start and self.start + N * size <= self.end
-        if complete and stride == 1:
-            return self.q, at
         total = self.q.float().view(H, N, R, stride, D).sum(3)  # rows that do not exist are zero
         if complete:
             return total / stride, at

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from hipexp_kernels import attend_blocks
 from hipexp_kernels.rope import AttendRotation
 from torch import Tensor
 
-from hipexp.attention.blocks import QueryBlocks
+from hipexp.attention.blocks import QueryBlocks, Step
 from hipexp.attention.methods import METHODS
+from hipexp.attention.methods.hip import n_first_candidates
 from hipexp.attention.refresh import Memory
 from hipexp.attention.rope import RopeTables
 from hipexp.attention.selection import Selection
@@ -34,11 +36,13 @@ class LayerAttention:
     softcap: float | None = None
     pruned_blocks: int = 0
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, begin: int, memory: Memory | None = None) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, begin: int, memory: Memory | None = None, step: Step | None = None) -> Tensor:
         """Return ``[H, Q, D]``: queries ``q`` ``[H, Q, D]`` at positions ``begin`` … over raw keys and values ``[K, T, D]``.
 
-        With ``memory`` (decode) ``Q`` must be 1 and the layer's decode stages and refresh schedule apply. Raises ValueError if
-        ``Q`` is not, and for a later part of a prompt that does not start where a query block does.
+        With ``memory`` (decode) ``Q`` must be 1 and the layer's decode stages and refresh schedule apply. ``step``: its position as
+        the device reads it, in place of ``begin`` (see :meth:`step_at`): in a CUDA graph that is replayed for later tokens ``begin`` is
+        the last position it will serve, and ``k`` and ``v`` reach as far. Raises ValueError if ``Q`` is not 1 there, and for a later
+        part of a prompt that does not start where a query block does.
         """
         if memory and q.shape[1] != 1:
             raise ValueError(f"a decode step has one query, not {q.shape[1]}")
@@ -50,7 +54,7 @@ class LayerAttention:
                 f"a part of a prompt begins at token {begin} (left padding not counted), inside a query block; cut prompts, and pad rows, "
                 f"by multiples of {size} tokens, or use hipexp.hf.generate"
             )
-        queries = QueryBlocks.cut(q, begin, size)
+        queries = QueryBlocks.one(q, begin, step or self.step_at(begin, q.device)) if memory else QueryBlocks.cut(q, begin, size)
         attended = queries if memory or not stages else queries.split(stages[-1].query_block_tok)
         n_exact = attended.within(self.plan.sink_tok + self.plan.window_tok + (stages[-1].keep_tok if stages else 0))
         selection = self._select(queries, attended, n_exact, k, memory)
@@ -58,11 +62,19 @@ class LayerAttention:
             memory.step += 1
         out, _ = attend_blocks(
             attended.q, k, v, selection.blocks, selection.counts, attended.first,
-            torch.arange(len(attended), device=k.device) < n_exact,
+            _first(n_exact, len(attended), k.device),
             block_tok=block_tok, sink_tok=self.plan.sink_tok, window_tok=self.plan.window_tok, scale=self.scale,
             rotation=self._attend_rotation(k.shape[1], queries), softcap=self.softcap,
         )  # fmt: skip
         return attended.rows(out)
+
+    def step_at(self, position: int, device: torch.device) -> Step:
+        """The decode step of the token at ``position``, for layers whose plans have the same sinks, window and first decode stage."""
+        stages, plan = self.plan.decode, self.plan
+        n_candidates = (
+            n_first_candidates(position, plan.sink_tok, plan.window_tok - stages[0].chunk_tok, stages[0].chunk_tok) if stages else 0
+        )
+        return Step.at(position, n_candidates, device)
 
     def _select(self, queries: QueryBlocks, attended: QueryBlocks, n_exact: int, k: Tensor, memory: Memory | None) -> Selection:
         """The selection for every attended block; the first ``n_exact`` of them see everything and have none."""
@@ -85,6 +97,13 @@ class LayerAttention:
         if self.plan.attend in (AttendRope.native, AttendRope.dynamic):
             rows = max(rows, n_keys + queries.size)
         return AttendRotation(self.plan.attend.value, self.tables.upto(rows), self.tables.trained_tok)
+
+
+@lru_cache(maxsize=64)
+def _first(n: int, length: int, device: torch.device) -> Tensor:
+    """``[length]``, true for the first ``n``."""
+    with torch.inference_mode(False):
+        return torch.arange(length, device=device) < n
 
 
 def _no_rope(positions: Tensor) -> tuple[Tensor, Tensor]:

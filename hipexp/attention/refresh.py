@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from hipexp.attention.selection import Selection
 from hipexp.config.schema import Stage
 
 Candidates = tuple[Tensor, Tensor]  # starts [S, 1, C] and counts [S, 1]
@@ -14,17 +13,20 @@ Candidates = tuple[Tensor, Tensor]  # starts [S, 1, C] and counts [S, 1]
 
 @dataclass
 class Memory:
-    """Refresh state of one sequence in one layer: decode steps done, candidates of each stage but the first, the final selection."""
+    """Refresh state of one sequence in one layer: decode steps done, and what each stage was given by the one before.
+
+    ``lists[i]``: the candidates of stage ``i`` (those of the first are not kept); ``lists[len(stages)]``: the final selection. A stage
+    that runs again writes over its last result where that has the right size.
+    """
 
     step: int = 0
-    candidates: dict[int, Candidates] = field(default_factory=dict)
-    selection: Selection | None = None
+    lists: dict[int, Candidates] = field(default_factory=dict)
 
     def first_stage_due(self, stages: list[Stage]) -> int:
         """The first stage that this decode step runs again (later ones follow); ``len(stages)`` if the selection is reused.
 
         A stage is due every ``refresh_steps`` steps, all are due at step 0 and as long as nothing is remembered.
         """
-        if self.selection is None:
+        if len(stages) not in self.lists:
             return 0
         return next((i for i, stage in enumerate(stages) if self.step % stage.refresh_steps == 0), len(stages))

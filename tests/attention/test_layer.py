@@ -263,11 +263,11 @@ def test_cached_stages_reproduce_the_full_pipeline(rope, heads):
     p, query, full = plan(rope, heads), QueryBlocks.cut(q[:, 339:], 339, 1), Memory()
     fresh = hip.select(p, p.decode, query, k, tables(), full)
     for step, due in ((4, 1), (2, 2), (3, 3)):
-        again = Memory(step, dict(full.candidates), full.selection)
+        again = Memory(step, {i: (starts.clone(), counts.clone()) for i, (starts, counts) in full.lists.items()})
         assert again.first_stage_due(p.decode) == due
         selection = hip.select(p, p.decode, query, k, tables(), again)
         assert torch.equal(selection.blocks, fresh.blocks) and torch.equal(selection.counts, fresh.counts)
-        assert sorted(again.candidates) == [1, 2]
+        assert sorted(again.lists) == [1, 2, 3]
 
 
 @pytest.mark.parametrize("rope", [PruneRope.relative, PruneRope.chunk_indexed])
@@ -280,7 +280,7 @@ def test_steps_with_the_same_query_and_the_same_first_candidates_agree(rope):
             p = plan(rope, refresh=refresh)
             hip.select(p, p.decode, QueryBlocks.cut(query, at, 1), k[:, : at + 1], tables(), memory)
             memory.step += 1
-        assert torch.equal(cached.selection.blocks, every.selection.blocks)
+        assert torch.equal(cached.lists[3][0], every.lists[3][0])
 
 
 def test_decode_refreshing_every_step_equals_prefill_with_single_query_blocks():

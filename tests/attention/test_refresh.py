@@ -1,7 +1,8 @@
 """The refresh schedule of decode: which stages run at which step."""
 
+import torch
+
 from hipexp.attention.refresh import Memory
-from hipexp.attention.selection import Selection
 from hipexp.config.schema import Stage
 
 
@@ -10,7 +11,7 @@ def due(intervals, steps):
     memory, seen = Memory(), []
     for _ in range(steps):
         seen.append(memory.first_stage_due(stages))
-        memory.selection = Selection.empty(1)
+        memory.lists[len(stages)] = torch.zeros(1, 1, 1), torch.ones(1, 1)
         memory.step += 1
     return seen
 

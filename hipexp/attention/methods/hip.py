@@ -6,6 +6,9 @@ against a block of queries by a few of its keys, and keeps the best chunks; the 
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 from hipexp_kernels import keep_top, score_chunks
 from torch import Tensor
@@ -26,12 +29,11 @@ def select(
     """
     due = memory.first_stage_due(stages) if memory else 0
     if memory and due == len(stages):
-        assert memory.selection is not None, "otherwise stage 0 is due"
-        return memory.selection
+        return Selection(*memory.lists[due])
     scan_window_tok = max(0, plan.window_tok - stages[0].chunk_tok)
     lists = keys.shape[0] if plan.heads is Heads.per_kv else 1
     if memory and due:
-        starts, counts = memory.candidates[due]
+        starts, counts = memory.lists[due]
     else:
         starts, counts = first_candidates(queries, plan.sink_tok, scan_window_tok, stages[0].chunk_tok)
     limits = queries.first
@@ -40,35 +42,47 @@ def select(
         if stage.query_block_tok < queries.size:
             parts, queries = queries.size // stage.query_block_tok, queries.split(stage.query_block_tok)
             starts, counts, limits = (_repeat(x, parts, dim, len(queries)) for x, dim in ((starts, 1), (counts, 1), (limits, 0)))
-        if memory and i:
-            memory.candidates[i] = (starts, counts)
         scores = _score(stage, queries, keys, starts, counts, limits, scan_window_tok, tables)
         following = stages[min(i + 1, len(stages) - 1)]
         starts, counts = keep_top(
             scores, starts, counts, limits, keep=stage.keep_tok // stage.chunk_tok, lists=lists,
-            chunk_tok=stage.chunk_tok, next_tok=following.chunk_tok,
+            chunk_tok=stage.chunk_tok, next_tok=following.chunk_tok, out=memory.lists.get(i + 1) if memory else None,
         )  # fmt: skip
-    selection = Selection(starts, counts)
-    if memory:
-        memory.selection = selection
-    return selection
+        if memory:
+            memory.lists[i + 1] = starts, counts
+    return Selection(starts, counts)
 
 
 def first_candidates(queries: QueryBlocks, sink_tok: int, scan_window_tok: int, chunk_tok: int) -> Candidates:
-    """Starts ``[1, 1, C]`` of the chunks between sinks and scan window, shared by all blocks, and how many each block has ``[1, N]``.
+    """Starts ``[1, 1, C]`` of the chunks between sinks and scan window, shared by all blocks, and how many each block has ``[1, N]``."""
+    last = queries.start + (len(queries) - 1) * queries.size
+    starts = _grid(sink_tok, chunk_tok, queries.q.device, n_first_candidates(last, sink_tok, scan_window_tok, chunk_tok))
+    if queries.step:
+        return starts, queries.step.n_candidates
+    return starts, n_first_candidates(queries.first, sink_tok, scan_window_tok, chunk_tok)[None]
 
-    A chunk takes part if it starts no later than ``scan_window_tok`` before the block. The scan window is one chunk shorter than
-    the attention window, so that tokens which leave the window while a selection is reused had a chance to be in it.
+
+def n_first_candidates(first: Any, sink_tok: int, scan_window_tok: int, chunk_tok: int) -> Any:
+    """How many chunks lie between the sinks and the scan window of a block that begins at position ``first`` (int, or ints ``[N]``).
+
+    A chunk takes part if it starts no later than ``scan_window_tok`` before the block, and before it. The scan window is one chunk
+    shorter than the attention window, so that tokens which leave the window while a selection is reused had a chance to be in it.
     """
+    reach = first - sink_tok - max(scan_window_tok, 1)
+    if isinstance(reach, int):
+        return max(0, reach // chunk_tok + 1)
+    return (torch.div(reach, chunk_tok, rounding_mode="floor") + 1).clamp(min=0)
 
-    def reached(first: Tensor) -> Tensor:
-        bound = (first - scan_window_tok - sink_tok).clamp(min=-1)
-        reaching = torch.div(bound, chunk_tok, rounding_mode="floor") + 1
-        return torch.minimum(reaching, torch.div(first - sink_tok + chunk_tok - 1, chunk_tok, rounding_mode="floor").clamp(min=0))
 
-    most = int(reached(torch.tensor(queries.start + (len(queries) - 1) * queries.size)))
-    starts = sink_tok + chunk_tok * torch.arange(most, device=queries.first.device)
-    return starts[None, None], reached(queries.first)[None]
+def _grid(sink_tok: int, chunk_tok: int, device: torch.device, n_chunks: int) -> Tensor:
+    """Starts ``[1, 1, n_chunks]`` of the first chunks: a view of a list that is made once, and again when it is outgrown."""
+    return _grid_of(sink_tok, chunk_tok, device, max(1024, 1 << (n_chunks - 1).bit_length()))[:, :, :n_chunks]
+
+
+@lru_cache(maxsize=16)
+def _grid_of(sink_tok: int, chunk_tok: int, device: torch.device, n_chunks: int) -> Tensor:
+    with torch.inference_mode(False):
+        return (sink_tok + chunk_tok * torch.arange(n_chunks, device=device))[None, None]
 
 
 def _score(

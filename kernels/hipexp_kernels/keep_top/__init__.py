@@ -20,6 +20,7 @@ def keep_top(
     lists: int,
     chunk_tok: int,
     next_tok: int,
+    out: tuple[Tensor, Tensor] | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Return the starts ``[lists, N, M]`` (ascending, -1 padded) of what is kept of every list, and how many there are ``[lists, N]``.
@@ -28,7 +29,8 @@ def keep_top(
     first ``counts[s, n]`` take part (``S`` is 1 or K). ``lists`` is 1 if all heads share one, made by their best scores, or K. The
     ``keep`` best chunks of each list stay, all if there are no more; ties go to the lower index. Each is cut into pieces of
     ``next_tok`` tokens (a divisor of ``chunk_tok``; the same leaves it whole); pieces that begin at or past ``limits[n]`` are left
-    out. ``M`` is ``min(keep, C) * (chunk_tok // next_tok)``.
+    out. ``M`` is ``min(keep, C) * (chunk_tok // next_tok)``. ``out``: an earlier result that is not needed any more; it is written over
+    and returned if the shapes are the same.
 
     A score that is not a number means that a query or a key is not finite: ``FloatingPointError``, except on a GPU, where nothing
     waits to look; there such a chunk counts as the best, so that the output is not finite either. Raises ``ValueError`` on a negative
@@ -49,7 +51,9 @@ def keep_top(
     run = choose(impl, {"reference": reference, "vectorized": vectorized, "triton": lazy("keep_top")}, scores.device)
     if run in (reference, vectorized):
         _refuse_nan(scores, counts)
-    return run(scores, starts, counts, limits, keep=keep, lists=lists, chunk_tok=chunk_tok, next_tok=next_tok)
+    if out and out[0].shape != (lists, N, min(keep, scores.shape[2]) * (chunk_tok // next_tok)):
+        out = None
+    return run(scores, starts, counts, limits, keep=keep, lists=lists, chunk_tok=chunk_tok, next_tok=next_tok, out=out)
 
 
 def _refuse_nan(scores: Tensor, counts: Tensor) -> None:

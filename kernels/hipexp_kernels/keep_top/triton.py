@@ -21,8 +21,9 @@ MAX_WARPS = 16
 
 
 def keep_top(
-    scores: Tensor, starts: Tensor, counts: Tensor, limits: Tensor, *, keep: int, lists: int, chunk_tok: int, next_tok: int
-) -> tuple[Tensor, Tensor]:
+    scores: Tensor, starts: Tensor, counts: Tensor, limits: Tensor, *,
+    keep: int, lists: int, chunk_tok: int, next_tok: int, out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See :func:`hipexp_kernels.keep_top.keep_top`. Nothing waits for the device; a score that is NaN counts as the best of all."""
     require_triton_can("keep_top", scores)
     K, N, C = scores.shape
@@ -30,17 +31,19 @@ def keep_top(
     starts = starts if starts.stride(2) == 1 else starts.contiguous()
     keep = min(keep, C)
     n_out = keep * (chunk_tok // next_tok)
-    out = torch.empty(lists, N, n_out, dtype=starts.dtype, device=scores.device)
-    kept = torch.empty(lists, N, dtype=counts.dtype, device=scores.device)
+    found, kept = out or (
+        torch.empty(lists, N, n_out, dtype=starts.dtype, device=scores.device),
+        torch.empty(lists, N, dtype=counts.dtype, device=scores.device),
+    )
     if not N or not n_out:
-        return out, kept.zero_()
+        return found, kept.zero_()
     constexprs, options = launch(C, K // lists, chunk_tok, next_tok)
     _keep_top[(N, lists)](
-        scores, starts, counts, limits, out, kept,
+        scores, starts, counts, limits, found, kept,
         starts.stride(0) if len(starts) > 1 else 0, starts.stride(1) if starts.shape[1] > 1 else 0, N if len(counts) > 1 else 0,
         N, C, keep, n_out, **constexprs, **options,
     )  # fmt: skip
-    return out, kept
+    return found, kept
 
 
 def launch(n_chunks: int, heads: int, chunk_tok: int, next_tok: int) -> tuple[dict, dict]:

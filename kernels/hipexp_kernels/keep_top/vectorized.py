@@ -5,8 +5,9 @@ from torch import Tensor
 
 
 def keep_top(
-    scores: Tensor, starts: Tensor, counts: Tensor, limits: Tensor, *, keep: int, lists: int, chunk_tok: int, next_tok: int
-) -> tuple[Tensor, Tensor]:
+    scores: Tensor, starts: Tensor, counts: Tensor, limits: Tensor, *,
+    keep: int, lists: int, chunk_tok: int, next_tok: int, out: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     scores = scores.unflatten(0, (lists, -1)).amax(1)
     index, kept = _best(scores, counts.expand(lists, -1), min(keep, scores.shape[2]))
     chosen = starts.expand(lists, index.shape[1], -1).gather(2, index.clamp(min=0)) if index.numel() else index
@@ -14,7 +15,8 @@ def keep_top(
     fine = (chosen[..., None] + pieces).flatten(2)
     slot = torch.arange(fine.shape[2], device=starts.device)
     valid = (slot < kept[..., None] * len(pieces)) & (fine < limits[:, None])
-    return fine.masked_fill(~valid, -1), valid.sum(-1)
+    found, kept = fine.masked_fill_(~valid, -1), valid.sum(-1)
+    return (out[0].copy_(found), out[1].copy_(kept)) if out else (found, kept)
 
 
 def _best(scores: Tensor, counts: Tensor, keep: int) -> tuple[Tensor, Tensor]:
