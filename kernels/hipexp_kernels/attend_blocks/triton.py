@@ -162,15 +162,18 @@ def _shifted(angles, sizes, begin, local, HALF: tl.constexpr, HALF_P: tl.constex
 @triton.jit
 def _key_angle(
     angles, sizes, local, begin, token, span, MODE: tl.constexpr, Q: tl.constexpr, WINDOW: tl.constexpr, TRAINED: tl.constexpr,
-    KEYS: tl.constexpr, HALF: tl.constexpr, HALF_P: tl.constexpr,
+    KEYS: tl.constexpr, SHIFT: tl.constexpr, HALF: tl.constexpr, HALF_P: tl.constexpr,
 ):  # fmt: skip
     """Angles of the keys with packed indices ``begin`` on, as :meth:`hipexp_kernels.rope.AttendRotation.keys`.
 
-    ``streaming`` with a single query: both are turned back by ``begin`` rows, only the distance between them matters.
+    ``SHIFT`` (of ``streaming``): they come from ``local``, the first rows of the table. With a single query both it and the keys
+    are turned back by ``begin`` rows instead: only the distance between them matters.
     """
     j = begin + tl.arange(0, KEYS)
     if MODE == "streaming":
-        if Q == 1:
+        if not SHIFT:
+            return _angle(angles, sizes, j, HALF, HALF_P)
+        elif Q == 1:
             return local
         else:
             return _shifted(angles, sizes, begin, local, HALF, HALF_P)
@@ -187,14 +190,14 @@ def _key_angle(
 
 
 @triton.jit
-def _query_angle(angles, sizes, begin, r, span, MODE: tl.constexpr, Q: tl.constexpr, HALF: tl.constexpr, HALF_P: tl.constexpr):
+def _query_angle(angles, sizes, begin, r, span, MODE: tl.constexpr, HALF: tl.constexpr, HALF_P: tl.constexpr):
     """As :meth:`hipexp_kernels.rope.AttendRotation.query`; short windows included, a query's row is that of its own key.
 
-    A single query before ``streaming`` keys is turned back by ``begin`` rows, as they are.
+    ``begin``: by how many rows it is turned back, with its keys (``streaming`` only).
     """
     own = r + span.n_far + span.first - span.near
     if MODE == "streaming":
-        return _angle(angles, sizes, own - begin if Q == 1 else own, HALF, HALF_P)
+        return _angle(angles, sizes, own - begin, HALF, HALF_P)
     elif MODE == "infllm":
         return _angle(angles, sizes, own - span.n_far + 1 - span.exact, HALF, HALF_P)
     else:
@@ -334,7 +337,7 @@ def _attend(
     G: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, MODE: tl.constexpr, TRAINED: tl.constexpr,
     BLOCK_TOK: tl.constexpr, SINK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     D_P: tl.constexpr, HALF_P: tl.constexpr, REST_P: tl.constexpr, LIST_TILE: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, AT_ONCE: tl.constexpr, MERGE_ROWS: tl.constexpr,
+    SHIFT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, AT_ONCE: tl.constexpr, MERGE_ROWS: tl.constexpr,
 ):  # fmt: skip
     TILES: tl.constexpr = (G * Q + ROWS - 1) // ROWS
     sizes = Sizes(K, N, T, M, per_head, n_angles)
@@ -342,8 +345,9 @@ def _attend(
     tile, split, group = program % TILES, program // TILES % SPLITS, program // (TILES * SPLITS)
     head, n = group % sizes.K, group // sizes.K
     list_at = head * sizes.per_head * sizes.N + n
+    TURN_BACK: tl.constexpr = SHIFT & (Q == 1)
     local = (0.0, 0.0)
-    if (HALF > 0) & (MODE == "streaming"):
+    if SHIFT:
         local = _angle(angles, sizes, tl.arange(0, KEYS), HALF, HALF_P)
     span = _span(lists, sizes, n, list_at, SINK, WINDOW, BLOCK_TOK, LIST_TILE)
 
@@ -352,8 +356,8 @@ def _attend(
     q_at = (head * G + row // Q).to(tl.int64) * queries.head + n.to(tl.int64) * queries.block + r * queries.row
     q_raw = _pieces(queries.q, q_at, row < G * Q, D, HALF, HALF_P, REST_P)
     q = q_raw
-    if (HALF > 0) & ((MODE != "streaming") | (Q > 1)):
-        q = _turned(q_raw, _query_angle(angles, sizes, 0, r, span, MODE, Q, HALF, HALF_P))
+    if (HALF > 0) & (not TURN_BACK):
+        q = _turned(q_raw, _query_angle(angles, sizes, 0, r, span, MODE, HALF, HALF_P))
     k_head, v_head = kv.k + head.to(tl.int64) * kv.k_head, kv.v + head.to(tl.int64) * kv.v_head
 
     state = (tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, D_P], tl.float32))
@@ -367,24 +371,26 @@ def _attend(
         values = _piece(v_head, token.to(tl.int64) * kv.v_tok, inside, 0, D, D_P)
         keys = _pieces(k_head, token.to(tl.int64) * kv.k_tok, inside, D, HALF, HALF_P, REST_P)
         if HALF > 0:
-            keys = _turned(keys, _key_angle(angles, sizes, local, begin, token, span, MODE, Q, WINDOW, TRAINED, KEYS, HALF, HALF_P))
-            if (MODE == "streaming") & (Q == 1):
-                q = _turned(q_raw, _query_angle(angles, sizes, begin, tl.zeros([1], tl.int32), span, MODE, Q, HALF, HALF_P))
+            keys = _turned(keys, _key_angle(angles, sizes, local, begin, token, span, MODE, Q, WINDOW, TRAINED, KEYS, SHIFT, HALF, HALF_P))
+            if TURN_BACK:
+                q = _turned(q_raw, _query_angle(angles, sizes, begin, tl.zeros([1], tl.int32), span, MODE, HALF, HALF_P))
         logits = _logits(_products(q, keys, D, HALF), scale, SOFTCAP)
         state = _update(state, tl.where(inside[None, :], logits, float("-inf")), values)
 
-    if (Q > 1) & (split == SPLITS - 1):
-        for begin in range(0, Q, KEYS):
-            own = begin + tl.arange(0, KEYS)
-            token, inside = span.first + own, (own < Q) & (span.first + own < sizes.T)
-            values = _piece(v_head, token.to(tl.int64) * kv.v_tok, inside, 0, D, D_P)
-            keys = _pieces(k_head, token.to(tl.int64) * kv.k_tok, inside, D, HALF, HALF_P, REST_P)
-            if HALF > 0:
-                keys = _turned(
-                    keys, _key_angle(angles, sizes, local, n_before + begin, token, span, MODE, Q, WINDOW, TRAINED, KEYS, HALF, HALF_P)
-                )
-            logits = _logits(_products(q, keys, D, HALF), scale, SOFTCAP)
-            state = _update(state, tl.where(inside[None, :] & (own[None, :] <= r[:, None]), logits, float("-inf")), values)
+    if Q > 1:
+        if split == SPLITS - 1:
+            for begin in range(0, Q, KEYS):
+                own = begin + tl.arange(0, KEYS)
+                token, inside = span.first + own, (own < Q) & (span.first + own < sizes.T)
+                values = _piece(v_head, token.to(tl.int64) * kv.v_tok, inside, 0, D, D_P)
+                keys = _pieces(k_head, token.to(tl.int64) * kv.k_tok, inside, D, HALF, HALF_P, REST_P)
+                if HALF > 0:
+                    at = n_before + begin
+                    keys = _turned(
+                        keys, _key_angle(angles, sizes, local, at, token, span, MODE, Q, WINDOW, TRAINED, KEYS, SHIFT, HALF, HALF_P)
+                    )
+                logits = _logits(_products(q, keys, D, HALF), scale, SOFTCAP)
+                state = _update(state, tl.where(inside[None, :] & (own[None, :] <= r[:, None]), logits, float("-inf")), values)
 
     out, lse = _finish(state)
     if SPLITS == 1:
@@ -400,19 +406,24 @@ def _attend(
 
 
 class Tuning(NamedTuple):
-    """``rows`` at most and ``keys`` of a tile, warps, stages (two for each tile of keys in flight: its list, then its rows)."""
+    """``rows`` at most and ``keys`` of a tile, warps, stages (two for each tile of keys in flight: its list, then its rows).
+
+    ``shift``: ``streaming`` angles come from a few rows of the table held in registers, not from a row for every key.
+    """
 
     rows: int
     keys: int
     num_warps: int
     num_stages: int
+    shift: bool = True
 
 
 PROGRAMS_PER_SM = 2  # keys are split until so many programs run
 DECODE = Tuning(64, 64, 4, 5)
 PREFILL = Tuning(128, 64, 8, 5)
-PREFILL_BEFORE_HOPPER = Tuning(64, 64, 4, 3)
-WIDE = Tuning(64, 32, 4, 3)  # fp32, or heads of more than 128
+PREFILL_BEFORE_HOPPER = Tuning(64, 32, 4, 3)
+WIDE = Tuning(64, 32, 8, 3)  # heads of more than 128
+FP32 = Tuning(32, 32, 8, 1)
 
 
 def padded(n: int) -> int:
@@ -421,7 +432,7 @@ def padded(n: int) -> int:
 
 
 def launch(
-    G: int, Q: int, D: int, half: int, M: int, n_groups: int, max_keys: int, itemsize: int, n_sm: int, hopper: bool
+    G: int, Q: int, D: int, half: int, mode: str, M: int, n_groups: int, max_keys: int, itemsize: int, n_sm: int, hopper: bool
 ) -> tuple[dict, dict]:
     """Tile sizes (constexprs) and compiler options for a call.
 
@@ -429,7 +440,9 @@ def launch(
     ``itemsize``: bytes of a number; ``n_sm``: multiprocessors of the GPU; ``hopper``: it is of that generation or newer.
     """
     n_rows, d_padded = G * Q, padded(D)
-    if itemsize == 4 or D > 128:
+    if itemsize == 4:
+        tuning = FP32
+    elif D > 128:
         tuning = WIDE
     elif n_rows <= DECODE.rows:
         tuning = DECODE
@@ -443,11 +456,15 @@ def launch(
         wanted = max(1, PROGRAMS_PER_SM * n_sm // (n_groups * triton.cdiv(n_rows, rows)))
         splits = triton.cdiv(n_tiles, triton.cdiv(n_tiles, wanted))
     at_once = max(1, min(triton.next_power_of_2(splits), 8192 // (merge_rows * d_padded)))
+    shift = tuning.shift and half > 0 and mode == "streaming"
     tile = dict(
         D_P=d_padded, HALF_P=padded(half), REST_P=padded(D - 2 * half), LIST_TILE=min(512, padded(M)),
-        ROWS=rows, KEYS=tuning.keys, SPLITS=splits, AT_ONCE=at_once, MERGE_ROWS=merge_rows,
+        SHIFT=shift, ROWS=rows, KEYS=tuning.keys, SPLITS=splits, AT_ONCE=at_once, MERGE_ROWS=merge_rows,
     )  # fmt: skip
-    return tile, dict(num_warps=tuning.num_warps, num_stages=tuning.num_stages)
+    stages = tuning.num_stages if hopper else min(3, tuning.num_stages)
+    if half > 0 and not shift:  # the angles of the keys need shared memory too
+        stages = min(3, stages) if hopper and D <= 128 else 1
+    return tile, dict(num_warps=tuning.num_warps, num_stages=stages)
 
 
 @cache
@@ -462,11 +479,11 @@ def tickets(device: torch.device) -> Tensor:
 
 @cache
 def gpu(device: torch.device) -> tuple[int, bool]:
-    """How many multiprocessors, and whether they are of Hopper's generation or newer."""
+    """How many multiprocessors, and whether they are NVIDIA's of Hopper's generation or newer."""
     if device.type != "cuda":
         return 8, True  # the interpreter: a few splits
     found = torch.cuda.get_device_properties(device)
-    return found.multi_processor_count, found.major >= 9
+    return found.multi_processor_count, torch.version.hip is None and found.major >= 9
 
 
 def attend_blocks(
@@ -484,7 +501,7 @@ def attend_blocks(
     cos, sin = (rotation.table.cos.contiguous(), rotation.table.sin.contiguous()) if rotation else (first, first)
     half = cos.shape[1] if rotation else 0
     n_sm, hopper = gpu(q.device)
-    tile, options = launch(H // K, Q, D, half, M, N * K, sink_tok + M * block_tok + window_tok, q.element_size(), n_sm, hopper)
+    tile, options = launch(H // K, Q, D, half, mode, M, N * K, sink_tok + M * block_tok + window_tok, q.element_size(), n_sm, hopper)
     splits = tile["SPLITS"]
     out, lse = torch.empty((H, N, Q, D), dtype=q.dtype, device=q.device), torch.empty((H, N, Q), device=q.device)
     parts = Parts(out, lse, lse)  # not used
@@ -528,7 +545,7 @@ def aot_case(name: str, Q: int, D: int, N: int, mode: str, hopper: bool, dtype: 
         scale="fp32",
     )
     half = 0 if mode == "none" else D // 2
-    tile, options = launch(G, Q, D, half, 256, 8 * N, 256 + 2048 + 1024, 4 if dtype == "fp32" else 2, 132, hopper)
+    tile, options = launch(G, Q, D, half, mode, 256, 8 * N, 256 + 2048 + 1024, 4 if dtype == "fp32" else 2, 132, hopper)
     constants = dict(
         G=G, Q=Q, D=D, HALF=half, MODE=mode, TRAINED=131072, BLOCK_TOK=8, SINK=256, WINDOW=1024, SOFTCAP=0.0, **tile
     )  # fmt: skip
