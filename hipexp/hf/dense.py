@@ -19,11 +19,16 @@ def attend_dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """
     H, Q, D = q.shape
     K, T, _ = k.shape
-    if q.device.type != "cpu":
-        mask = causal_lower_right(Q, T) if Q > 1 else None
-        return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, scale=scale, enable_gqa=H != K)[0]
     if Q == 1:
-        return attend_all(q.reshape(K, H // K, D), k, v, scale)[0].reshape(H, 1, D)
+        rows = q.reshape(K, H // K, D)
+        if q.device.type == "cpu":
+            return attend_all(rows, k, v, scale)[0].reshape(H, 1, D)
+        return F.scaled_dot_product_attention(rows[None], k[None], v[None], scale=scale)[0].reshape(H, 1, D)
+    if q.device.type != "cpu":
+        grouped = q.dtype != torch.float32  # the kernel for fp32 wants as many key as query heads
+        k, v = (k, v) if grouped else (x.repeat_interleave(H // K, 0) for x in (k, v))
+        mask = causal_lower_right(Q, T)
+        return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, scale=scale, enable_gqa=grouped and H != K)[0]
     own_k, own_v = (x[:, T - Q :].repeat_interleave(H // K, 0) for x in (k, v))
     if T == Q:
         return F.scaled_dot_product_attention(q[None], own_k[None], own_v[None], is_causal=True, scale=scale)[0]

@@ -1,0 +1,181 @@
+"""Latency of attention alone, without any model: one layer of a pipeline against the fastest dense attention of the same run."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hipexp.attention import LayerAttention, Memory
+from hipexp.attention.inputs import GENERATORS, Geometry, Inputs
+from hipexp.attention.rope import RopeTables
+from hipexp.config.schema import LayerPlan, Pipeline
+from hipexp.run.contestants import HEAD_START_CYCLES, decode_contestants, fastest, prefill_contestants, runnable, time_alternating
+from hipexp.run.latency import quantile
+
+ROPE_BASE, TRAINED_TOK = 500_000.0, 131_072  # of Llama 3.1, without its frequency scaling
+GENERATOR = "drifting"
+
+
+def layer_attention(pipeline: Pipeline, geometry: Geometry, device: torch.device, group: str | None = None) -> LayerAttention:
+    """The attention of one layer: one without overrides, or one to which a layer group applies."""
+    plan = pipeline.plan_layer(0, [group] if group else [])
+    inverse = ROPE_BASE ** (-torch.arange(0, geometry.head_dim, 2, device=device) / geometry.head_dim)
+
+    def cos_sin(positions: Tensor) -> tuple[Tensor, Tensor]:
+        angle = positions.to(device)[:, None] * inverse
+        return angle.cos(), angle.sin()
+
+    return LayerAttention(plan, pipeline.method, RopeTables(cos_sin, TRAINED_TOK), geometry.scale)
+
+
+def period_of(plan: LayerPlan) -> int:
+    """Steps after which the refreshes of all decode stages repeat."""
+    return math.lcm(*(stage.refresh_steps for stage in plan.decode)) if plan.decode else 1
+
+
+def dues(plan: LayerPlan, n_steps: int) -> list[int]:
+    """The first stage that each decode step runs again; the number of stages for a cached step."""
+    remembering = Memory(lists={len(plan.decode): (torch.empty(0), torch.empty(0))})
+    found = []
+    for remembering.step in range(n_steps):
+        found.append(remembering.first_stage_due(plan.decode))
+    return found
+
+
+@dataclass
+class DecodeRun:
+    """Decode steps of several layers with keys of their own, the last of ``T`` tokens each; one CUDA graph for each kind of step on a GPU.
+
+    ``queries`` ``[steps, layers, H, 1, D]``.
+    """
+
+    attention: LayerAttention
+    layers: list[Inputs]
+    queries: Tensor
+
+    def __post_init__(self) -> None:
+        self.last = self.layers[0].keys.shape[1] - 1
+        self.n_steps, self.device = len(self.queries), self.queries.device
+        self.memories = [Memory() for _ in self.layers]
+        self.now = torch.empty_like(self.queries[0])
+        self.step = self.attention.step_at(self.last, self.device)
+
+    def times_ms(self) -> list[float]:
+        """Milliseconds of one layer in each step, in order."""
+        schedule = dues(self.attention.plan, self.n_steps)
+        self._set(0)
+        self._all_layers(0)  # compiles what is needed, and fills every list
+        calls = self._captured(schedule) if self.device.type == "cuda" else {}
+        return self._timed_gpu(schedule, calls) if calls else self._timed_cpu(schedule)
+
+    def _set(self, step: int) -> None:
+        self.now.copy_(self.queries[step])
+        self.step.numbers.copy_(self.attention.step_at(self.last - self.n_steps + 1 + step, self.device).numbers)
+
+    def _all_layers(self, step: int) -> None:
+        for layer, memory, q in zip(self.layers, self.memories, self.now, strict=True):
+            memory.step = step
+            self.attention(q, layer.keys, layer.values, self.last, memory, self.step)
+
+    def _captured(self, schedule: list[int]) -> dict[int, Callable[[], None]]:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._all_layers(0)
+        torch.cuda.current_stream().wait_stream(side)
+        calls = {}
+        for due in sorted(set(schedule)):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._all_layers(schedule.index(due))
+            calls[due] = graph.replay
+        return calls
+
+    def _timed_gpu(self, schedule: list[int], calls: dict[int, Callable[[], None]]) -> list[float]:
+        marks = []
+        for step, due in enumerate(schedule):
+            self._set(step)
+            torch.cuda.synchronize()
+            torch.cuda._sleep(HEAD_START_CYCLES)
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            calls[due]()
+            end.record()
+            marks.append((begin, end))
+        torch.cuda.synchronize()
+        return [begin.elapsed_time(end) / len(self.layers) for begin, end in marks]
+
+    def _timed_cpu(self, schedule: list[int]) -> list[float]:
+        times = []
+        for step in range(len(schedule)):
+            self._set(step)
+            begin = time.perf_counter()
+            self._all_layers(step)
+            times.append((time.perf_counter() - begin) * 1e3 / len(self.layers))
+        return times
+
+
+def make_layers(geometry: Geometry, n_tok: int, n_layers: int, device: torch.device, generator: str = GENERATOR) -> list[Inputs]:
+    """Keys and values of several layers; their queries come from the same text."""
+    return [GENERATORS[generator](geometry, n_tok, seed=seed, device=device) for seed in range(n_layers)]
+
+
+def decode_row(attention: LayerAttention, layers: list[Inputs], periods: int, name: str) -> dict[str, Any]:
+    """Time whole refresh periods of decode steps: ``mean_ms`` over them, ``cached_ms``, ``full_ms``, ``worst_ms``, p10, p90 of one layer."""
+    n_steps = period_of(attention.plan) * periods
+    queries = torch.stack([torch.stack([layer.queries(step) for layer in layers]) for step in range(n_steps)])[:, :, :, None]
+    times = DecodeRun(attention, layers, queries).times_ms()
+    schedule = dues(attention.plan, n_steps)
+    by_due = {due: [t for t, d in zip(times, schedule, strict=True) if d == due] for due in set(schedule)}
+    n_tok = layers[0].keys.shape[1]
+    row = {"phase": "decode", "context_tok": n_tok, "impl": name, "mean_ms": sum(times) / len(times), "worst_ms": max(times)}
+    row |= {"p10_ms": quantile(times, 0.1), "p90_ms": quantile(times, 0.9)}
+    cached = by_due.get(len(attention.plan.decode))
+    return row | {"cached_ms": quantile(cached, 0.5) if cached else None, "full_ms": quantile(by_due[0], 0.5), "steps": n_steps}
+
+
+def dense_decode_rows(layers: list[Inputs], rounds: int, skip: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Every dense contestant that runs here, on the same keys."""
+    device, n_tok = layers[0].keys.device, layers[0].keys.shape[1]
+    inputs = [(layer.queries(0), layer.keys, layer.values) for layer in layers]
+    able, reasons = runnable([c for c in decode_contestants(device) if c.name not in skip], inputs[0])
+    rows = time_alternating(able, inputs, rounds=rounds)
+    return [{"phase": "decode", "context_tok": n_tok, "impl": row.pop("name"), **row} for row in rows] + [
+        {"phase": "decode", "context_tok": n_tok, "impl": name, "note": reason} for name, reason in reasons.items()
+    ]
+
+
+def prefill_rows(
+    attention: LayerAttention, layer: Inputs, n_queries: int, name: str, rounds: int, skip: Sequence[str] = (), dense: bool = True
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The last ``n_queries`` of ``T`` tokens, dense contestants and the pipeline in turn."""
+    device, n_tok = layer.keys.device, layer.keys.shape[1]
+    q = layer.prefill_queries(n_queries)
+
+    def pruned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, n_tok - n_queries)
+
+    able, reasons = runnable([c for c in prefill_contestants(device) if dense and c.name not in skip], (q, layer.keys, layer.values))
+    from hipexp.run.contestants import Contestant
+
+    rows = time_alternating([*able, Contestant(name, pruned)], [(q, layer.keys, layer.values)], rounds=rounds, warmup=1, graphs=False)
+    common = {"phase": "prefill", "context_tok": n_tok, "queries": n_queries}
+    return [{**common, "impl": row.pop("name"), **row} for row in rows] + [
+        {**common, "impl": name, "note": reason} for name, reason in reasons.items()
+    ]
+
+
+def with_speedup(rows: list[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Add ``speedup`` over the fastest dense contestant of the same phase and length to the rows of the pipelines ``names``."""
+    for row in rows:
+        dense = [r for r in rows if r["impl"] not in names and "median_ms" in r and (r["phase"], r["context_tok"]) == (row["phase"], row["context_tok"])]
+        if row["impl"] in names and dense:
+            best = fastest(dense)
+            row["speedup"], row["against"] = best["mean_ms"] / row["mean_ms"], best["impl"]
+    return rows
