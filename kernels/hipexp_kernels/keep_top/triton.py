@@ -1,7 +1,7 @@
 """One program for each list: the score of the worst chunk to keep by radix selection, then one pass that writes in order.
 
-Scores become integers of the same order, and the threshold is found by its digits, highest first: a histogram of those scores that
-share the digits found so far tells the next one. Nothing is sorted. A list of up to ``IN_REGISTERS`` chunks is read once.
+Scores become integers, the better the smaller, and the threshold is found by its digits, highest first: a histogram of those scores
+that share the digits found so far tells the next one. Nothing is sorted. A list of up to ``IN_REGISTERS`` chunks is read once.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from hipexp_kernels.dispatch import require_triton_can
 IN_REGISTERS = 8192  # longer lists are read again for every digit, in tiles of this many chunks
 CHUNKS_PER_WARP = 256
 MAX_WARPS = 16
+REGISTERS = 128  # of a thread; without that bound ptxas saves some for a second program, which there rarely is
 
 
 def keep_top(
@@ -50,7 +51,10 @@ def launch(n_chunks: int, heads: int, chunk_tok: int, next_tok: int) -> tuple[di
     """The constexpr arguments and the compiler options for lists of up to ``n_chunks`` that ``heads`` key/value heads share."""
     tile = min(max(32, triton.next_power_of_2(n_chunks)), IN_REGISTERS)
     constexprs = dict(HEADS=heads, CHUNK=chunk_tok, NEXT=next_tok, TILE=tile, ONE_TILE=n_chunks <= tile)
-    return constexprs, dict(num_warps=min(max(4, tile // CHUNKS_PER_WARP), MAX_WARPS), num_stages=1)
+    options = dict(num_warps=min(max(4, tile // CHUNKS_PER_WARP), MAX_WARPS), num_stages=1)
+    if torch.version.hip is None:
+        options["maxnreg"] = REGISTERS
+    return constexprs, options
 
 
 def aot_cases() -> Iterator[tuple[str, triton.JITFunction, dict, dict, dict]]:
@@ -96,7 +100,7 @@ def _keep_top(
     starts_ptr += s.to(tl.int64) * starts_stride_s + n.to(tl.int64) * starts_stride_n
     out_ptr += (s * N + n).to(tl.int64) * n_out
     count = tl.load(counts_ptr + s * counts_stride_s + n).to(tl.int32)
-    limit = tl.load(limits_ptr + n)
+    limit = tl.load(limits_ptr + n).to(tl.int32)
     count = tl.minimum(count, C)
     room = tl.minimum(keep, count)  # chunks still to be found
 
@@ -110,11 +114,12 @@ def _keep_top(
             for begin in range(0, count, TILE):
                 order = _order(scores_ptr, head_stride, begin, count, HEADS, TILE)
                 histogram += _count_digits(order, begin, count, threshold, shift, TILE)
-        value = tl.arange(0, 256)
-        at_least = tl.cumsum(histogram, 0, reverse=True)
-        found = tl.max(tl.where(at_least >= room, value, 0), 0)
-        room -= tl.sum(tl.where(value > found, histogram, 0), 0)
-        threshold |= found.to(tl.uint32) << shift
+        digit = tl.arange(0, 256)
+        up_to = tl.cumsum(histogram, 0)
+        # The first digit at which there are enough, and how many there are before it, in one reduction.
+        found = tl.min(tl.where(up_to >= room, digit << 23 | (up_to - histogram), 0x7FFFFFFF), 0)
+        room -= found & 0x7FFFFF
+        threshold |= (found >> 23).to(tl.uint32) << shift
 
     # ``room`` of those exactly at the threshold are kept: the first ones.
     if ONE_TILE:
@@ -132,14 +137,14 @@ def _keep_top(
 
 @triton.jit
 def _order(scores_ptr, head_stride, begin, count, HEADS: tl.constexpr, TILE: tl.constexpr):
-    """The best scores of ``TILE`` chunks over the heads as unsigned integers of the same order: NaN above all, -0 as 0."""
+    """The best scores of ``TILE`` chunks over the heads as unsigned integers, the better the smaller: 0 is NaN, -0 is as 0."""
     chunk = begin + tl.arange(0, TILE)
-    best = tl.zeros([TILE], tl.uint32)
+    best = tl.full([TILE], 0xFFFFFFFF, tl.uint32)
     for head in tl.range(HEADS, loop_unroll_factor=4):
-        score = tl.load(scores_ptr + head * head_stride + chunk, mask=chunk < count, other=float("-inf"))
+        score = tl.load(scores_ptr + head * head_stride + chunk, mask=chunk < count, other=0.0)
         bits = tl.where(score == 0, 0.0, score).to(tl.uint32, bitcast=True)
-        order = bits ^ tl.where(bits >> 31 == 1, 0xFFFFFFFF, 0x80000000)
-        best = tl.maximum(best, tl.where(score == score, order, 0xFFFFFFFF))
+        order = bits ^ tl.where(bits >> 31 == 1, 0, 0x7FFFFFFF).to(tl.uint32)
+        best = tl.minimum(best, tl.where(score == score, order, 0))
     return best
 
 
@@ -160,11 +165,11 @@ def _write(
     chunk = begin + tl.arange(0, TILE)
     active = chunk < count
     tied = (active & (order == threshold)).to(tl.int32)
-    kept = (active & (order > threshold)) | ((tied == 1) & (tl.cumsum(tied, 0) <= room))
-    start = tl.load(starts_ptr + chunk, mask=kept, other=0)
-    before_limit = tl.minimum(tl.maximum(limit - start, 0), CHUNK).to(tl.int32)
+    kept = (active & (order < threshold)) | ((tied == 1) & (tl.cumsum(tied, 0) <= room))
+    start = tl.load(starts_ptr + chunk, mask=kept, other=0).to(tl.int32)
+    before_limit = tl.minimum(tl.maximum(limit - start, 0), CHUNK)
     pieces = tl.where(kept, tl.cdiv(before_limit, NEXT), 0)
     slot = total + tl.cumsum(pieces, 0) - pieces
     for piece in tl.static_range(CHUNK // NEXT):
-        tl.store(out_ptr + slot + piece, start + piece * NEXT, mask=piece < pieces)
+        tl.store(out_ptr + slot + piece, (start + piece * NEXT).to(out_ptr.dtype.element_ty), mask=piece < pieces)
     return total + tl.sum(pieces, 0), tl.maximum(room - tl.sum(tied, 0), 0)
