@@ -1,5 +1,11 @@
 """The Triton kernel against the reference: the cases of architecture.md §8, on a GPU or in the interpreter."""
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hipexp_kernels import attend_blocks
@@ -139,6 +145,11 @@ def test_softcap(shape, mode):
     compare(call(**shape), mode, softcap=2.0)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_blocks_longer_than_a_tile_of_keys(mode):
+    compare(call(K=1, G=1, Q=40, first=(0, 40, 117)), mode)
+
+
 @pytest.mark.parametrize("trained", [16, 100, 1000])
 @pytest.mark.parametrize("Q", [1, 8])
 def test_dynamic(trained, Q):
@@ -164,3 +175,82 @@ def test_repeated_calls():
     """The counters are back where they were."""
     for seed in range(3):
         compare(call(K=1, first=(140, 149), M=10, seed=seed), "streaming")
+
+
+@pytest.mark.parametrize("Q", [1, 4])
+def test_offsets_past_two_to_the_31(Q):
+    """A cache of more than 2^31 numbers, of which few are touched: the same keys as in a small one, further apart."""
+    arguments = call(K=1, Q=Q, first=(140,), dtype=torch.float16)
+    turn = rotation(arguments, "streaming")
+    expected = attend_blocks(**arguments, rotation=turn, impl="reference")
+    far = 2**31 // 32
+    moved = triton_device.on_device({**arguments, "blocks": arguments["blocks"] + far, "first": arguments["first"] + far})
+    for name in "kv":
+        huge = torch.empty(1, 150 + far, 32, dtype=torch.float16, device=DEVICE)
+        huge[:, :8], huge[:, far + 8 :] = moved[name][:, :8], moved[name][:, 8:]
+        moved[name] = huge
+    assert_same(arguments, attend_blocks(**moved, rotation=on_device(turn), impl="triton"), expected)
+
+
+def test_refusals():
+    arguments = triton_device.on_device(call(D=16))
+    with pytest.raises(ValueError, match="attention rotation 'sideways' is unknown"):
+        attend_blocks(**arguments, rotation=AttendRotation("sideways", brute.rope_table(80, 16), 64), impl="triton")
+    if not triton_device.ON_GPU:
+        with pytest.raises(ValueError, match="interpreter multiplies bfloat16 wrongly"):
+            attend_blocks(**{**arguments, **{name: arguments[name].bfloat16() for name in "qkv"}}, impl="triton")
+
+
+@triton_device.needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_cuda_graph(dtype):
+    """Captured once over a cache with room to grow, replayed as the text grows and the selection changes."""
+    big = call(K=8, G=4, D=128, T=3000, first=(2999,), M=128, sink=16, window=256, dtype=dtype)
+    turn = on_device(rotation({**big, "exact": torch.tensor([True])}, "streaming"))
+    static = triton_device.on_device(big)
+    attend_blocks(**static, rotation=turn, impl="triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        actual = attend_blocks(**static, rotation=turn, impl="triton")
+    for first, exact in ((3, ()), (100, ()), (271, ()), (272, ()), (1000, ()), (1500, (0,)), (2999, ())):
+        now = call(K=8, G=4, D=128, T=3000, first=(first,), M=128, sink=16, window=256, exact=exact, dtype=dtype, seed=first)
+        for name in ("q", "k", "v", "blocks", "counts", "first", "exact"):
+            static[name].copy_(now[name])
+        graph.replay()
+        expected = attend_blocks(
+            **{**now, "k": now["k"][:, : first + 1], "v": now["v"][:, : first + 1]}, rotation=rotation(now, "streaming"), impl="vectorized"
+        )
+        assert_same(now, actual, expected)
+
+
+@triton_device.needs_gpu
+@pytest.mark.gpu
+def test_the_last_program_sees_all_parts():
+    """Thousands of replays while other work comes and goes: the same bits every time."""
+    arguments = triton_device.on_device(call(K=8, G=4, D=128, T=4000, first=(3999,), M=256, window=1024, sink=256, dtype=torch.bfloat16))
+    turn = on_device(rotation(call(T=4000, M=256, window=1024, sink=256, D=128), "streaming"))
+    first = attend_blocks(**arguments, rotation=turn, impl="triton")
+    differ = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    noise = torch.cuda.Stream()
+    for i in range(5000):
+        if i % 7 == 0:
+            with torch.cuda.stream(noise):
+                torch.randn(10000 * (i % 11 + 1), device=DEVICE).sort()
+        for mine, theirs in zip(attend_blocks(**arguments, rotation=turn, impl="triton"), first, strict=True):
+            differ += (mine != theirs).sum()
+    assert differ.item() == 0
+
+
+@pytest.mark.slow
+def test_compiles_ahead_of_time():
+    """For Hopper, without a GPU, in a process of its own: kernels here are decorated for the interpreter. Registers do not spill."""
+    script = Path(triton_device.__file__).with_name("triton_aot.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
+        "PYTHONPATH": os.pathsep.join(sys.path)
+    }
+    lines = subprocess.run(
+        [sys.executable, script, "attend_blocks", "sm_90"], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    spilled = [int(bytes) for bytes in re.findall(r"'spilled': (\d+)", lines)]
+    assert len(spilled) == 12 and max(spilled) <= 16, lines

@@ -424,6 +424,7 @@ PREFILL = Tuning(128, 64, 8, 5)
 PREFILL_BEFORE_HOPPER = Tuning(64, 32, 4, 3)
 WIDE = Tuning(64, 32, 8, 3)  # heads of more than 128
 FP32 = Tuning(32, 32, 8, 1)
+MERGE_AT_ONCE = 8192  # numbers of the parts that the merging program holds at a time
 
 
 def padded(n: int) -> int:
@@ -455,7 +456,7 @@ def launch(
         n_tiles = triton.cdiv(max_keys, tuning.keys)
         wanted = max(1, PROGRAMS_PER_SM * n_sm // (n_groups * triton.cdiv(n_rows, rows)))
         splits = triton.cdiv(n_tiles, triton.cdiv(n_tiles, wanted))
-    at_once = max(1, min(triton.next_power_of_2(splits), 8192 // (merge_rows * d_padded)))
+    at_once = max(1, min(triton.next_power_of_2(splits), MERGE_AT_ONCE // (merge_rows * d_padded)))
     shift = tuning.shift and half > 0 and mode == "streaming"
     tile = dict(
         D_P=d_padded, HALF_P=padded(half), REST_P=padded(D - 2 * half), LIST_TILE=min(512, padded(M)),

@@ -45,9 +45,9 @@ def merge_lse(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     merged, total = torch.empty_like(outs[0], memory_format=torch.contiguous_format), torch.empty(outs[0].shape[:-1], device=outs[0].device)
     if total.numel():
         tile, options = launch(outs[0].shape[-1])
-        outs, lses = tuple(x.contiguous() for x in outs), tuple(x.contiguous() for x in lses)
+        parts = tuple(x.contiguous() for x in outs), tuple(x.contiguous() for x in lses)
         grid = (triton.cdiv(total.numel(), tile["ROWS"]),)
-        _merge[grid](outs, lses, merged, total, total.numel(), n_parts=len(outs), **tile, **options)
+        _merge[grid](*parts, merged, total, total.numel(), n_parts=len(outs), **tile, **options)
     return merged, total
 
 
