@@ -99,6 +99,12 @@ class Span(NamedTuple):
     exact: object
 
 
+@triton.constexpr_function
+def padded(n):
+    """A width ``tl.dot`` takes."""
+    return max(16, triton.next_power_of_2(n))
+
+
 # -- which keys --------------------------------------------------------------------------------------------------------------------
 
 
@@ -142,19 +148,19 @@ def _squeezed(token, span, Q: tl.constexpr, TRAINED: tl.constexpr):
 
 
 @triton.jit
-def _angle(angles, sizes, row, HALF: tl.constexpr, HALF_P: tl.constexpr):
-    """cos and sin ``[n, HALF_P]`` of table rows ``[n]``. Rows of keys and queries nobody asks for may lie past the table."""
-    d = tl.arange(0, HALF_P)
+def _angle(angles, sizes, row, HALF: tl.constexpr):
+    """cos and sin ``[n, padded(HALF)]`` of table rows ``[n]``. Rows of keys and queries nobody asks for may lie past the table."""
+    d = tl.arange(0, padded(HALF))
     at = tl.minimum(row, sizes.angles - 1)[:, None] * HALF + d
     mask = (d < HALF)[None, :]
     return tl.load(angles.cos + at, mask=mask, other=1.0), tl.load(angles.sin + at, mask=mask, other=0.0)
 
 
 @triton.jit
-def _shifted(angles, sizes, begin, local, HALF: tl.constexpr, HALF_P: tl.constexpr):
+def _shifted(angles, sizes, begin, local, HALF: tl.constexpr):
     """Angles of rows ``begin`` on from those of rows 0 on (``local``): one row is read. Row 0 is the attention factor, at angle 0."""
-    one, _ = _angle(angles, sizes, tl.zeros([1], tl.int32), HALF, HALF_P)
-    cos, sin = _angle(angles, sizes, tl.zeros([1], tl.int32) + begin, HALF, HALF_P)
+    one, _ = _angle(angles, sizes, tl.zeros([1], tl.int32), HALF)
+    cos, sin = _angle(angles, sizes, tl.zeros([1], tl.int32) + begin, HALF)
     cos, sin = cos / one, sin / one
     return cos * local[0] - sin * local[1], sin * local[0] + cos * local[1]
 
@@ -162,7 +168,7 @@ def _shifted(angles, sizes, begin, local, HALF: tl.constexpr, HALF_P: tl.constex
 @triton.jit
 def _key_angle(
     angles, sizes, local, begin, token, span, MODE: tl.constexpr, Q: tl.constexpr, WINDOW: tl.constexpr, TRAINED: tl.constexpr,
-    KEYS: tl.constexpr, SHIFT: tl.constexpr, HALF: tl.constexpr, HALF_P: tl.constexpr,
+    KEYS: tl.constexpr, SHIFT: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """Angles of the keys with packed indices ``begin`` on, as :meth:`hipexp_kernels.rope.AttendRotation.keys`.
 
@@ -172,57 +178,57 @@ def _key_angle(
     j = begin + tl.arange(0, KEYS)
     if MODE == "streaming":
         if not SHIFT:
-            return _angle(angles, sizes, j, HALF, HALF_P)
+            return _angle(angles, sizes, j, HALF)
         elif Q == 1:
             return local
         else:
-            return _shifted(angles, sizes, begin, local, HALF, HALF_P)
+            return _shifted(angles, sizes, begin, local, HALF)
     elif MODE == "infllm":
-        return _angle(angles, sizes, tl.maximum(j - span.n_far + 1 - span.exact, 0), HALF, HALF_P)
+        return _angle(angles, sizes, tl.maximum(j - span.n_far + 1 - span.exact, 0), HALF)
     elif MODE == "native":
-        return _angle(angles, sizes, token, HALF, HALF_P)
+        return _angle(angles, sizes, token, HALF)
     else:
         far = j < span.n_far
         packed = tl.where(far, tl.maximum(j + span.first - WINDOW + 1 - span.n_far, 0), token)
-        near_cos, near_sin = _angle(angles, sizes, packed, HALF, HALF_P)
-        far_cos, far_sin = _angle(angles, sizes, tl.where(far, _squeezed(token, span, Q, TRAINED), token), HALF, HALF_P)
+        near_cos, near_sin = _angle(angles, sizes, packed, HALF)
+        far_cos, far_sin = _angle(angles, sizes, tl.where(far, _squeezed(token, span, Q, TRAINED), token), HALF)
         return 0.75 * near_cos + 0.25 * far_cos, 0.75 * near_sin + 0.25 * far_sin
 
 
 @triton.jit
-def _query_angle(angles, sizes, begin, r, span, MODE: tl.constexpr, HALF: tl.constexpr, HALF_P: tl.constexpr):
+def _query_angle(angles, sizes, begin, r, span, MODE: tl.constexpr, HALF: tl.constexpr):
     """As :meth:`hipexp_kernels.rope.AttendRotation.query`; short windows included, a query's row is that of its own key.
 
     ``begin``: by how many rows it is turned back, with its keys (``streaming`` only).
     """
     own = r + span.n_far + span.first - span.near
     if MODE == "streaming":
-        return _angle(angles, sizes, own - begin, HALF, HALF_P)
+        return _angle(angles, sizes, own - begin, HALF)
     elif MODE == "infllm":
-        return _angle(angles, sizes, own - span.n_far + 1 - span.exact, HALF, HALF_P)
+        return _angle(angles, sizes, own - span.n_far + 1 - span.exact, HALF)
     else:
-        return _angle(angles, sizes, r + span.first, HALF, HALF_P)
+        return _angle(angles, sizes, r + span.first, HALF)
 
 
 # -- rows in up to three pieces: the two rotated halves, and what is not rotated -----------------------------------------------------
 
 
 @triton.jit
-def _piece(base, offset, inside, BEGIN: tl.constexpr, SIZE: tl.constexpr, SIZE_P: tl.constexpr):
-    """Columns ``BEGIN .. BEGIN + SIZE`` of the rows at ``offset``, padded with 0 to ``SIZE_P``."""
-    d = tl.arange(0, SIZE_P)
-    mask = inside[:, None] if SIZE == SIZE_P else inside[:, None] & (d < SIZE)[None, :]
+def _piece(base, offset, inside, BEGIN: tl.constexpr, SIZE: tl.constexpr):
+    """Columns ``BEGIN .. BEGIN + SIZE`` of the rows at ``offset``, padded with zeros."""
+    d = tl.arange(0, padded(SIZE))
+    mask = inside[:, None] if SIZE == padded(SIZE) else inside[:, None] & (d < SIZE)[None, :]
     return tl.load(base + offset[:, None] + (BEGIN + d)[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def _pieces(base, offset, inside, D: tl.constexpr, HALF: tl.constexpr, HALF_P: tl.constexpr, REST_P: tl.constexpr):
+def _pieces(base, offset, inside, D: tl.constexpr, HALF: tl.constexpr):
     one, two, rest = 0, 0, 0
     if HALF > 0:
-        one = _piece(base, offset, inside, 0, HALF, HALF_P)
-        two = _piece(base, offset, inside, HALF, HALF, HALF_P)
+        one = _piece(base, offset, inside, 0, HALF)
+        two = _piece(base, offset, inside, HALF, HALF)
     if D > 2 * HALF:
-        rest = _piece(base, offset, inside, 2 * HALF, D - 2 * HALF, REST_P)
+        rest = _piece(base, offset, inside, 2 * HALF, D - 2 * HALF)
     return one, two, rest
 
 
@@ -279,8 +285,8 @@ def _finish(state):
 
 
 @triton.jit
-def _store(results, out, lse, row, head, n, N, G: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr):
-    d, is_row = tl.arange(0, D_P), row < G * Q
+def _store(results, out, lse, row, head, n, N, G: tl.constexpr, Q: tl.constexpr, D: tl.constexpr):
+    d, is_row = tl.arange(0, padded(D)), row < G * Q
     at = ((head * G + row // Q).to(tl.int64) * N + n) * Q + row % Q
     mask = is_row[:, None] & (d < D)[None, :]
     tl.store(results.out + at[:, None] * D + d[None, :], out.to(results.out.dtype.element_ty), mask=mask)
@@ -291,8 +297,8 @@ def _store(results, out, lse, row, head, n, N, G: tl.constexpr, Q: tl.constexpr,
 
 
 @triton.jit
-def _store_part(parts, out, lse, row, part, N_ROWS: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr):
-    d, at = tl.arange(0, D_P), part * N_ROWS + row
+def _store_part(parts, out, lse, row, part, N_ROWS: tl.constexpr, D: tl.constexpr):
+    d, at = tl.arange(0, padded(D)), part * N_ROWS + row
     tl.store(parts.out + at[:, None] * D + d[None, :], out, mask=(row < N_ROWS)[:, None] & (d < D)[None, :])
     tl.store(parts.lse + at, lse, mask=row < N_ROWS)
 
@@ -308,12 +314,11 @@ def _arrive(parts, group, PROGRAMS: tl.constexpr):
 
 
 @triton.jit
-def _merged(
-    parts, group, SPLITS: tl.constexpr, N_ROWS: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr, D: tl.constexpr, D_P: tl.constexpr
-):
-    """Output ``[ROWS, D_P]`` and log-sum-exp ``[ROWS]`` over all splits of a group. Past the L1 cache: others wrote them."""
-    row, d, s = tl.arange(0, ROWS), tl.arange(0, D_P), tl.arange(0, AT_ONCE)
-    state = (tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, D_P], tl.float32))
+def _merged(parts, group, SPLITS: tl.constexpr, N_ROWS: tl.constexpr, AT_ONCE: tl.constexpr, D: tl.constexpr):
+    """Output ``[rows, padded(D)]`` and log-sum-exp ``[rows]`` over all splits of a group. Past the L1 cache: others wrote them."""
+    ROWS: tl.constexpr = triton.next_power_of_2(N_ROWS)
+    row, d, s = tl.arange(0, ROWS), tl.arange(0, padded(D)), tl.arange(0, AT_ONCE)
+    state = (tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, padded(D)], tl.float32))
     for begin in range(0, SPLITS, AT_ONCE):
         at = (group * SPLITS + begin + s)[:, None] * N_ROWS + row[None, :]
         inside = (begin + s < SPLITS)[:, None] & (row < N_ROWS)[None, :]
@@ -335,9 +340,8 @@ def _merged(
 def _attend(
     queries, kv, lists, angles, results, parts, K, N, T, M, per_head, n_angles, scale,
     G: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, MODE: tl.constexpr, TRAINED: tl.constexpr,
-    BLOCK_TOK: tl.constexpr, SINK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    D_P: tl.constexpr, HALF_P: tl.constexpr, REST_P: tl.constexpr, LIST_TILE: tl.constexpr,
-    SHIFT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, AT_ONCE: tl.constexpr, MERGE_ROWS: tl.constexpr,
+    BLOCK_TOK: tl.constexpr, SINK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, LIST_TILE: tl.constexpr,
+    SHIFT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     TILES: tl.constexpr = (G * Q + ROWS - 1) // ROWS
     sizes = Sizes(K, N, T, M, per_head, n_angles)
@@ -348,19 +352,19 @@ def _attend(
     TURN_BACK: tl.constexpr = SHIFT & (Q == 1)
     local = (0.0, 0.0)
     if SHIFT:
-        local = _angle(angles, sizes, tl.arange(0, KEYS), HALF, HALF_P)
+        local = _angle(angles, sizes, tl.arange(0, KEYS), HALF)
     span = _span(lists, sizes, n, list_at, SINK, WINDOW, BLOCK_TOK, LIST_TILE)
 
     row = tile * ROWS + tl.arange(0, ROWS)
     r = row % Q
     q_at = (head * G + row // Q).to(tl.int64) * queries.head + n.to(tl.int64) * queries.block + r * queries.row
-    q_raw = _pieces(queries.q, q_at, row < G * Q, D, HALF, HALF_P, REST_P)
+    q_raw = _pieces(queries.q, q_at, row < G * Q, D, HALF)
     q = q_raw
     if (HALF > 0) & (not TURN_BACK):
-        q = _turned(q_raw, _query_angle(angles, sizes, 0, r, span, MODE, HALF, HALF_P))
+        q = _turned(q_raw, _query_angle(angles, sizes, 0, r, span, MODE, HALF))
     k_head, v_head = kv.k + head.to(tl.int64) * kv.k_head, kv.v + head.to(tl.int64) * kv.v_head
 
-    state = (tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, D_P], tl.float32))
+    state = (tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, padded(D)], tl.float32))
     n_before = span.n_far + span.first - span.near
     n_shared = n_before + 1 if Q == 1 else n_before  # keys that all rows attend to; a single query is one of them
     share = ((n_shared + SPLITS - 1) // SPLITS + 15) // 16 * 16
@@ -368,12 +372,12 @@ def _attend(
     for begin in range(split * share, end, KEYS):
         j = begin + tl.arange(0, KEYS)
         token, inside = _tokens(j, span, lists, sizes, list_at, BLOCK_TOK), j < end
-        values = _piece(v_head, token.to(tl.int64) * kv.v_tok, inside, 0, D, D_P)
-        keys = _pieces(k_head, token.to(tl.int64) * kv.k_tok, inside, D, HALF, HALF_P, REST_P)
+        values = _piece(v_head, token.to(tl.int64) * kv.v_tok, inside, 0, D)
+        keys = _pieces(k_head, token.to(tl.int64) * kv.k_tok, inside, D, HALF)
         if HALF > 0:
-            keys = _turned(keys, _key_angle(angles, sizes, local, begin, token, span, MODE, Q, WINDOW, TRAINED, KEYS, SHIFT, HALF, HALF_P))
+            keys = _turned(keys, _key_angle(angles, sizes, local, begin, token, span, MODE, Q, WINDOW, TRAINED, KEYS, SHIFT, HALF))
             if TURN_BACK:
-                q = _turned(q_raw, _query_angle(angles, sizes, begin, tl.zeros([1], tl.int32), span, MODE, HALF, HALF_P))
+                q = _turned(q_raw, _query_angle(angles, sizes, begin, tl.zeros([1], tl.int32), span, MODE, HALF))
         logits = _logits(_products(q, keys, D, HALF), scale, SOFTCAP)
         state = _update(state, tl.where(inside[None, :], logits, float("-inf")), values)
 
@@ -382,24 +386,22 @@ def _attend(
             for begin in range(0, Q, KEYS):
                 own = begin + tl.arange(0, KEYS)
                 token, inside = span.first + own, (own < Q) & (span.first + own < sizes.T)
-                values = _piece(v_head, token.to(tl.int64) * kv.v_tok, inside, 0, D, D_P)
-                keys = _pieces(k_head, token.to(tl.int64) * kv.k_tok, inside, D, HALF, HALF_P, REST_P)
+                values = _piece(v_head, token.to(tl.int64) * kv.v_tok, inside, 0, D)
+                keys = _pieces(k_head, token.to(tl.int64) * kv.k_tok, inside, D, HALF)
                 if HALF > 0:
                     at = n_before + begin
-                    keys = _turned(
-                        keys, _key_angle(angles, sizes, local, at, token, span, MODE, Q, WINDOW, TRAINED, KEYS, SHIFT, HALF, HALF_P)
-                    )
+                    keys = _turned(keys, _key_angle(angles, sizes, local, at, token, span, MODE, Q, WINDOW, TRAINED, KEYS, SHIFT, HALF))
                 logits = _logits(_products(q, keys, D, HALF), scale, SOFTCAP)
                 state = _update(state, tl.where(inside[None, :] & (own[None, :] <= r[:, None]), logits, float("-inf")), values)
 
     out, lse = _finish(state)
     if SPLITS == 1:
-        _store(results, out, lse, row, head, n, sizes.N, G, Q, D, D_P)
+        _store(results, out, lse, row, head, n, sizes.N, G, Q, D)
     else:
-        _store_part(parts, out, lse, row, group * SPLITS + split, G * Q, D, D_P)
+        _store_part(parts, out, lse, row, group * SPLITS + split, G * Q, D)
         if _arrive(parts, group, SPLITS * TILES):
-            all_out, all_lse = _merged(parts, group, SPLITS, G * Q, MERGE_ROWS, AT_ONCE, D, D_P)
-            _store(results, all_out, all_lse, tl.arange(0, MERGE_ROWS), head, n, sizes.N, G, Q, D, D_P)
+            all_out, all_lse = _merged(parts, group, SPLITS, G * Q, AT_ONCE, D)
+            _store(results, all_out, all_lse, tl.arange(0, triton.next_power_of_2(G * Q)), head, n, sizes.N, G, Q, D)
 
 
 # -- launching ---------------------------------------------------------------------------------------------------------------------
@@ -427,11 +429,6 @@ FP32 = Tuning(32, 32, 8, 1)
 MERGE_AT_ONCE = 8192  # numbers of the parts that the merging program holds at a time
 
 
-def padded(n: int) -> int:
-    """A width ``tl.dot`` takes."""
-    return max(16, triton.next_power_of_2(n))
-
-
 def launch(
     G: int, Q: int, D: int, half: int, mode: str, M: int, n_groups: int, max_keys: int, itemsize: int, n_sm: int, hopper: bool
 ) -> tuple[dict, dict]:
@@ -440,7 +437,7 @@ def launch(
     ``n_groups``: query blocks times key/value heads; ``max_keys``: what a block attends to at most, exact blocks left aside;
     ``itemsize``: bytes of a number; ``n_sm``: multiprocessors of the GPU; ``hopper``: it is of that generation or newer.
     """
-    n_rows, d_padded = G * Q, padded(D)
+    n_rows = G * Q
     if itemsize == 4:
         tuning = FP32
     elif D > 128:
@@ -456,11 +453,10 @@ def launch(
         n_tiles = triton.cdiv(max_keys, tuning.keys)
         wanted = max(1, PROGRAMS_PER_SM * n_sm // (n_groups * triton.cdiv(n_rows, rows)))
         splits = triton.cdiv(n_tiles, triton.cdiv(n_tiles, wanted))
-    at_once = max(1, min(triton.next_power_of_2(splits), MERGE_AT_ONCE // (merge_rows * d_padded)))
+    at_once = max(1, min(triton.next_power_of_2(splits), MERGE_AT_ONCE // (merge_rows * padded(D))))
     shift = tuning.shift and half > 0 and mode == "streaming"
     tile = dict(
-        D_P=d_padded, HALF_P=padded(half), REST_P=padded(D - 2 * half), LIST_TILE=min(512, padded(M)),
-        SHIFT=shift, ROWS=rows, KEYS=tuning.keys, SPLITS=splits, AT_ONCE=at_once, MERGE_ROWS=merge_rows,
+        LIST_TILE=min(512, padded(M)), SHIFT=shift, ROWS=rows, KEYS=tuning.keys, SPLITS=splits, AT_ONCE=at_once,
     )  # fmt: skip
     stages = tuning.num_stages if hopper else min(3, tuning.num_stages)
     if half > 0 and not shift:  # the angles of the keys need shared memory too
