@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hipexp_kernels import merge_lse
+from hipexp_kernels import dispatch, merge_lse
 
 import triton_device
 from triton_device import DEVICE
@@ -63,3 +63,14 @@ def test_views():
         merge_lse(*[[x.to(DEVICE) for x in part] for part in swapped], impl="triton"), merge_lse(outs, lses), strict=True
     ):
         torch.testing.assert_close(mine.cpu(), theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_which_implementation_runs(monkeypatch):
+    names = {"reference": 1, "vectorized": 2, "triton": 3}
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [dispatch.choose("auto", names, device) for device in (cpu, gpu)] == [2, 3]
+    assert dispatch.choose("reference", names, gpu) == 1 and dispatch.choose("auto", {"vectorized": 2}, gpu) == 2
+    monkeypatch.setattr(dispatch, "has_triton", lambda: False)
+    assert dispatch.choose("auto", names, gpu) == 2
+    with pytest.raises(ValueError, match="pip install triton"):
+        merge_lse(*parts(2, (3, 4)), impl="triton")

@@ -451,7 +451,7 @@ def launch(
     splits = 1
     if merge_rows <= 64:  # the program that merges holds all rows
         n_tiles = triton.cdiv(max_keys, tuning.keys)
-        wanted = max(1, PROGRAMS_PER_SM * n_sm // (n_groups * triton.cdiv(n_rows, rows)))
+        wanted = max(1, PROGRAMS_PER_SM * n_sm // max(1, n_groups * triton.cdiv(n_rows, rows)))
         splits = triton.cdiv(n_tiles, triton.cdiv(n_tiles, wanted))
     at_once = max(1, min(triton.next_power_of_2(splits), MERGE_AT_ONCE // (merge_rows * padded(D))))
     shift = tuning.shift and half > 0 and mode == "streaming"
