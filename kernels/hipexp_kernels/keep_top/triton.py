@@ -18,7 +18,6 @@ from hipexp_kernels.dispatch import require_triton_can
 IN_REGISTERS = 8192  # longer lists are read again for every digit, in tiles of this many chunks
 CHUNKS_PER_WARP = 256
 MAX_WARPS = 16
-REGISTERS = 128  # of a thread; without that bound ptxas saves some for a second program, which there rarely is
 
 
 def keep_top(
@@ -51,10 +50,7 @@ def launch(n_chunks: int, heads: int, chunk_tok: int, next_tok: int) -> tuple[di
     """The constexpr arguments and the compiler options for lists of up to ``n_chunks`` that ``heads`` key/value heads share."""
     tile = min(max(32, triton.next_power_of_2(n_chunks)), IN_REGISTERS)
     constexprs = dict(HEADS=heads, CHUNK=chunk_tok, NEXT=next_tok, TILE=tile, ONE_TILE=n_chunks <= tile)
-    options = dict(num_warps=min(max(4, tile // CHUNKS_PER_WARP), MAX_WARPS), num_stages=1)
-    if torch.version.hip is None:
-        options["maxnreg"] = REGISTERS
-    return constexprs, options
+    return constexprs, dict(num_warps=min(max(4, tile // CHUNKS_PER_WARP), MAX_WARPS), num_stages=1)
 
 
 def aot_cases() -> Iterator[tuple[str, triton.JITFunction, dict, dict, dict]]:
@@ -102,18 +98,19 @@ def _keep_top(
     count = tl.load(counts_ptr + s * counts_stride_s + n).to(tl.int32)
     limit = tl.load(limits_ptr + n).to(tl.int32)
     count = tl.minimum(count, C)
+    last = tl.maximum(count - 1, 0)  # read in place of those past the count
     room = tl.minimum(keep, count)  # chunks still to be found
 
     cached = _order(scores_ptr, head_stride, 0, count, HEADS, TILE)
     threshold = tl.zeros([], tl.uint32)
     for shift in tl.static_range(24, -1, -8):
         if ONE_TILE:
-            histogram = _count_digits(cached, 0, count, threshold, shift, TILE)
+            histogram = _count_digits(cached, threshold, shift)
         else:
             histogram = tl.zeros([256], tl.int32)
             for begin in range(0, count, TILE):
                 order = _order(scores_ptr, head_stride, begin, count, HEADS, TILE)
-                histogram += _count_digits(order, begin, count, threshold, shift, TILE)
+                histogram += _count_digits(order, threshold, shift)
         digit = tl.arange(0, 256)
         up_to = tl.cumsum(histogram, 0)
         # The first digit at which there are enough, and how many there are before it, in one reduction.
@@ -123,12 +120,12 @@ def _keep_top(
 
     # ``room`` of those exactly at the threshold are kept: the first ones.
     if ONE_TILE:
-        total, _ = _write(cached, starts_ptr, out_ptr, 0, count, limit, threshold, room, 0, CHUNK, NEXT, TILE)
+        total, _ = _write(cached, starts_ptr, out_ptr, 0, last, limit, threshold, room, 0, CHUNK, NEXT, TILE)
     else:
         total = tl.zeros([], tl.int32)
         for begin in range(0, count, TILE):
             order = _order(scores_ptr, head_stride, begin, count, HEADS, TILE)
-            total, room = _write(order, starts_ptr, out_ptr, begin, count, limit, threshold, room, total, CHUNK, NEXT, TILE)
+            total, room = _write(order, starts_ptr, out_ptr, begin, last, limit, threshold, room, total, CHUNK, NEXT, TILE)
     for begin in range(0, n_out, TILE):
         slot = begin + tl.arange(0, TILE)
         tl.store(out_ptr + slot, tl.full([TILE], -1, tl.int32).to(out_ptr.dtype.element_ty), mask=(slot >= total) & (slot < n_out))
@@ -137,36 +134,41 @@ def _keep_top(
 
 @triton.jit
 def _order(scores_ptr, head_stride, begin, count, HEADS: tl.constexpr, TILE: tl.constexpr):
-    """The best scores of ``TILE`` chunks over the heads as unsigned integers, the better the smaller: 0 is NaN, -0 is as 0."""
+    """The best scores of ``TILE`` chunks over the heads as unsigned integers, the better the smaller: 0 is NaN, -0 is as 0.
+
+    Those past ``count`` are worse than all.
+    """
     chunk = begin + tl.arange(0, TILE)
+    readable = tl.minimum(chunk, tl.maximum(count - 1, 0))  # ptxas spreads loads that have a condition, so that each is waited for
     best = tl.full([TILE], 0xFFFFFFFF, tl.uint32)
     for head in tl.range(HEADS, loop_unroll_factor=4):
-        score = tl.load(scores_ptr + head * head_stride + chunk, mask=chunk < count, other=0.0)
+        score = tl.load(scores_ptr + head * head_stride + readable)
         bits = tl.where(score == 0, 0.0, score).to(tl.uint32, bitcast=True)
         order = bits ^ tl.where(bits >> 31 == 1, 0, 0x7FFFFFFF).to(tl.uint32)
         best = tl.minimum(best, tl.where(score == score, order, 0))
-    return best
+    return tl.where(chunk < count, best, 0xFFFFFFFF)
 
 
 @triton.jit
-def _count_digits(order, begin, count, found, shift: tl.constexpr, TILE: tl.constexpr):
+def _count_digits(order, found, shift: tl.constexpr):
     """How many of the chunks that share the digits above ``shift`` with ``found`` have each digit at ``shift``: ``[256]``."""
-    takes_part = begin + tl.arange(0, TILE) < count
-    if shift < 24:
-        takes_part &= (order >> (shift + 8)) == (found >> (shift + 8))
-    return tl.histogram(((order >> shift) & 255).to(tl.int32), 256, mask=takes_part)
+    digit = ((order >> shift) & 255).to(tl.int32)
+    if shift == 24:
+        histogram = tl.histogram(digit, 256)
+    else:
+        histogram = tl.histogram(digit, 256, mask=(order >> (shift + 8)) == (found >> (shift + 8)))
+    return histogram
 
 
 @triton.jit
 def _write(
-    order, starts_ptr, out_ptr, begin, count, limit, threshold, room, total, CHUNK: tl.constexpr, NEXT: tl.constexpr, TILE: tl.constexpr
+    order, starts_ptr, out_ptr, begin, last, limit, threshold, room, total, CHUNK: tl.constexpr, NEXT: tl.constexpr, TILE: tl.constexpr
 ):
     """Write the pieces of the kept chunks of a tile after the first ``total``; the new ``total``, and the ``room`` left for ties."""
-    chunk = begin + tl.arange(0, TILE)
-    active = chunk < count
-    tied = (active & (order == threshold)).to(tl.int32)
-    kept = (active & (order < threshold)) | ((tied == 1) & (tl.cumsum(tied, 0) <= room))
-    start = tl.load(starts_ptr + chunk, mask=kept, other=0).to(tl.int32)
+    # Asked for now, needed after the sums; without a condition, see ``_order``.
+    start = tl.load(starts_ptr + tl.minimum(begin + tl.arange(0, TILE), last)).to(tl.int32)
+    tied = (order == threshold).to(tl.int32)
+    kept = (order < threshold) | ((tied == 1) & (tl.cumsum(tied, 0) <= room))
     before_limit = tl.minimum(tl.maximum(limit - start, 0), CHUNK)
     pieces = tl.where(kept, tl.cdiv(before_limit, NEXT), 0)
     slot = total + tl.cumsum(pieces, 0) - pieces
