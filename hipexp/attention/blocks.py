@@ -92,6 +92,8 @@ class QueryBlocks:
 
     def from_block(self, n: int) -> QueryBlocks:
         """The blocks from the ``n``-th on."""
+        if not n:
+            return self
         start = self.start + n * self.size
         return QueryBlocks(self.q[:, n:], start, self.size, min(self.end, max(self.begin, start)), self.end)
 

@@ -15,7 +15,15 @@ from hipexp.attention import LayerAttention, Memory
 from hipexp.attention.inputs import GENERATORS, Geometry, Inputs
 from hipexp.attention.rope import RopeTables
 from hipexp.config.schema import LayerPlan, Pipeline
-from hipexp.run.contestants import HEAD_START_CYCLES, decode_contestants, fastest, prefill_contestants, runnable, time_alternating
+from hipexp.run.contestants import (
+    HEAD_START_CYCLES,
+    Contestant,
+    decode_contestants,
+    fastest,
+    prefill_contestants,
+    runnable,
+    time_alternating,
+)
 from hipexp.run.latency import quantile
 
 ROPE_BASE, TRAINED_TOK = 500_000.0, 131_072  # of Llama 3.1, without its frequency scaling
@@ -127,7 +135,10 @@ def make_layers(geometry: Geometry, n_tok: int, n_layers: int, device: torch.dev
 
 
 def decode_row(attention: LayerAttention, layers: list[Inputs], periods: int, name: str) -> dict[str, Any]:
-    """Time whole refresh periods of decode steps: ``mean_ms`` over them, ``cached_ms``, ``full_ms``, ``worst_ms``, p10, p90 of one layer."""
+    """Time whole refresh periods of decode steps of one layer: ``mean_ms`` over all steps, ``p10_ms``, ``p90_ms``, ``worst_ms``.
+
+    ``cached_ms`` and ``full_ms``: medians of the steps in which no stage runs again, and of those in which all do.
+    """
     n_steps = period_of(attention.plan) * periods
     queries = torch.stack([torch.stack([layer.queries(step) for layer in layers]) for step in range(n_steps)])[:, :, :, None]
     times = DecodeRun(attention, layers, queries).times_ms()
@@ -162,8 +173,6 @@ def prefill_rows(
         return attention(q, k, v, n_tok - n_queries)
 
     able, reasons = runnable([c for c in prefill_contestants(device) if dense and c.name not in skip], (q, layer.keys, layer.values))
-    from hipexp.run.contestants import Contestant
-
     rows = time_alternating([*able, Contestant(name, pruned)], [(q, layer.keys, layer.values)], rounds=rounds, warmup=1, graphs=False)
     common = {"phase": "prefill", "context_tok": n_tok, "queries": n_queries}
     return [{**common, "impl": row.pop("name"), **row} for row in rows] + [
@@ -174,7 +183,8 @@ def prefill_rows(
 def with_speedup(rows: list[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
     """Add ``speedup`` over the fastest dense contestant of the same phase and length to the rows of the pipelines ``names``."""
     for row in rows:
-        dense = [r for r in rows if r["impl"] not in names and "median_ms" in r and (r["phase"], r["context_tok"]) == (row["phase"], row["context_tok"])]
+        where = row["phase"], row["context_tok"]
+        dense = [r for r in rows if r["impl"] not in names and "median_ms" in r and (r["phase"], r["context_tok"]) == where]
         if row["impl"] in names and dense:
             best = fastest(dense)
             row["speedup"], row["against"] = best["mean_ms"] / row["mean_ms"], best["impl"]

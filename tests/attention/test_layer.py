@@ -378,3 +378,16 @@ def test_positions_are_computed_for_tokens_that_exist(attend):
     out = asked(q[:, -40:], k, v, 4960)
     assert asked.tables.upto(1).cos.shape[0] == 8192
     assert torch.allclose(out, dense(q[:, -40:], k, v, 4960), atol=1e-4)
+
+
+@pytest.mark.parametrize("heads", list(Heads))
+def test_a_step_is_where_the_device_says(heads):
+    """As in a CUDA graph that serves later tokens too: keys and the position that sizes come from reach further than the step."""
+    q, k, v = random_qkv(420)
+    attention, exact, served = layer(plan(heads=heads)), Memory(), Memory()
+    numbers = attention.step_at(419, q.device)
+    for at in range(390, 410):
+        expected = attention(q[:, at : at + 1], k[:, : at + 1], v[:, : at + 1], at, exact)
+        numbers.numbers.copy_(attention.step_at(at, q.device).numbers)
+        found = attention(q[:, at : at + 1], k, v, 419, served, numbers)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
