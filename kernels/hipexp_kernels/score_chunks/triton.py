@@ -23,9 +23,9 @@ from hipexp_kernels.rope import ScoreRotation
 # What to tune: rows of keys in flight in each program, the warps that share them, and the registers of a thread (fewer let more programs
 # run side by side). Without that bound ptxas saves registers by waiting for one key before it asks for the next. Keys that are rotated
 # take more of them.
-ONE_ROW = dict(keys=64, warps=4, registers=128, registers_rotated=168)  # keys: chunks times query heads
-ROWS = dict(keys=64, warps=4, registers=168, registers_rotated=255)  # keys: chunks
-EXACT = dict(keys=64, warps=4, registers=168, registers_rotated=255)  # keys: tokens
+ONE_ROW = dict(keys=64, warps=4, registers=128, registers_rotated=168, stages=1)  # keys: chunks times query heads
+ROWS = dict(keys=64, warps=4, registers=168, registers_rotated=255, stages=1)  # keys: chunks
+EXACT = dict(keys=64, warps=4, registers=168, registers_rotated=255, stages=1)  # keys: tokens
 MAX_COLUMNS = 128  # query rows that are multiplied at a time
 RAW_KEYS = ("none", "relative", "infllm")  # modes that leave keys as they are
 
@@ -83,7 +83,7 @@ def launch(mode: str, rows: int, group: int, dim: int, rotary: int, chunk_tok: i
     else:
         kernel, tuned = _descend_rows, ROWS
         constexprs |= dict(ROWS=rows, TILE=max(16, tuned["keys"] // wide))
-    options = dict(num_warps=tuned["warps"], num_stages=1)
+    options = dict(num_warps=tuned["warps"], num_stages=tuned["stages"])
     if torch.version.hip is None:
         options["maxnreg"] = tuned["registers" if mode in RAW_KEYS else "registers_rotated"]
     return kernel, constexprs, options
@@ -242,6 +242,7 @@ def _descend_rows(
         r1, r2, r3 = _query_in(k_ptr.dtype.element_ty, q_ptr, row, cos_ptr, sin_ptr, at, MODE, HALF, REST, 16)
         l1, l2, l3 = r1, r2, r3
         if MODE == "relative":
+            tl.debug_barrier()  # or ptxas turns both copies at once, and spills
             l1, l2, l3 = _query_in(k_ptr.dtype.element_ty, q_ptr, row, cos_ptr, sin_ptr, at + 1, MODE, HALF, REST, 16)
         low, size = start, length
         width = length  # the same number, but in the layout of the pointers, where ``size`` is in that of the products
