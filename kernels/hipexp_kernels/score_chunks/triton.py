@@ -27,6 +27,9 @@ ONE_ROW = dict(keys=64, warps=4, registers=128, registers_rotated=168, stages=1)
 ROWS = dict(keys=64, warps=4, registers=168, registers_rotated=255, stages=1)  # keys: chunks
 EXACT = dict(keys=64, warps=4, registers=168, registers_rotated=255, stages=1)  # keys: tokens
 MAX_COLUMNS = 128  # query rows that are multiplied at a time
+# Where the heads of a group lie in tiles of one query row: in the dimension that Triton spreads over the lanes of a warp first, so that
+# heads which probe the same key ask for it once, and a thread holds one head's query. Triton 3.7 turned that order round.
+HEAD_AXIS = 0 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) else 1
 RAW_KEYS = ("none", "relative", "infllm")  # modes that leave keys as they are
 
 
@@ -79,7 +82,7 @@ def launch(mode: str, rows: int, group: int, dim: int, rotary: int, chunk_tok: i
         constexprs |= dict(ROWS=rows, COLUMNS=columns, TOKENS=tokens, TILE=max(16 // tokens, tuned["keys"] // wide // tokens, 1))
     elif rows == 1:
         kernel, tuned = _descend_one_row, ONE_ROW
-        constexprs |= dict(TILE=max(1, tuned["keys"] // wide // triton.next_power_of_2(group)))
+        constexprs |= dict(TILE=max(1, tuned["keys"] // wide // triton.next_power_of_2(group)), HEAD_AXIS=HEAD_AXIS)
     else:
         kernel, tuned = _descend_rows, ROWS
         constexprs |= dict(ROWS=rows, TILE=max(16, tuned["keys"] // wide))
@@ -141,6 +144,7 @@ def _descend_one_row(
     REST: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
+    HEAD_AXIS: tl.constexpr,
 ):
     n, kv, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rank = tile * TILE + tl.arange(0, TILE)
@@ -154,20 +158,20 @@ def _descend_one_row(
     first, last = _block(first_ptr, last_ptr, n, MODE)
     k_ptr += kv.to(tl.int64) * k_stride_h
 
-    # [head, chunk, dimension]: Triton spreads the heads over the lanes of a warp, so that heads which probe the same key ask for it once.
+    # Tiles are [heads, chunks, dimensions], or with ``HEAD_AXIS`` 1 [chunks, heads, dimensions].
     HEADS: tl.constexpr = triton.next_power_of_2(GROUP)
     head = tl.minimum(tl.arange(0, HEADS), GROUP - 1)  # padding repeats the last one
-    row = ((kv * GROUP + head) * N + n)[:, None, None]
+    row = tl.expand_dims((kv * GROUP + head) * N + n, 1 - HEAD_AXIS)[:, :, None]
     at = _query_position(position_ptr, n, 0, count, scan_window_tok, 1, MODE)
     r1, r2, r3 = _query(q_ptr, row, cos_ptr, sin_ptr, at, MODE, HALF, REST, 1)
     l1, l2, l3 = r1, r2, r3
     if MODE == "relative":
         l1, l2, l3 = _query(q_ptr, row, cos_ptr, sin_ptr, at + 1, MODE, HALF, REST, 1)
 
-    rank, present = rank[None, :], present[None, :]
-    low = tl.broadcast_to(low[None, :], (HEADS, TILE))
-    size = tl.broadcast_to(size[None, :], (HEADS, TILE))
-    best = tl.full([HEADS, TILE], float("-inf"), tl.float32)
+    rank, present = tl.expand_dims(rank, HEAD_AXIS), tl.expand_dims(present, HEAD_AXIS)
+    best = tl.full([TILE, HEADS] if HEAD_AXIS else [HEADS, TILE], float("-inf"), tl.float32)
+    low = tl.broadcast_to(tl.expand_dims(low, HEAD_AXIS), best.shape)
+    size = tl.broadcast_to(tl.expand_dims(size, HEAD_AXIS), best.shape)
     for depth in range(_depth(CHUNK)):
         half = size // 2
         left, right = low + half // 2, low + half + (size - half) // 2
@@ -187,7 +191,7 @@ def _descend_one_row(
         best, go_left = _better(best, left_score, right_score, left_exists, right_exists)
         low, size = tl.where(go_left, low, low + half), tl.where(go_left, half, size - half)
     rank = tile * TILE + tl.arange(0, TILE)
-    tl.store(scores_ptr + rank, _max(best, 0), mask=rank < C)
+    tl.store(scores_ptr + rank, _max(best, HEAD_AXIS), mask=rank < C)
 
 
 @triton.jit(do_not_specialize=_PLAIN)
