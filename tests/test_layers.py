@@ -40,6 +40,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"hipexp.hf", "hipexp.attention", "hipexp.cache", "huggingface_hub", "numpy", "pyarrow", "tokenizers", "torch", "tqdm", "yaml"},
     ),
     "hipexp/run/contestants.py": ({"hipexp.report", "hipexp.run", "hipexp_kernels", "torch"}, set()),
+    "hipexp/run/attention_latency.py": (CONFIG | {"hipexp.attention", "hipexp.run", "torch"}, set()),
+    "hipexp/run/gpu.py": (CONFIG | {"hipexp.attention", "hipexp.run", "torch", "yaml"}, set()),
 }
 # A GPU machine may lack these: what runs there does not import them at load time.
 OFTEN_MISSING = {"hydra", "omegaconf", "datasets", "wandb", "pyarrow", "matplotlib"}
@@ -50,7 +52,9 @@ RUNS_ON_A_GPU_MACHINE = (
     "hipexp.cache.resident",
     "hipexp.hf",
     "hipexp.config.schema",
+    "hipexp.attention.recall",
     "hipexp.run.contestants",
+    "hipexp.run.gpu",
     "hipexp.run.latency",
     "hipexp.run.point",
 )

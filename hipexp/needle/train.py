@@ -42,7 +42,7 @@ FIRST_WEIGHT = 3.0  # of the first token of an answer: it tells the needles apar
 SHORTER = 0.3  # share of steps drawn from an earlier length
 LM_WEIGHT, LOCALITY_WEIGHT = 0.1, 0.5
 LOCALITY_FROM_TOK = 192  # in shorter prompts there is no room between sinks and window
-LOCALITY_FROM_LAYER = LAYERS - 1
+LOCALITY_FROM_LAYER = LAYERS - 2  # the last two do the looking up
 ASKING_ROWS, ASKING_BLOCKS, BLOCK_TOK, BLOCK_ROWS = 24, 4, 64, 16  # per prompt; a block is a 24th of a short prompt
 # In this share of the steps, and in all on short prompts, the layers before LOCALITY_FROM_LAYER see near tokens only, so that the layer
 # with the locality loss does the looking up. "Near": blocks of a sixth, an eighth or a twelfth of the prompt.

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hipexp.attention import LayerAttention, Memory
+from hipexp.attention import LayerAttention, Memory, Selection
 from hipexp.attention.inputs import GENERATORS, Geometry, Inputs
+from hipexp.attention.recall import attention_mass
 from hipexp.attention.rope import RopeTables
 from hipexp.config.schema import LayerPlan, Pipeline
 from hipexp.run.contestants import (
@@ -149,6 +150,34 @@ def decode_row(attention: LayerAttention, layers: list[Inputs], periods: int, na
     row |= {"p10_ms": quantile(times, 0.1), "p90_ms": quantile(times, 0.9)}
     cached = by_due.get(len(attention.plan.decode))
     return row | {"cached_ms": quantile(cached, 0.5) if cached else None, "full_ms": quantile(by_due[0], 0.5), "steps": n_steps}
+
+
+def recall_of(attention: LayerAttention, layers: list[Inputs], step: int = 0) -> dict[str, float]:
+    """What a full refresh selects at a decode step, over all heads of all layers: the mass that is always attended to (``fixed``), the
+    share of the rest that is selected (``recall``, mean and 5th percentile), and that in parts of the best possible (``oracle_ratio``).
+
+    Measured at the distance at which the stages score (see :func:`hipexp.attention.recall.attention_mass`).
+    """
+    plan, found = attention.plan, []
+    distance = max(0, plan.window_tok - plan.decode[0].chunk_tok)
+    for layer in layers:
+        q, position, memory = layer.queries(step), layer.keys.shape[1] - 1, Memory()
+        attention(q[:, None], layer.keys, layer.values, position, memory)
+        selection = Selection(*memory.lists[len(plan.decode)])
+        assert attention.tables is not None
+        found.append(
+            attention_mass(
+                q, layer.keys, selection, position, block_tok=plan.decode[-1].chunk_tok, sink_tok=plan.sink_tok,
+                window_tok=plan.window_tok, scale=attention.scale, table=attention.tables.upto(distance + 1), distance_tok=distance,
+            )
+        )  # fmt: skip
+    recall = torch.cat([mass.recall for mass in found])
+    return {
+        "fixed": float(torch.cat([mass.fixed for mass in found]).mean()),
+        "recall": float(recall.mean()),
+        "recall_p5": float(recall.quantile(0.05)),
+        "oracle_ratio": float(torch.cat([mass.oracle_ratio for mass in found]).mean()),
+    }
 
 
 def dense_decode_rows(layers: list[Inputs], rounds: int, skip: Sequence[str] = ()) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -52,12 +52,10 @@ HIP = ("+pipeline=3stage",)
 SPECS = (
     Spec("dense", 1, DIGITS, 100),
     Spec("dense", 1, PAIRS, 50),
-    Spec("3stage", 8, PAIRS, 40, HIP),
-    Spec("3stage", 8, DIGITS, 40, HIP),
+    *(Spec("3stage", 8, (name,), 40, HIP) for name in SUBTASKS),
     Spec("dense", 8, SUBTASKS, 5),
     Spec("3stage", 32, ("passkey",), 15, HIP),
-    Spec("3stage", 8, PAIRS, 40, EVERY_STEP),
-    Spec("3stage", 8, PAIRS, 40, EXACT_SCORES),
+    *(Spec("3stage", 8, PAIRS, 10, words) for words in (EVERY_STEP, EXACT_SCORES)),
     Spec("dense", 1, SUBTASKS, 20, (HELDOUT,)),
     Spec("3stage", 8, SUBTASKS, 5, (*HIP, HELDOUT)),
     Spec("3stage without its layer group", 8, SUBTASKS, 5, NO_GROUP),
@@ -211,6 +209,11 @@ def verdict(reached: bool | float | None) -> str:
     return "not measured" if reached is None else "yes" if reached else "no"
 
 
+def machines(points: Iterable[Named]) -> str:
+    """What the runs ran on."""
+    return "Run on: " + "; ".join(sorted({found for point in points if (found := point.machine())})) + "."
+
+
 def write_table(runs: dict[Spec, Named], times: Sequence[Named], trained_tok: int) -> Path:
     """Write ``table.md`` from what is done so far, and ``accuracy.png`` when all of it is; returns the folder."""
     model = times[0].experiment.model
@@ -224,9 +227,10 @@ def write_table(runs: dict[Spec, Named], times: Sequence[Named], trained_tok: in
         "## What it must show",
         claims(results, rows),
         "## Accuracy",
+        machines(run for spec, run in runs.items() if results[spec]),
         accuracy_table(results, trained_tok),
         "## Time",
-        f"```\n{latency.table(rows)}\n```" if rows else "not measured yet",
+        *([machines(times), f"```\n{latency.table(rows)}\n```"] if rows else ["not measured yet"]),
         "![accuracy by length](accuracy.png)",
     ]
     folder = runs_root() / f"{file_name(model.name or model.path)}-table_{model_revision(model)[:10]}"

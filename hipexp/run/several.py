@@ -31,6 +31,11 @@ class Named:
         """Its finished samples."""
         return read_rows(folder_of(self.experiment))
 
+    def machine(self) -> str | None:
+        """What it ran on; None while nothing has begun."""
+        found = read_json(folder_of(self.experiment) / "env.json")
+        return f"{found['device']}, {found['threads']} thread(s), torch {found['packages']['torch']}" if found else None
+
     def summary(self) -> dict[str, Any]:
         """Its ``summary.json``; empty while it is not done."""
         return read_json(folder_of(self.experiment) / "summary.json") if stored(self.experiment) else {}

@@ -1,0 +1,108 @@
+"""``make gpu``: latency of attention alone on a GPU, pipelines against every dense kernel of this machine, with recall.
+
+Needs torch and Triton only. Writes ``attention.json`` and ``attention.md``; a part that fails is told and left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from hipexp.attention.inputs import GEOMETRIES, Inputs
+from hipexp.config.convert import to_schema
+from hipexp.config.overrides import conf_dir
+from hipexp.config.schema import Pipeline
+from hipexp.run import attention_latency as latency
+from hipexp.run.contestants import describe_machine, memory_bandwidth, write_rows
+
+K = 1024
+PRESETS = ("3stage", "3stage_fast", "3stage_flash", "5k")
+N_LAYERS = 8  # their selected keys together exceed the L2 cache
+PREFILL_TOK = 32 * K  # the last chunk of a prompt
+SLOW = ("sdpa efficient packed", "sdpa cudnn packed", "matmuls packed")  # many times the fastest at every length measured so far
+
+
+def preset(name: str) -> Pipeline:
+    """A pipeline of ``conf/pipeline``, without Hydra."""
+    return to_schema(yaml.safe_load((conf_dir() / "pipeline" / f"{name}.yaml").read_text(encoding="utf-8")), Pipeline)
+
+
+class Report:
+    """Rows as they are measured; what fails is told and left out."""
+
+    def __init__(self, out: Path, names: list[str]):
+        self.out, self.names, self.rows, self.begun = out, names, list[dict[str, Any]](), time.monotonic()
+
+    def add(self, what: str, measure: Callable[[], list[dict[str, Any]]]) -> None:
+        """Measure and print; the rows so far are on disk after every part."""
+        try:
+            found = measure()
+        except Exception:  # of any kind: the other parts are worth having
+            traceback.print_exc()
+            print(f"[{time.monotonic() - self.begun:4.0f} s] {what} failed and is left out", flush=True)
+            return
+        self.rows = latency.with_speedup(self.rows + found, self.names)
+        for row in found:
+            told = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()}
+            print(f"[{time.monotonic() - self.begun:4.0f} s]", " ".join(f"{key}={value}" for key, value in told.items()), flush=True)
+        self.write({})
+
+    def write(self, about: dict[str, Any]) -> None:
+        """Write what there is."""
+        write_rows(self.out / "attention", self.rows, about)
+
+
+def decode(report: Report, layers: list[Inputs], presets: list[str], rounds: int, skip: tuple[str, ...]) -> None:
+    """Dense contestants, then every preset, on the same keys."""
+    geometry, device = layers[0].geometry, layers[0].keys.device
+    report.add("dense decode", lambda: latency.dense_decode_rows(layers, rounds, skip))
+    for name in presets:
+        attention = latency.layer_attention(preset(name), geometry, device)
+
+        def measure(attention=attention, name=name) -> list[dict[str, Any]]:
+            return [latency.decode_row(attention, layers, 2, name) | latency.recall_of(attention, layers[:2])]
+
+        report.add(f"{name} decode", measure)
+
+
+def prefill(report: Report, layer: Inputs, rounds: int, skip: tuple[str, ...]) -> None:
+    """The last chunk of a prompt under ``3stage``, and dense."""
+    attention = latency.layer_attention(preset("3stage"), layer.geometry, layer.keys.device)
+    report.add("prefill", lambda: latency.prefill_rows(attention, layer, PREFILL_TOK, "3stage", rounds, skip))
+
+
+def main() -> None:
+    """Measure at every length and write the report."""
+    parser = argparse.ArgumentParser(description="Latency of attention alone on a GPU, against the dense kernels of this machine.")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of the results (default: %(default)s)")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128 * K, 512 * K, 1024 * K], help="keys (default: %(default)s)")
+    parser.add_argument("--geometry", choices=GEOMETRIES, default="llama31_8b", help="heads and sizes (default: %(default)s)")
+    parser.add_argument("--presets", nargs="+", default=list(PRESETS), help="pipelines (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=30, help="of dense decode (default: %(default)s)")
+    parser.add_argument("--flex", action="store_true", help="FlexAttention too: it compiles for every length")
+    parser.add_argument("--all", action="store_true", help="the slow dense kernels too")
+    args = parser.parse_args()
+    device = torch.device("cuda")
+    skip = (*(() if args.all else SLOW), *(() if args.flex else ("flex packed", "flex, lower right")))
+    report = Report(args.out, args.presets)
+    about = describe_machine(device) | {"bandwidth_gb_s": memory_bandwidth(device), "geometry": args.geometry}
+    print(about, flush=True)
+    with torch.inference_mode():
+        for n_tok in args.lengths:
+            layers = latency.make_layers(GEOMETRIES[args.geometry].as_dtype(torch.bfloat16), n_tok, N_LAYERS, device)
+            decode(report, layers, args.presets, args.rounds, skip)
+            layers = layers[:1]
+            prefill(report, layers[0], 3, skip)
+    report.write(about)
+    print(f"{args.out / 'attention.md'}")
+
+
+if __name__ == "__main__":
+    main()

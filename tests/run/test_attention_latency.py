@@ -1,0 +1,94 @@
+"""Latency of attention alone: what is timed, which steps refresh what, what stands in a row. No assertion about time."""
+
+import pytest
+import torch
+
+from hipexp.attention import Memory
+from hipexp.attention.inputs import Geometry
+from hipexp.config.schema import Pipeline, Rope, Stage
+from hipexp.run import attention_latency as latency
+from hipexp.run.gpu import PRESETS, preset
+
+GEOMETRY, CPU, T = Geometry(4, 2, 16), torch.device("cpu"), 608
+SMALL = Pipeline(
+    method="hip",
+    sink_tok=16,
+    window_tok=64,
+    stages=[Stage(32, 128, 16, 4, 4), Stage(8, 64, 16, 1, 2)],
+    rope=Rope(),
+    name="small",
+)
+
+
+@pytest.fixture(scope="module")
+def layers():
+    return latency.make_layers(GEOMETRY, T, 2, CPU)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_without_hydra(name):
+    plan = latency.layer_attention(preset(name), GEOMETRY, CPU).plan
+    assert [stage.keep_tok for stage in plan.stages][-1] == (4096 if name == "5k" else 2048)
+    assert plan.groups == []
+
+
+def test_a_group_is_another_layer():
+    plan = latency.layer_attention(preset("3stage"), GEOMETRY, CPU, "early").plan
+    assert plan.stages[-1].keep_tok == 4096
+
+
+def test_which_stage_each_step_runs_again():
+    plan = latency.layer_attention(SMALL, GEOMETRY, CPU).plan
+    assert latency.period_of(plan) == 4
+    assert latency.dues(plan, 8) == [0, 2, 1, 2, 0, 2, 1, 2]
+    assert latency.period_of(latency.layer_attention(preset("3stage_flash"), GEOMETRY, CPU).plan) == 96
+
+
+def test_timed_steps_are_those_of_decode(layers):
+    """What is timed computes what a decode loop does, at the position of each step."""
+    attention = latency.layer_attention(SMALL, GEOMETRY, CPU)
+    queries = torch.stack([torch.stack([layer.queries(step) for layer in layers]) for step in range(6)])[:, :, :, None]
+    run, seen = latency.DecodeRun(attention, layers, queries), []
+    plain, memory = latency.layer_attention(SMALL, GEOMETRY, CPU), Memory()
+    inner = LayerSpy(attention, seen)
+    run.attention = inner
+    assert len(run.times_ms()) == 6
+    for step in range(6):
+        end = T - 6 + step + 1
+        expected = plain(queries[step, 0], layers[0].keys[:, :end], layers[0].values[:, :end], end - 1, memory)
+        torch.testing.assert_close(seen[2 * (step + 1)], expected)  # two layers, and a step before the clock runs
+
+
+class LayerSpy:
+    def __init__(self, attention, seen):
+        self.attention, self.seen, self.plan, self.step_at = attention, seen, attention.plan, attention.step_at
+
+    def __call__(self, *args):
+        self.seen.append(self.attention(*args))
+        return self.seen[-1]
+
+
+def test_a_row_says_how_long_and_how_well(layers):
+    attention = latency.layer_attention(SMALL, GEOMETRY, CPU)
+    row = latency.decode_row(attention, layers, 1, "small") | latency.recall_of(attention, layers)
+    assert row["steps"] == 4 and row["context_tok"] == T
+    assert row["p10_ms"] <= row["p90_ms"] <= row["worst_ms"]
+    assert 0 < row["recall_p5"] <= row["recall"] <= 1 and 0 < row["fixed"] < 1
+    assert row["recall"] < row["oracle_ratio"] <= 1 + 1e-6
+
+
+def test_the_speedup_is_over_the_fastest_dense_kernel():
+    def row(impl, ms, n=1024):
+        return {"phase": "decode", "context_tok": n, "impl": impl, "mean_ms": ms, "median_ms": ms}
+
+    rows = latency.with_speedup([row("a", 8.0), row("b", 6.0), row("small", 2.0), row("small", 1.0, 2048)], ["small"])
+    assert rows[2]["speedup"] == 3 and rows[2]["against"] == "b"
+    assert "speedup" not in rows[3] and "speedup" not in rows[0]
+
+
+def test_prefill_and_dense_in_one_table(layers):
+    attention = latency.layer_attention(SMALL, GEOMETRY, CPU)
+    rows = latency.prefill_rows(attention, layers[0], 96, "small", rounds=2) + latency.dense_decode_rows(layers, 2, skip=("flex packed",))
+    names = {row["impl"] for row in rows}
+    assert {"small", "flash, prefix + diagonal", "sdpa packed"} <= names
+    assert all(row["mean_ms"] > 0 for row in rows if "note" not in row)
