@@ -13,7 +13,7 @@ DEV := $(VENV)/.dev
 PIP := $(RUN) -m pip --disable-pip-version-check install --constraint constraints.txt --no-build-isolation
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check needle needle-table repro-table2
+.PHONY: help setup demo test test-all check needle needle-table gpu repro-table2
 
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,11 +33,14 @@ check: $(DEV) ## style and types
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 
-needle: $(CORE) ## train the embedded model from nothing (over an hour on 2 cores; resumable, says how long)
+needle: $(CORE) ## train the embedded model from nothing (over an hour on 2 cores, minutes on a GPU; resumable)
 	$(RUN) -m hipexp.needle.train
 
 needle-table: $(CORE) ## the long form of the demo: accuracy and time by length (resumable; says how long)
 	$(RUN) -m hipexp table
+
+gpu: $(CORE) ## attention alone on a GPU: pipelines against every dense kernel, with recall (minutes)
+	$(RUN) -m hipexp.run.gpu
 
 repro-table2: $(CORE) ## the paper's table 2 beside ours: make repro-table2 SIZE=needle
 	$(RUN) -m hipexp repro table2 size=$(SIZE)

@@ -44,8 +44,8 @@ LM_WEIGHT, LOCALITY_WEIGHT = 0.1, 0.5
 LOCALITY_FROM_TOK = 192  # in shorter prompts there is no room between sinks and window
 LOCALITY_FROM_LAYER = LAYERS - 2  # the last two do the looking up
 ASKING_ROWS, ASKING_BLOCKS, BLOCK_TOK, BLOCK_ROWS = 24, 4, 64, 16  # per prompt; a block is a 24th of a short prompt
-# In this share of the steps, and in all on short prompts, the layers before LOCALITY_FROM_LAYER see near tokens only, so that the layer
-# with the locality loss does the looking up. "Near": blocks of a sixth, an eighth or a twelfth of the prompt.
+# In this share of the steps, and in all on short prompts, the layers before LOCALITY_FROM_LAYER see near tokens only, so that those
+# with the locality loss do the looking up. "Near": blocks of a sixth, an eighth or a twelfth of the prompt.
 NEAR_SHARE, NEAR_ALWAYS_TOK, NEAR_PARTS, NEAR_SINK_TOK = 0.7, 128, (6, 8, 12), 4
 BF16_FROM_TOK = 1536  # attention over longer sequences multiplies in bfloat16: twice as fast on processors that know it
 
@@ -328,7 +328,7 @@ def main() -> None:
     )
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this time, resumable (default: never)")
     args = parser.parse_args()
-    print(f"{STEPS} steps, over an hour on two cores; the bar tells for this machine")
+    print(f"{STEPS} steps: over an hour on two cores, minutes on a GPU; the bar tells for this machine")
     if train(args.out, args.minutes):
         made = args.out / "model"
         print(f"trained: {made}; try it with model.path={made}, or copy it to hipexp/needle/model to make it the embedded one")
