@@ -1,0 +1,289 @@
+"""A single query per block (decode), built for latency: one tile of keys per program, everything it reads under way at once.
+
+What is attended to at most has a fixed order: sinks, the listed blocks, the window from a full tile on. So which rows of keys and
+values a program reads depends on its own entries of the list alone, not on how many keys come before them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from hipexp_kernels.attend_blocks.triton_tile import (
+    Sizes,
+    Span,
+    _angle,
+    _arrive,
+    _finish,
+    _key_angle,
+    _logits,
+    _piece,
+    _pieces,
+    _products,
+    _query_angle,
+    _store,
+    _store_part,
+    _turned,
+    _update,
+    padded,
+)
+
+
+# -- which keys --------------------------------------------------------------------------------------------------------------------
+
+
+class Tile(NamedTuple):
+    """Keys that are all sinks, all ``listed`` or all in the window: tokens from ``origin`` on, or those of the blocks of its entries.
+
+    Those below ``bound`` count, and only those of the first ``n_slots`` blocks.
+    """
+
+    listed: object
+    origin: object
+    bound: object
+    n_slots: object
+
+
+@triton.jit
+def _entries(begin, lists, sizes, list_at, list_from, window_from, KEYS: tl.constexpr, BLOCK_TOK: tl.constexpr):
+    """Start of the block that each key of a tile is listed in; 0 in other tiles."""
+    slot = (begin - list_from) // BLOCK_TOK + tl.arange(0, KEYS) // BLOCK_TOK
+    listed = (begin >= list_from) & (begin < window_from)
+    return tl.load(lists.blocks + list_at * sizes.M + slot, mask=listed & (slot < sizes.M), other=0).to(tl.int32)
+
+
+@triton.jit
+def _tokens(entry, offset, tile, BLOCK_TOK: tl.constexpr):
+    """Tokens at an offset within a tile, and whether they are attended to."""
+    token = tl.where(tile.listed, entry + offset % BLOCK_TOK, tile.origin + offset)
+    return token, (token < tile.bound) & (offset // BLOCK_TOK < tile.n_slots)
+
+
+@triton.jit
+def _span(lists, sizes, list_at, first, near, count, SINK: tl.constexpr, BLOCK_TOK: tl.constexpr, LIST_TILE: tl.constexpr):
+    slot = tl.arange(0, LIST_TILE)
+    start = tl.load(lists.blocks + list_at * sizes.M + slot, mask=slot < sizes.M, other=0).to(tl.int32)
+    # blocks ascend, so those that reach past near are the last ones: their number says where the list is cut
+    n_selected = tl.sum(tl.where(slot < count, tl.minimum(tl.maximum(near - start, 0), BLOCK_TOK), 0))
+    n_sink = tl.minimum(near, SINK)
+    return Span(first, near, n_sink, n_sink + n_selected, 0)
+
+
+# -- a tile of keys ----------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _pair(one, two):
+    return tl.reshape(tl.permute(tl.join(one, two), (0, 2, 1)), (one.shape[0], 2 * one.shape[1]))
+
+
+@triton.jit
+def _beside(pieces, PIECES: tl.constexpr):
+    """Columns of all pieces, in registers."""
+    if PIECES == 1:
+        return pieces[0]
+    elif PIECES == 2:
+        return _pair(pieces[0], pieces[1])
+    elif PIECES == 4:
+        return _pair(_pair(pieces[0], pieces[1]), _pair(pieces[2], pieces[3]))
+    else:
+        one = _pair(_pair(pieces[0], pieces[1]), _pair(pieces[2], pieces[3]))
+        two = _pair(_pair(pieces[4], pieces[5]), _pair(pieces[6], pieces[7]))
+        return _pair(one, two)
+
+
+@triton.jit
+def _unscaled(angle, factor):
+    scale = 1.0 / factor
+    return angle[0] * scale, angle[1] * scale
+
+
+@triton.jit
+def _rows(
+    entries, entries_all, tile, kv, head, D: tl.constexpr, HALF: tl.constexpr, BLOCK_TOK: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """Rows of keys and values, ``PIECE`` at a time, and their tokens."""
+    k_head, v_head = kv.k + head.to(tl.int64) * kv.k_head, kv.v + head.to(tl.int64) * kv.v_head
+    keys, tokens, insides = (), (), ()
+    for i in tl.static_range(PIECES):
+        token, inside = _tokens(entries[i], i * PIECE + tl.arange(0, PIECE), tile, BLOCK_TOK)
+        keys = keys + (_pieces(k_head, token.to(tl.int64) * kv.k_tok, inside, D, HALF),)
+        tokens, insides = tokens + (tl.where(inside, token, 0),), insides + (inside,)
+    token, inside = _tokens(entries_all, tl.arange(0, PIECES * PIECE), tile, BLOCK_TOK)
+    values = _piece(v_head, token.to(tl.int64) * kv.v_tok, inside, 0, D)
+    return keys, tokens, insides, values, inside
+
+
+@triton.jit
+def _state(
+    rows, packed, q, row, angles, sizes, local, step, factor, span, scale, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+    MODE: tl.constexpr, TRAINED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SHIFT: tl.constexpr, PIECE: tl.constexpr,
+    PIECES: tl.constexpr,
+):  # fmt: skip
+    """Maximum ``[rows]``, sum and output ``[rows, D]`` over a tile of keys, of which maybe none counts."""
+    keys, tokens, insides, values, inside = rows
+    if HALF > 0:
+        back = tl.minimum(packed, span.n_far + span.first - span.near) if SHIFT else 0
+        q_cos, q_sin = _query_angle(angles, sizes, back, tl.zeros([1], tl.int32), span, MODE, HALF)
+        if SHIFT:
+            q_cos, q_sin = q_cos * factor, q_sin * factor
+        q = _turned(q, (q_cos, q_sin))
+        is_row = (row < G)[:, None]
+        # zeros again: this keeps Triton from moving q to shared memory as soon as it is loaded, to be turned by every warp
+        q = tl.where(is_row, q[0], 0.0), tl.where(is_row, q[1], 0.0), q[2]
+    cos, sin = local
+    logits = ()
+    for i in tl.static_range(PIECES):
+        key = keys[i]
+        if HALF > 0:
+            if not SHIFT:
+                at = packed + i * PIECE
+                cos, sin = _key_angle(angles, sizes, local, at, tokens[i], span, MODE, 1, WINDOW, TRAINED, PIECE, False, HALF)
+            key = _turned(key, (cos, sin))
+            if SHIFT:
+                cos, sin = cos * step[0] - sin * step[1], sin * step[0] + cos * step[1]
+        products = _products(q, key, D, HALF)
+        logits = logits + (tl.where(insides[i][None, :], _logits(products, scale, SOFTCAP), float("-inf")),)
+    logits = _beside(logits, PIECES)
+    top = tl.max(logits, 1)
+    weight = tl.exp2(logits - tl.where(top == float("-inf"), 0.0, top)[:, None])
+    values = tl.where(inside[:, None], values, 0.0)  # as above
+    return top, tl.sum(weight, 1), tl.dot(weight.to(values.dtype), values, input_precision="ieee")
+
+
+@triton.jit
+def _exact(
+    split, first, q, row, kv, head, angles, sizes, scale, D: tl.constexpr, HALF: tl.constexpr, MODE: tl.constexpr, TRAINED: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """As ``_state``, over the keys of an exact block that are this split's: any number."""
+    span = Span(first, 0, 0, 0, 1)
+    k_head, v_head = kv.k + head.to(tl.int64) * kv.k_head, kv.v + head.to(tl.int64) * kv.v_head
+    if HALF > 0:
+        q = _turned(q, _query_angle(angles, sizes, 0, tl.zeros([1], tl.int32), span, MODE, HALF))
+    state = (tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, padded(D)], tl.float32))
+    for begin in range(split * KEYS, first + 1, SPLITS * KEYS):
+        token = begin + tl.arange(0, KEYS)
+        values = _piece(v_head, token.to(tl.int64) * kv.v_tok, token <= first, 0, D)
+        keys = _pieces(k_head, token.to(tl.int64) * kv.k_tok, token <= first, D, HALF)
+        if HALF > 0:
+            keys = _turned(keys, _key_angle(angles, sizes, 0, begin, token, span, MODE, 1, WINDOW, TRAINED, KEYS, False, HALF))
+        logits = _logits(_products(q, keys, D, HALF), scale, SOFTCAP)
+        state = _update(state, tl.where((token <= first)[None, :], logits, float("-inf")), values)
+    return state
+
+
+# -- merging splits ----------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _merged(parts, group, SPLITS: tl.constexpr, G: tl.constexpr, D: tl.constexpr):
+    """Output ``[rows, padded(D)]`` and log-sum-exp ``[rows]`` over all splits of a group. Past the L1 cache: others wrote them."""
+    row, s, d = tl.arange(0, triton.next_power_of_2(G)), tl.arange(0, triton.next_power_of_2(SPLITS)), tl.arange(0, padded(D))
+    at = (group * SPLITS + s)[None, :] * G + row[:, None]
+    inside = (s < SPLITS)[None, :] & (row < G)[:, None]
+    wide = inside[:, :, None] & (d < D)[None, None, :]
+    out = tl.load(parts.out + at[:, :, None] * D + d[None, None, :], mask=wide, other=0.0, cache_modifier=".cg")
+    lse = tl.load(parts.lse + at, mask=inside, other=float("-inf"), cache_modifier=".cg")
+    top = tl.max(lse, 1)
+    weight = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top)[:, None])
+    return _finish((top, tl.sum(weight, 1), tl.sum(out * weight[:, :, None], 1)))
+
+
+# -- the kernel --------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["N", "T", "M", "n_angles"])
+def _attend_one(
+    queries, kv, lists, angles, results, parts, K, N, T, M, per_head, n_angles, scale,
+    G: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, MODE: tl.constexpr, TRAINED: tl.constexpr,
+    BLOCK_TOK: tl.constexpr, SINK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, LIST_TILE: tl.constexpr,
+    SHIFT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PIECE: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    PIECES: tl.constexpr = KEYS // PIECE
+    LIST_FROM: tl.constexpr = (SINK + KEYS - 1) // KEYS * KEYS
+    sizes = Sizes(K, N, T, M, per_head, n_angles)
+    program = tl.program_id(0)
+    split, group = program % SPLITS, program // SPLITS
+    head, n = group % sizes.K, group // sizes.K
+    list_at = head * sizes.per_head * sizes.N + n
+    begin = split * KEYS
+    window_from = LIST_FROM + (sizes.M * BLOCK_TOK + KEYS - 1) // KEYS * KEYS
+
+    # none of these loads waits for another
+    first, exact = tl.load(lists.first + n).to(tl.int32), tl.load(lists.exact + n).to(tl.int32)
+    count = tl.load(lists.counts + list_at).to(tl.int32)
+    entries = ()
+    for i in tl.static_range(PIECES):
+        entries = entries + (_entries(begin + i * PIECE, lists, sizes, list_at, LIST_FROM, window_from, PIECE, BLOCK_TOK),)
+    entries_all = _entries(begin, lists, sizes, list_at, LIST_FROM, window_from, KEYS, BLOCK_TOK)
+    row = tl.arange(0, ROWS)
+    q_at = (head * G + row).to(tl.int64) * queries.head + n.to(tl.int64) * queries.block
+    q = _pieces(queries.q, q_at, row < G, D, HALF)
+    local, step, factor = (0.0, 0.0), (0.0, 0.0), 1.0
+    if SHIFT:
+        factor = tl.load(angles.cos)  # the first row is the attention factor, at angle 0: the query's angles take that of the keys too
+        local = _unscaled(_angle(angles, sizes, tl.arange(0, PIECE), HALF), factor)
+        step = _unscaled(_angle(angles, sizes, tl.zeros([1], tl.int32) + PIECE, HALF), factor)
+
+    if exact:
+        state = _exact(split, first, q, row, kv, head, angles, sizes, scale, D, HALF, MODE, TRAINED, WINDOW, SOFTCAP, min(64, KEYS), SPLITS, ROWS)
+    else:
+        near = tl.maximum(first - (WINDOW - 1), 0)
+        listed, windowed = (begin >= LIST_FROM) & (begin < window_from), begin >= window_from
+        origin = tl.where(windowed, near + begin - window_from, begin)
+        bound = tl.where(windowed, first + 1, tl.where(listed, near, tl.minimum(near, SINK)))
+        n_slots = tl.where(listed, count - (begin - LIST_FROM) // BLOCK_TOK, KEYS)
+        tile = Tile(listed, origin, bound, n_slots)
+        rows = _rows(entries, entries_all, tile, kv, head, D, HALF, BLOCK_TOK, PIECE, PIECES)
+        span = _span(lists, sizes, list_at, first, near, count, SINK, BLOCK_TOK, LIST_TILE)
+        packed = tl.where(windowed, span.n_far + begin - window_from, tl.where(listed, SINK + begin - LIST_FROM, begin))
+        state = _state(
+            rows, packed, q, row, angles, sizes, local, step, factor, span, scale, G, D, HALF, MODE, TRAINED, WINDOW, SOFTCAP, SHIFT, PIECE, PIECES
+        )
+
+    top, total, out = state
+    out, lse = out * (1.0 / tl.where(total == 0, 1.0, total))[:, None], top + tl.log2(total)
+    if SPLITS == 1:
+        _store(results, out, lse, row, head, n, sizes.N, G, 1, D)
+    else:
+        _store_part(parts, out, lse, row, group * SPLITS + split, G, D)
+        if _arrive(parts, group, SPLITS):
+            all_out, all_lse = _merged(parts, group, SPLITS, G, D)
+            _store(results, all_out, all_lse, tl.arange(0, triton.next_power_of_2(G)), head, n, sizes.N, G, 1, D)
+
+
+# -- launching ---------------------------------------------------------------------------------------------------------------------
+
+
+class Tuning(NamedTuple):
+    """``keys`` of a tile, warps, registers of a thread."""
+
+    keys: int
+    num_warps: int
+    registers: int
+
+
+DECODE = Tuning(128, 8, 128)
+WIDE = Tuning(64, 8, 128)  # heads of more than 128, fp32, or an angle of its own for every key
+PROGRAMS_PER_SM = 4  # with more, keys per program count and no longer how long one takes
+MERGED = 128  # numbers of the parts that a thread of the merging program holds
+
+
+def launch(
+    G: int, D: int, half: int, mode: str, M: int, block: int, sink: int, window: int, n_groups: int, itemsize: int, n_sm: int
+) -> tuple[dict, dict] | None:
+    """Tile sizes (constexprs) and compiler options for a call; None if it has too many rows, keys or blocks for this kernel."""
+    shift = half > 0 and mode == "streaming"
+    keys, num_warps, registers = WIDE if D > 128 or itemsize == 4 or (half > 0 and not shift) else DECODE
+    splits = sum(triton.cdiv(n, keys) for n in (sink, M * block, window))
+    merged = triton.next_power_of_2(splits) * triton.next_power_of_2(G) * padded(D)
+    if G > 16 or keys % block or merged > MERGED * 32 * num_warps or splits * n_groups > PROGRAMS_PER_SM * n_sm:
+        return None
+    piece = min(keys, max(16, keys // 8, 256 * num_warps // padded(half)))  # a thread loads 16 bytes of a half
+    tile = dict(
+        LIST_TILE=padded(M), SHIFT=shift, ROWS=16, KEYS=keys, PIECE=piece, SPLITS=splits,
+    )  # fmt: skip
+    return tile, dict(num_warps=num_warps, num_stages=1, maxnreg=registers)
