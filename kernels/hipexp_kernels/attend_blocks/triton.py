@@ -231,7 +231,8 @@ def attend_blocks(
     if splits > 1:
         n_rows = N * H * Q * splits
         parts = Parts(torch.empty((n_rows, D), device=q.device), torch.empty(n_rows, device=q.device), tickets(q.device))
-    kernel[(N * K * splits * triton.cdiv(H // K * Q, tile["ROWS"]),)](
+    n_tiles = triton.cdiv(H // K * Q, tile["ROWS"])
+    kernel[(splits, K, N) if kernel is triton_decode._attend_one else (N * K * splits * n_tiles,)](
         Queries(q, q.stride(0), q.stride(1), q.stride(2)),
         Keys(k, v, k.stride(0), k.stride(1), v.stride(0), v.stride(1)),
         Lists(blocks, counts, first, exact),

@@ -62,16 +62,20 @@ def _tokens(entry, offset, tile, BLOCK_TOK: tl.constexpr):
 
 
 @triton.jit
-def _span(lists, sizes, list_at, first, near, count, SINK: tl.constexpr, BLOCK_TOK: tl.constexpr, LIST_TILE: tl.constexpr):
-    slot = tl.arange(0, LIST_TILE)
-    start = tl.load(lists.blocks + list_at * sizes.M + slot, mask=slot < sizes.M, other=0).to(tl.int32)
+def _span(starts, first, near, count, SINK: tl.constexpr, BLOCK_TOK: tl.constexpr, LIST_TILE: tl.constexpr):
     # blocks ascend, so those that reach past near are the last ones: their number says where the list is cut
-    n_selected = tl.sum(tl.where(slot < count, tl.minimum(tl.maximum(near - start, 0), BLOCK_TOK), 0))
+    below = tl.minimum(tl.maximum(near - starts.to(tl.int32), 0), BLOCK_TOK)
     n_sink = tl.minimum(near, SINK)
-    return Span(first, near, n_sink, n_sink + n_selected, 0)
+    return Span(first, near, n_sink, n_sink + tl.sum(tl.where(tl.arange(0, LIST_TILE) < count, below, 0)), 0)
 
 
 # -- a tile of keys ----------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _here(x):
+    """``x``. Triton would move what a product needs to shared memory as soon as it is loaded, waiting for it; this stops it."""
+    return tl.where((tl.arange(0, x.shape[0]) >= 0)[:, None], x, 0.0)
 
 
 @triton.jit
@@ -95,12 +99,6 @@ def _beside(pieces, PIECES: tl.constexpr):
 
 
 @triton.jit
-def _unscaled(angle, factor):
-    scale = 1.0 / factor
-    return angle[0] * scale, angle[1] * scale
-
-
-@triton.jit
 def _rows(
     entries, entries_all, tile, kv, head, D: tl.constexpr, HALF: tl.constexpr, BLOCK_TOK: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
@@ -113,26 +111,21 @@ def _rows(
         tokens, insides = tokens + (tl.where(inside, token, 0),), insides + (inside,)
     token, inside = _tokens(entries_all, tl.arange(0, PIECES * PIECE), tile, BLOCK_TOK)
     values = _piece(v_head, token.to(tl.int64) * kv.v_tok, inside, 0, D)
-    return keys, tokens, insides, values, inside
+    return keys, tokens, insides, values
 
 
 @triton.jit
 def _state(
-    rows, packed, q, row, angles, sizes, local, step, factor, span, scale, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+    rows, packed, q, angles, sizes, local, step, span, scale, D: tl.constexpr, HALF: tl.constexpr,
     MODE: tl.constexpr, TRAINED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SHIFT: tl.constexpr, PIECE: tl.constexpr,
     PIECES: tl.constexpr,
 ):  # fmt: skip
     """Maximum ``[rows]``, sum and output ``[rows, D]`` over a tile of keys, of which maybe none counts."""
-    keys, tokens, insides, values, inside = rows
+    keys, tokens, insides, values = rows
     if HALF > 0:
         back = tl.minimum(packed, span.n_far + span.first - span.near) if SHIFT else 0
-        q_cos, q_sin = _query_angle(angles, sizes, back, tl.zeros([1], tl.int32), span, MODE, HALF)
-        if SHIFT:
-            q_cos, q_sin = q_cos * factor, q_sin * factor
-        q = _turned(q, (q_cos, q_sin))
-        is_row = (row < G)[:, None]
-        # zeros again: this keeps Triton from moving q to shared memory as soon as it is loaded, to be turned by every warp
-        q = tl.where(is_row, q[0], 0.0), tl.where(is_row, q[1], 0.0), q[2]
+        q = _turned(q, _query_angle(angles, sizes, back, tl.zeros([1], tl.int32), span, MODE, HALF))
+        q = _here(q[0]), _here(q[1]), q[2]
     cos, sin = local
     logits = ()
     for i in tl.static_range(PIECES):
@@ -141,7 +134,8 @@ def _state(
             if not SHIFT:
                 at = packed + i * PIECE
                 cos, sin = _key_angle(angles, sizes, local, at, tokens[i], span, MODE, 1, WINDOW, TRAINED, PIECE, False, HALF)
-            key = _turned(key, (cos, sin))
+            one, two, rest = _turned(key, (cos, sin))
+            key = _here(one), _here(two), rest
             if SHIFT:
                 cos, sin = cos * step[0] - sin * step[1], sin * step[0] + cos * step[1]
         products = _products(q, key, D, HALF)
@@ -149,8 +143,7 @@ def _state(
     logits = _beside(logits, PIECES)
     top = tl.max(logits, 1)
     weight = tl.exp2(logits - tl.where(top == float("-inf"), 0.0, top)[:, None])
-    values = tl.where(inside[:, None], values, 0.0)  # as above
-    return top, tl.sum(weight, 1), tl.dot(weight.to(values.dtype), values, input_precision="ieee")
+    return top, tl.sum(weight, 1), tl.dot(weight.to(values.dtype), _here(values), input_precision="ieee")
 
 
 @triton.jit
@@ -182,11 +175,12 @@ def _exact(
 def _merged(parts, group, SPLITS: tl.constexpr, G: tl.constexpr, D: tl.constexpr):
     """Output ``[rows, padded(D)]`` and log-sum-exp ``[rows]`` over all splits of a group. Past the L1 cache: others wrote them."""
     row, s, d = tl.arange(0, triton.next_power_of_2(G)), tl.arange(0, triton.next_power_of_2(SPLITS)), tl.arange(0, padded(D))
-    at = (group * SPLITS + s)[None, :] * G + row[:, None]
+    at = s[None, :] * G + row[:, None]
     inside = (s < SPLITS)[None, :] & (row < G)[:, None]
     wide = inside[:, :, None] & (d < D)[None, None, :]
-    out = tl.load(parts.out + at[:, :, None] * D + d[None, None, :], mask=wide, other=0.0, cache_modifier=".cg")
-    lse = tl.load(parts.lse + at, mask=inside, other=float("-inf"), cache_modifier=".cg")
+    outs, lses = parts.out + group * (SPLITS * G * D), parts.lse + group * (SPLITS * G)
+    out = tl.load(outs + at[:, :, None] * D + d[None, None, :], mask=wide, other=0.0, cache_modifier=".cg")
+    lse = tl.load(lses + at, mask=inside, other=float("-inf"), cache_modifier=".cg")
     top = tl.max(lse, 1)
     weight = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top)[:, None])
     return _finish((top, tl.sum(weight, 1), tl.sum(out * weight[:, :, None], 1)))
@@ -205,9 +199,8 @@ def _attend_one(
     PIECES: tl.constexpr = KEYS // PIECE
     LIST_FROM: tl.constexpr = (SINK + KEYS - 1) // KEYS * KEYS
     sizes = Sizes(K, N, T, M, per_head, n_angles)
-    program = tl.program_id(0)
-    split, group = program % SPLITS, program // SPLITS
-    head, n = group % sizes.K, group // sizes.K
+    split, head, n = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    group = n * sizes.K + head
     list_at = head * sizes.per_head * sizes.N + n
     begin = split * KEYS
     window_from = LIST_FROM + (sizes.M * BLOCK_TOK + KEYS - 1) // KEYS * KEYS
@@ -219,14 +212,16 @@ def _attend_one(
     for i in tl.static_range(PIECES):
         entries = entries + (_entries(begin + i * PIECE, lists, sizes, list_at, LIST_FROM, window_from, PIECE, BLOCK_TOK),)
     entries_all = _entries(begin, lists, sizes, list_at, LIST_FROM, window_from, KEYS, BLOCK_TOK)
-    row = tl.arange(0, ROWS)
+    slot, row = tl.arange(0, LIST_TILE), tl.arange(0, ROWS)
+    starts = tl.load(lists.blocks + list_at * sizes.M + slot, mask=slot < sizes.M, other=0)
     q_at = (head * G + row).to(tl.int64) * queries.head + n.to(tl.int64) * queries.block
     q = _pieces(queries.q, q_at, row < G, D, HALF)
-    local, step, factor = (0.0, 0.0), (0.0, 0.0), 1.0
+    local, step = (0.0, 0.0), (0.0, 0.0)
     if SHIFT:
-        factor = tl.load(angles.cos)  # the first row is the attention factor, at angle 0: the query's angles take that of the keys too
-        local = _unscaled(_angle(angles, sizes, tl.arange(0, PIECE), HALF), factor)
-        step = _unscaled(_angle(angles, sizes, tl.zeros([1], tl.int32) + PIECE, HALF), factor)
+        local = _angle(angles, sizes, tl.arange(0, PIECE), HALF)
+        cos, sin = _angle(angles, sizes, tl.zeros([1], tl.int32) + PIECE, HALF)
+        scaled = 1.0 / tl.load(angles.cos)  # the first row is the attention factor, at angle 0
+        step = (cos * scaled, sin * scaled)
 
     if exact:
         state = _exact(split, first, q, row, kv, head, angles, sizes, scale, D, HALF, MODE, TRAINED, WINDOW, SOFTCAP, min(64, KEYS), SPLITS, ROWS)
@@ -238,10 +233,10 @@ def _attend_one(
         n_slots = tl.where(listed, count - (begin - LIST_FROM) // BLOCK_TOK, KEYS)
         tile = Tile(listed, origin, bound, n_slots)
         rows = _rows(entries, entries_all, tile, kv, head, D, HALF, BLOCK_TOK, PIECE, PIECES)
-        span = _span(lists, sizes, list_at, first, near, count, SINK, BLOCK_TOK, LIST_TILE)
+        span = _span(starts, first, near, count, SINK, BLOCK_TOK, LIST_TILE)
         packed = tl.where(windowed, span.n_far + begin - window_from, tl.where(listed, SINK + begin - LIST_FROM, begin))
         state = _state(
-            rows, packed, q, row, angles, sizes, local, step, factor, span, scale, G, D, HALF, MODE, TRAINED, WINDOW, SOFTCAP, SHIFT, PIECE, PIECES
+            rows, packed, q, angles, sizes, local, step, span, scale, D, HALF, MODE, TRAINED, WINDOW, SOFTCAP, SHIFT, PIECE, PIECES
         )
 
     top, total, out = state
