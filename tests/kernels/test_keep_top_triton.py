@@ -70,6 +70,17 @@ def test_ties_go_to_the_lowest_index():
     assert one_list([-0.0, 0.0, 0.0, -1.0], 2) == [0, 1]
 
 
+@pytest.mark.parametrize("few", [0, 32])
+def test_ties_over_the_parts(monkeypatch, few):
+    from hipexp_kernels.keep_top import triton as kernels
+
+    monkeypatch.setattr(kernels, "FEW", few)
+    for levels in ([7.0], [7.0, -INF], [1.0, 2.0, -3.0]):
+        row = np.random.default_rng(2).choice(levels, 256).tolist()
+        for keep in (1, 63, 64, 65, 255, 256):
+            one_list(row, keep, chunk_tok=4, next_tok=2, limit=701)
+
+
 def test_more_room_than_chunks_and_no_room():
     assert one_list([3, 1, 2], 7) == [0, 1, 2]
     assert one_list([3, 1, 2], 3, count=2) == [0, 1]
@@ -115,9 +126,16 @@ def test_lists_longer_than_the_registers_hold(monkeypatch):
             both(scores, starts, counts, limits, keep=keep, lists=2, chunk_tok=8, next_tok=8)
 
 
+@pytest.mark.parametrize("few", [0, 32])
 @pytest.mark.parametrize("spread", [1e-3, 1.0, 1e30])
-def test_large_rows(spread):
-    """A capacity larger than the counts; scores that differ in the last bits only, and by many orders of magnitude."""
+def test_large_rows(monkeypatch, spread, few):
+    """A capacity larger than the counts; scores that differ in the last bits only, and by many orders of magnitude.
+
+    One program writes all of a list, or several a part each.
+    """
+    from hipexp_kernels.keep_top import triton as kernels
+
+    monkeypatch.setattr(kernels, "FEW", few)
     rng = np.random.default_rng(1)
     scores = torch.from_numpy((1 + spread * rng.standard_normal((1, 3, 1000))).astype(np.float32))
     both(scores, torch.arange(0, 32000, 32)[None, None], torch.tensor([[900, 257, 3]]), torch.tensor([32000, 32000, 100]),

@@ -1,7 +1,9 @@
-"""One program for each list: the score of the worst chunk to keep by radix selection, then one pass that writes in order.
+"""The score of the worst chunk to keep by counting, then one pass that writes in order; nothing is sorted.
 
-Scores become integers, the better the smaller, and the threshold is found by its digits, highest first: a histogram of those scores
-that share the digits found so far tells the next one. Nothing is sorted. A list of up to ``IN_REGISTERS`` chunks is read once.
+Scores become integers, the better the smaller, between two of which the threshold lies. Every step counts the chunks below four more in
+between and goes on within the fifth where there are enough, until those below one are as many as wanted, or only ties are left. A list
+of up to ``IN_REGISTERS`` chunks is read once. For a longer one, a histogram of those that share the digits found so far tells the next
+eight bits of the threshold, and every digit reads it again.
 """
 
 from __future__ import annotations
@@ -15,9 +17,11 @@ from torch import Tensor
 
 from hipexp_kernels.dispatch import require_triton_can
 
-IN_REGISTERS = 8192  # longer lists are read again for every digit, in tiles of this many chunks
-CHUNKS_PER_WARP = 256
-MAX_WARPS = 16
+IN_REGISTERS = 8192  # longer lists are read again for every digit, in tiles of this many chunks; their counts are to fit 16 bits
+FEW = 32  # of up to as many lists, ``PARTS`` programs find the threshold of each, and each of them writes its part
+PARTS = 4
+CHUNKS_PER_WARP, CHUNKS_PER_WARP_MANY = 512, 512
+MIN_WARPS, MAX_WARPS = 4, 16
 
 
 def keep_top(
@@ -37,33 +41,39 @@ def keep_top(
     )
     if not N or not n_out:
         return found, kept.zero_()
-    constexprs, options = launch(C, K // lists, chunk_tok, next_tok)
-    _keep_top[(N, lists)](
-        scores, starts, counts, limits, found, kept,
-        starts.stride(0) if len(starts) > 1 else 0, starts.stride(1) if starts.shape[1] > 1 else 0, N if len(counts) > 1 else 0,
+    strides = starts.stride(0) if len(starts) > 1 else 0, starts.stride(1) if starts.shape[1] > 1 else 0
+    constexprs, options = launch(C, K // lists, chunk_tok, next_tok, N * lists)
+    _keep_top[(N, lists, constexprs["PARTS"])](
+        scores, starts, counts, limits, found, kept, *strides, N if len(counts) > 1 else 0,
         N, C, keep, n_out, **constexprs, **options,
     )  # fmt: skip
     return found, kept
 
 
-def launch(n_chunks: int, heads: int, chunk_tok: int, next_tok: int) -> tuple[dict, dict]:
+def launch(n_chunks: int, heads: int, chunk_tok: int, next_tok: int, n_lists: int = 1) -> tuple[dict, dict]:
     """The constexpr arguments and the compiler options for lists of up to ``n_chunks`` that ``heads`` key/value heads share."""
     tile = min(max(32, triton.next_power_of_2(n_chunks)), IN_REGISTERS)
-    constexprs = dict(HEADS=heads, CHUNK=chunk_tok, NEXT=next_tok, TILE=tile, ONE_TILE=n_chunks <= tile)
-    return constexprs, dict(num_warps=min(max(4, tile // CHUNKS_PER_WARP), MAX_WARPS), num_stages=1)
+    one, few = n_chunks <= tile, n_lists <= FEW
+    constexprs = dict(HEADS=heads, CHUNK=chunk_tok, NEXT=next_tok, TILE=tile, ONE_TILE=one, PARTS=PARTS if one and few else 1)
+    warps = min(max(MIN_WARPS, tile // (CHUNKS_PER_WARP if few else CHUNKS_PER_WARP_MANY)), MAX_WARPS)
+    options = dict(num_warps=warps, num_stages=1)
+    if few and warps <= 8 and not torch.version.hip:
+        options["maxnreg"] = 255  # or ptxas saves registers and has only some of the loads under way at once
+    return constexprs, options
 
 
 def aot_cases() -> Iterator[tuple[str, triton.JITFunction, dict, dict, dict]]:
     """What is compiled ahead of time: name, kernel, signature, constexprs, options."""
-    for name, n_chunks, heads, chunk_tok, next_tok in (
-        ("stage1_shared", 4096, 8, 256, 32),
-        ("stage2_shared", 1024, 8, 32, 8),
-        ("stage3_shared", 1024, 8, 8, 8),
-        ("stage1_own", 4096, 1, 256, 32),
-        ("stage1_long", 8192, 8, 256, 32),
-        ("tiles", 131072, 8, 256, 32),
+    for name, n_chunks, heads, chunk_tok, next_tok, n_lists in (
+        ("stage1_shared", 4096, 8, 256, 32, 1),
+        ("stage2_shared", 1024, 8, 32, 8, 1),
+        ("stage3_shared", 1024, 8, 8, 8, 1),
+        ("stage1_own", 4096, 1, 256, 32, 8),
+        ("stage1_long", 8192, 8, 256, 32, 1),
+        ("stage1_prefill", 4096, 8, 256, 32, 512),
+        ("tiles", 131072, 8, 256, 32, 1),
     ):
-        constexprs, options = launch(n_chunks, heads, chunk_tok, next_tok)
+        constexprs, options = launch(n_chunks, heads, chunk_tok, next_tok, n_lists)
         types = dict(scores_ptr="*fp32", starts_ptr="*i64", counts_ptr="*i64", limits_ptr="*i64", out_ptr="*i64", kept_ptr="*i64")
         signature = {arg: "constexpr" if arg in constexprs else types.get(arg, "i32") for arg in _keep_top.arg_names}
         yield name, _keep_top, signature, constexprs, options
@@ -89,6 +99,7 @@ def _keep_top(
     NEXT: tl.constexpr,
     TILE: tl.constexpr,
     ONE_TILE: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     n, s = tl.program_id(0), tl.program_id(1)
     head_stride = N.to(tl.int64) * C
@@ -98,55 +109,92 @@ def _keep_top(
     count = tl.load(counts_ptr + s * counts_stride_s + n).to(tl.int32)
     limit = tl.load(limits_ptr + n).to(tl.int32)
     count = tl.minimum(count, C)
-    last = tl.maximum(count - 1, 0)  # read in place of those past the count
     room = tl.minimum(keep, count)  # chunks still to be found
 
-    cached = _order(scores_ptr, head_stride, 0, count, HEADS, TILE)
-    threshold = tl.zeros([], tl.uint32)
-    for shift in tl.static_range(24, -1, -8):
-        if ONE_TILE:
-            histogram = _count_digits(cached, threshold, shift)
-        else:
+    if ONE_TILE:
+        # All loads before anything waits, even for ``count``.
+        order = _order(scores_ptr, head_stride, 0, count, C, HEADS, TILE)
+        start = _starts(starts_ptr, 0, C, TILE)
+        threshold, room, cut = _search(order, room, count, TILE)
+        total, _ = _write(order, start, out_ptr, limit, threshold, room, cut, 0, CHUNK, NEXT, TILE, PARTS)
+    else:
+        threshold = tl.zeros([], tl.uint32)
+        for shift in tl.static_range(24, -1, -8):
             histogram = tl.zeros([256], tl.int32)
             for begin in range(0, count, TILE):
-                order = _order(scores_ptr, head_stride, begin, count, HEADS, TILE)
+                order = _order(scores_ptr, head_stride, begin, count, C, HEADS, TILE)
                 histogram += _count_digits(order, threshold, shift)
-        digit = tl.arange(0, 256)
-        up_to = tl.cumsum(histogram, 0)
-        # The first digit at which there are enough, and how many there are before it, in one reduction.
-        found = tl.min(tl.where(up_to >= room, digit << 23 | (up_to - histogram), 0x7FFFFFFF), 0)
-        room -= found & 0x7FFFFF
-        threshold |= (found >> 23).to(tl.uint32) << shift
-
-    # ``room`` of those exactly at the threshold are kept: the first ones.
-    if ONE_TILE:
-        total, _ = _write(cached, starts_ptr, out_ptr, 0, last, limit, threshold, room, 0, CHUNK, NEXT, TILE)
-    else:
+            digit = tl.arange(0, 256)
+            up_to = tl.cumsum(histogram, 0)
+            # The first digit at which there are enough, and how many there are before it, in one reduction.
+            found = tl.min(tl.where(up_to >= room, digit << 23 | (up_to - histogram), 0x7FFFFFFF), 0)
+            room -= found & 0x7FFFFF
+            threshold |= (found >> 23).to(tl.uint32) << shift
         total = tl.zeros([], tl.int32)
         for begin in range(0, count, TILE):
-            order = _order(scores_ptr, head_stride, begin, count, HEADS, TILE)
-            total, room = _write(order, starts_ptr, out_ptr, begin, last, limit, threshold, room, total, CHUNK, NEXT, TILE)
-    for begin in range(0, n_out, TILE):
-        slot = begin + tl.arange(0, TILE)
-        tl.store(out_ptr + slot, tl.full([TILE], -1, tl.int32).to(out_ptr.dtype.element_ty), mask=(slot >= total) & (slot < n_out))
+            order = _order(scores_ptr, head_stride, begin, count, C, HEADS, TILE)
+            start = _starts(starts_ptr, begin, C, TILE)
+            total, room = _write(order, start, out_ptr, limit, threshold, room, True, total, CHUNK, NEXT, TILE, PARTS)
+    PAD: tl.constexpr = min(TILE, 1024)
+    for begin in range(total + tl.program_id(2) * PAD, n_out, PARTS * PAD):
+        slot = begin + tl.arange(0, PAD)
+        tl.store(out_ptr + slot, tl.full([PAD], -1, tl.int32).to(out_ptr.dtype.element_ty), mask=slot < n_out)
     tl.store(kept_ptr + s * N + n, total.to(kept_ptr.dtype.element_ty))
 
 
 @triton.jit
-def _order(scores_ptr, head_stride, begin, count, HEADS: tl.constexpr, TILE: tl.constexpr):
+def _readable(begin, C, TILE: tl.constexpr):
+    """The chunks of a tile, the last in place of those past the row: ptxas spreads loads with a condition, so that each is waited for."""
+    return tl.minimum(begin + tl.arange(0, TILE), C - 1)
+
+
+@triton.jit
+def _starts(starts_ptr, begin, C, TILE: tl.constexpr):
+    return tl.load(starts_ptr + _readable(begin, C, TILE)).to(tl.int32)
+
+
+@triton.jit
+def _order(scores_ptr, head_stride, begin, count, C, HEADS: tl.constexpr, TILE: tl.constexpr):
     """The best scores of ``TILE`` chunks over the heads as unsigned integers, the better the smaller: 0 is NaN, -0 is as 0.
 
     Those past ``count`` are worse than all.
     """
-    chunk = begin + tl.arange(0, TILE)
-    readable = tl.minimum(chunk, tl.maximum(count - 1, 0))  # ptxas spreads loads that have a condition, so that each is waited for
-    best = tl.full([TILE], 0xFFFFFFFF, tl.uint32)
-    for head in tl.range(HEADS, loop_unroll_factor=4):
-        score = tl.load(scores_ptr + head * head_stride + readable)
-        bits = tl.where(score == 0, 0.0, score).to(tl.uint32, bitcast=True)
-        order = bits ^ tl.where(bits >> 31 == 1, 0, 0x7FFFFFFF).to(tl.uint32)
-        best = tl.minimum(best, tl.where(score == score, order, 0))
-    return tl.where(chunk < count, best, 0xFFFFFFFF)
+    readable = _readable(begin, C, TILE)
+    best = tl.load(scores_ptr + readable)
+    for head in tl.static_range(1, HEADS):
+        best = tl.maximum(best, tl.load(scores_ptr + head * head_stride + readable), propagate_nan=tl.PropagateNan.ALL)
+    bits = tl.where(best == 0, 0.0, best).to(tl.uint32, bitcast=True)
+    order = bits ^ tl.where(bits >> 31 == 1, 0, 0x7FFFFFFF).to(tl.uint32)
+    order = tl.where(best == best, order, 0)
+    return tl.where(begin + tl.arange(0, TILE) < count, order, 0xFFFFFFFF)
+
+
+@triton.jit
+def _search(order, room, count, TILE: tl.constexpr):
+    """The order of the worst chunk to keep, the room for those exactly there, and whether not all of these fit."""
+    # Each quarter of the tile has one chunk of each group; ``room`` groups have as many chunks at least as good as the worst of the best.
+    group = tl.min(tl.reshape(order, [4, TILE // 4]), 0)
+    ends = tl.max(tl.join(group, 0xFFFFFFFF - group), 0)
+    worst, best = tl.split(ends)
+    low = 0xFFFFFFFF - best
+    high = tl.minimum(tl.where(room <= TILE // 4, worst, 0xFFFFFFFF), 0xFF800000).to(tl.uint32)  # that is minus infinity
+    high = tl.where(room == count, 0xFF800000, high).to(tl.uint32)
+    up_to_high = tl.where(room == count, room, -1)  # not known
+    below_low = tl.zeros([], tl.int32)
+    while (low < high) & (up_to_high != room):
+        step = (high - low) // 5 + 1
+        a = (order < low + step).to(tl.int32) + (order < low + 2 * step).to(tl.int32) * 65536
+        b = (order < low + 3 * step).to(tl.int32) + (order < low + 4 * step).to(tl.int32) * 65536
+        a, b = tl.split(tl.sum(tl.join(a, b), 0))
+        below_1, below_2, below_3, below_4 = a & 65535, a >> 16, b & 65535, b >> 16
+        fifth = (below_1 < room).to(tl.uint32) + (below_2 < room) + (below_3 < room) + (below_4 < room)
+        if fifth < 4:
+            high = low + step * (fifth + 1) - 1
+            up_to_high = tl.where(fifth == 0, below_1, tl.where(fifth == 1, below_2, tl.where(fifth == 2, below_3, below_4)))
+        if fifth > 0:
+            low += step * fifth
+            below_low = tl.where(fifth == 1, below_1, tl.where(fifth == 2, below_2, tl.where(fifth == 3, below_3, below_4)))
+    return high, room - below_low, up_to_high != room
 
 
 @triton.jit
@@ -162,16 +210,30 @@ def _count_digits(order, found, shift: tl.constexpr):
 
 @triton.jit
 def _write(
-    order, starts_ptr, out_ptr, begin, last, limit, threshold, room, total, CHUNK: tl.constexpr, NEXT: tl.constexpr, TILE: tl.constexpr
-):
-    """Write the pieces of the kept chunks of a tile after the first ``total``; the new ``total``, and the ``room`` left for ties."""
-    # Asked for now, needed after the sums; without a condition, see ``_order``.
-    start = tl.load(starts_ptr + tl.minimum(begin + tl.arange(0, TILE), last)).to(tl.int32)
-    tied = (order == threshold).to(tl.int32)
-    kept = (order < threshold) | ((tied == 1) & (tl.cumsum(tied, 0) <= room))
+    order, start, out_ptr, limit, threshold, room, cut, total,
+    CHUNK: tl.constexpr, NEXT: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Write the pieces of the kept chunks of a tile after the first ``total``; the new ``total``, and the ``room`` left for ties.
+
+    ``room`` of those exactly at the threshold are kept: the first ones. All are if not ``cut``.
+    """
+    kept = order <= threshold
+    if cut:
+        tied = (order == threshold).to(tl.int32)
+        kept &= (tied == 0) | (tl.cumsum(tied, 0) <= room)
+        room = tl.maximum(room - tl.sum(tied, 0), 0)
     before_limit = tl.minimum(tl.maximum(limit - start, 0), CHUNK)
     pieces = tl.where(kept, tl.cdiv(before_limit, NEXT), 0)
-    slot = total + tl.cumsum(pieces, 0) - pieces
+    if PARTS > 1:
+        part = tl.arange(0, PARTS)[:, None] - tl.program_id(2)
+        pieces, start = tl.reshape(pieces, [PARTS, TILE // PARTS]), tl.reshape(start, [PARTS, TILE // PARTS])
+        # Of the parts before this, of all.
+        sums = tl.sum(tl.join(tl.sum(tl.where(part < 0, pieces, 0), 0), tl.sum(pieces, 0)), 0)
+        pieces, start = tl.sum(tl.where(part == 0, pieces, 0), 0), tl.sum(tl.where(part == 0, start, 0), 0)
+        before, more = tl.split(sums)
+    else:
+        before, more = 0, tl.sum(pieces, 0)
+    slot = total + before + tl.cumsum(pieces, 0) - pieces
     for piece in tl.static_range(CHUNK // NEXT):
         tl.store(out_ptr + slot + piece, (start + piece * NEXT).to(out_ptr.dtype.element_ty), mask=piece < pieces)
-    return total + tl.sum(pieces, 0), tl.maximum(room - tl.sum(tied, 0), 0)
+    return total + more, room
