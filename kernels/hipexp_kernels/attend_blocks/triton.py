@@ -222,9 +222,7 @@ def attend_blocks(
     cos, sin = (rotation.table.cos.contiguous(), rotation.table.sin.contiguous()) if rotation else (first, first)
     half = cos.shape[1] if rotation else 0
     n_sm, hopper = gpu(q.device)
-    kernel, tile, options = choose(
-        H // K, Q, D, half, mode, M, block_tok, sink_tok, window_tok, N * K, q.element_size(), n_sm, hopper
-    )
+    kernel, tile, options = choose(H // K, Q, D, half, mode, M, block_tok, sink_tok, window_tok, N * K, q.element_size(), n_sm, hopper)
     splits = tile["SPLITS"]
     out, lse = torch.empty((H, N, Q, D), dtype=q.dtype, device=q.device), torch.empty((H, N, Q), device=q.device)
     parts = Parts(out, lse, lse)  # not used

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
 from hipexp_kernels.attend_blocks.triton_tile import (
+    LN_2,
     Sizes,
     Span,
     _angle,
     _arrive,
-    _finish,
     _key_angle,
     _logits,
     _piece,
@@ -29,7 +30,6 @@ from hipexp_kernels.attend_blocks.triton_tile import (
     _update,
     padded,
 )
-
 
 # -- which keys --------------------------------------------------------------------------------------------------------------------
 
@@ -100,28 +100,29 @@ def _beside(pieces, PIECES: tl.constexpr):
 
 @triton.jit
 def _rows(
-    entries, entries_all, tile, kv, head, D: tl.constexpr, HALF: tl.constexpr, BLOCK_TOK: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr,
+    entries, entries_all, tile, kv, head, D: tl.constexpr, HALF: tl.constexpr, BLOCK_TOK: tl.constexpr, PIECE: tl.constexpr,
+    PIECES: tl.constexpr,
 ):  # fmt: skip
     """Rows of keys and values, ``PIECE`` at a time, and their tokens."""
     k_head, v_head = kv.k + head.to(tl.int64) * kv.k_head, kv.v + head.to(tl.int64) * kv.v_head
-    keys, tokens, insides = (), (), ()
+    keys, tokens = (), ()
     for i in tl.static_range(PIECES):
         token, inside = _tokens(entries[i], i * PIECE + tl.arange(0, PIECE), tile, BLOCK_TOK)
-        keys = keys + (_pieces(k_head, token.to(tl.int64) * kv.k_tok, inside, D, HALF),)
-        tokens, insides = tokens + (tl.where(inside, token, 0),), insides + (inside,)
+        keys = keys + (_pieces(k_head, token.to(tl.int64) * kv.k_tok, inside, D, HALF),)  # noqa: RUF005
+        tokens = tokens + (tl.where(inside, token, 0),)  # noqa: RUF005
     token, inside = _tokens(entries_all, tl.arange(0, PIECES * PIECE), tile, BLOCK_TOK)
     values = _piece(v_head, token.to(tl.int64) * kv.v_tok, inside, 0, D)
-    return keys, tokens, insides, values
+    return keys, tokens, values
 
 
 @triton.jit
 def _state(
-    rows, packed, q, angles, sizes, local, step, span, scale, D: tl.constexpr, HALF: tl.constexpr,
+    rows, n_keys, packed, q, angles, sizes, local, step, span, scale, D: tl.constexpr, HALF: tl.constexpr,
     MODE: tl.constexpr, TRAINED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SHIFT: tl.constexpr, PIECE: tl.constexpr,
     PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Maximum ``[rows]``, sum and output ``[rows, D]`` over a tile of keys, of which maybe none counts."""
-    keys, tokens, insides, values = rows
+    """Maximum ``[rows]``, sum and output ``[rows, D]`` over the first ``n_keys`` (maybe none) of a tile."""
+    keys, tokens, values = rows
     if HALF > 0:
         back = tl.minimum(packed, span.n_far + span.first - span.near) if SHIFT else 0
         q = _turned(q, _query_angle(angles, sizes, back, tl.zeros([1], tl.int32), span, MODE, HALF))
@@ -139,7 +140,8 @@ def _state(
             if SHIFT:
                 cos, sin = cos * step[0] - sin * step[1], sin * step[0] + cos * step[1]
         products = _products(q, key, D, HALF)
-        logits = logits + (tl.where(insides[i][None, :], _logits(products, scale, SOFTCAP), float("-inf")),)
+        inside = i * PIECE + tl.arange(0, PIECE) < n_keys
+        logits = logits + (tl.where(inside[None, :], _logits(products, scale, SOFTCAP), float("-inf")),)  # noqa: RUF005
     logits = _beside(logits, PIECES)
     top = tl.max(logits, 1)
     weight = tl.exp2(logits - tl.where(top == float("-inf"), 0.0, top)[:, None])
@@ -148,7 +150,7 @@ def _state(
 
 @triton.jit
 def _exact(
-    split, first, q, row, kv, head, angles, sizes, scale, D: tl.constexpr, HALF: tl.constexpr, MODE: tl.constexpr, TRAINED: tl.constexpr,
+    split, first, q, kv, head, angles, sizes, scale, D: tl.constexpr, HALF: tl.constexpr, MODE: tl.constexpr, TRAINED: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """As ``_state``, over the keys of an exact block that are this split's: any number."""
@@ -172,18 +174,28 @@ def _exact(
 
 
 @triton.jit
-def _merged(parts, group, SPLITS: tl.constexpr, G: tl.constexpr, D: tl.constexpr):
-    """Output ``[rows, padded(D)]`` and log-sum-exp ``[rows]`` over all splits of a group. Past the L1 cache: others wrote them."""
-    row, s, d = tl.arange(0, triton.next_power_of_2(G)), tl.arange(0, triton.next_power_of_2(SPLITS)), tl.arange(0, padded(D))
-    at = s[None, :] * G + row[:, None]
-    inside = (s < SPLITS)[None, :] & (row < G)[:, None]
-    wide = inside[:, :, None] & (d < D)[None, None, :]
+def _merge(
+    parts, group, results, head, n, N, SPLITS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Store what all splits of a group found together, so many columns at a time. Past the L1 cache: others wrote the parts."""
+    row, s = tl.arange(0, triton.next_power_of_2(G)), tl.arange(0, triton.next_power_of_2(SPLITS))
     outs, lses = parts.out + group * (SPLITS * G * D), parts.lse + group * (SPLITS * G)
-    out = tl.load(outs + at[:, :, None] * D + d[None, None, :], mask=wide, other=0.0, cache_modifier=".cg")
-    lse = tl.load(lses + at, mask=inside, other=float("-inf"), cache_modifier=".cg")
-    top = tl.max(lse, 1)
-    weight = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top)[:, None])
-    return _finish((top, tl.sum(weight, 1), tl.sum(out * weight[:, :, None], 1)))
+    part = s[None, :] * G + row[:, None]
+    inside = (s < SPLITS)[None, :] & (row < G)[:, None]
+    at = (head * G + row).to(tl.int64) * N + n
+    lse = tl.load(lses + part, mask=inside, other=float("-inf"), cache_modifier=".cg")
+    for begin in tl.static_range(0, padded(D), COLUMNS):
+        d = begin + tl.arange(0, COLUMNS)
+        wide = inside[:, :, None] & (d < D)[None, None, :]
+        out = tl.load(outs + part[:, :, None] * D + d[None, None, :], mask=wide, other=0.0, cache_modifier=".cg")
+        top = tl.max(lse, 1)
+        weight = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top)[:, None])
+        total = tl.sum(weight, 1)
+        out = tl.sum(out * weight[:, :, None], 1) * (1.0 / tl.where(total == 0, 1.0, total))[:, None]
+        mask = (row < G)[:, None] & (d < D)[None, :]
+        tl.store(results.out + at[:, None] * D + d[None, :], out.to(results.out.dtype.element_ty), mask=mask)
+        if begin == 0:
+            tl.store(results.lse + at, (top + tl.log2(total)) * LN_2, mask=row < G)
 
 
 # -- the kernel --------------------------------------------------------------------------------------------------------------------
@@ -194,7 +206,7 @@ def _attend_one(
     queries, kv, lists, angles, results, parts, K, N, T, M, per_head, n_angles, scale,
     G: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, MODE: tl.constexpr, TRAINED: tl.constexpr,
     BLOCK_TOK: tl.constexpr, SINK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, LIST_TILE: tl.constexpr,
-    SHIFT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PIECE: tl.constexpr, SPLITS: tl.constexpr,
+    SHIFT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PIECE: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     PIECES: tl.constexpr = KEYS // PIECE
     LIST_FROM: tl.constexpr = (SINK + KEYS - 1) // KEYS * KEYS
@@ -210,7 +222,7 @@ def _attend_one(
     count = tl.load(lists.counts + list_at).to(tl.int32)
     entries = ()
     for i in tl.static_range(PIECES):
-        entries = entries + (_entries(begin + i * PIECE, lists, sizes, list_at, LIST_FROM, window_from, PIECE, BLOCK_TOK),)
+        entries = entries + (_entries(begin + i * PIECE, lists, sizes, list_at, LIST_FROM, window_from, PIECE, BLOCK_TOK),)  # noqa: RUF005
     entries_all = _entries(begin, lists, sizes, list_at, LIST_FROM, window_from, KEYS, BLOCK_TOK)
     slot, row = tl.arange(0, LIST_TILE), tl.arange(0, ROWS)
     starts = tl.load(lists.blocks + list_at * sizes.M + slot, mask=slot < sizes.M, other=0)
@@ -224,7 +236,9 @@ def _attend_one(
         step = (cos * scaled, sin * scaled)
 
     if exact:
-        state = _exact(split, first, q, row, kv, head, angles, sizes, scale, D, HALF, MODE, TRAINED, WINDOW, SOFTCAP, min(64, KEYS), SPLITS, ROWS)
+        state = _exact(
+            split, first, q, kv, head, angles, sizes, scale, D, HALF, MODE, TRAINED, WINDOW, SOFTCAP, min(64, KEYS), SPLITS, ROWS
+        )  # fmt: skip
     else:
         near = tl.maximum(first - (WINDOW - 1), 0)
         listed, windowed = (begin >= LIST_FROM) & (begin < window_from), begin >= window_from
@@ -234,9 +248,11 @@ def _attend_one(
         tile = Tile(listed, origin, bound, n_slots)
         rows = _rows(entries, entries_all, tile, kv, head, D, HALF, BLOCK_TOK, PIECE, PIECES)
         span = _span(starts, first, near, count, SINK, BLOCK_TOK, LIST_TILE)
+        # which are all that come before the first one that is not attended to
+        n_keys = tl.where(windowed, first + 1 - origin, tl.where(listed, span.n_far - span.n_sink + LIST_FROM, span.n_sink) - begin)
         packed = tl.where(windowed, span.n_far + begin - window_from, tl.where(listed, SINK + begin - LIST_FROM, begin))
         state = _state(
-            rows, packed, q, angles, sizes, local, step, span, scale, D, HALF, MODE, TRAINED, WINDOW, SOFTCAP, SHIFT, PIECE, PIECES
+            rows, n_keys, packed, q, angles, sizes, local, step, span, scale, D, HALF, MODE, TRAINED, WINDOW, SOFTCAP, SHIFT, PIECE, PIECES
         )
 
     top, total, out = state
@@ -246,8 +262,7 @@ def _attend_one(
     else:
         _store_part(parts, out, lse, row, group * SPLITS + split, G, D)
         if _arrive(parts, group, SPLITS):
-            all_out, all_lse = _merged(parts, group, SPLITS, G, D)
-            _store(results, all_out, all_lse, tl.arange(0, triton.next_power_of_2(G)), head, n, sizes.N, G, 1, D)
+            _merge(parts, group, results, head, n, sizes.N, SPLITS, G, D, COLUMNS)
 
 
 # -- launching ---------------------------------------------------------------------------------------------------------------------
@@ -262,9 +277,11 @@ class Tuning(NamedTuple):
 
 
 DECODE = Tuning(128, 8, 128)
-WIDE = Tuning(64, 8, 128)  # heads of more than 128, fp32, or an angle of its own for every key
-PROGRAMS_PER_SM = 4  # with more, keys per program count and no longer how long one takes
-MERGED = 128  # numbers of the parts that a thread of the merging program holds
+WIDE = Tuning(64, 8, 128)  # heads of more than 128, or an angle of its own for every key
+FP32 = Tuning(32, 8, 255)
+PROGRAMS_PER_SM = 4  # with more, it counts how many keys a program takes and no longer how long it needs for the first
+MAX_SPLITS = 64
+MERGED = 64  # numbers of the parts that a thread of the merging program holds
 
 
 def launch(
@@ -272,13 +289,15 @@ def launch(
 ) -> tuple[dict, dict] | None:
     """Tile sizes (constexprs) and compiler options for a call; None if it has too many rows, keys or blocks for this kernel."""
     shift = half > 0 and mode == "streaming"
-    keys, num_warps, registers = WIDE if D > 128 or itemsize == 4 or (half > 0 and not shift) else DECODE
+    tuning = FP32 if itemsize == 4 else WIDE if D > 128 or (half > 0 and not shift) else DECODE
+    keys, num_warps, registers = tuning
     splits = sum(triton.cdiv(n, keys) for n in (sink, M * block, window))
-    merged = triton.next_power_of_2(splits) * triton.next_power_of_2(G) * padded(D)
-    if G > 16 or keys % block or merged > MERGED * 32 * num_warps or splits * n_groups > PROGRAMS_PER_SM * n_sm:
+    columns = min(padded(D), MERGED * 32 * num_warps // (triton.next_power_of_2(splits) * triton.next_power_of_2(G)))
+    if G > 16 or keys % block or columns == 0 or splits > MAX_SPLITS or splits * n_groups > PROGRAMS_PER_SM * n_sm:
         return None
     piece = min(keys, max(16, keys // 8, 256 * num_warps // padded(half)))  # a thread loads 16 bytes of a half
-    tile = dict(
-        LIST_TILE=padded(M), SHIFT=shift, ROWS=16, KEYS=keys, PIECE=piece, SPLITS=splits,
-    )  # fmt: skip
-    return tile, dict(num_warps=num_warps, num_stages=1, maxnreg=registers)
+    tile = dict(LIST_TILE=padded(M), SHIFT=shift, ROWS=16, KEYS=keys, PIECE=piece, SPLITS=splits, COLUMNS=columns)
+    options = dict(num_warps=num_warps, num_stages=1)
+    if not torch.version.hip:
+        options["maxnreg"] = registers
+    return tile, options
