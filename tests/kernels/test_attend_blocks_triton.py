@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,22 @@ def test_offsets_past_two_to_the_31(Q):
         huge[:, :8], huge[:, far + 8 :] = moved[name][:, :8], moved[name][:, 8:]
         moved[name] = huge
     assert_same(arguments, attend_blocks(**moved, rotation=on_device(turn), impl="triton"), expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("tuning", [(128, 1, 255), (64, 2, 255), (32, 1, 255), (128, 8, 255)])
+def test_decode_tiles(mode, tuning, monkeypatch):
+    """Of one piece to eight, more of them than keys or fewer, full and cut."""
+    decode = import_module("hipexp_kernels.attend_blocks.triton_decode")
+    monkeypatch.setattr(decode, "FP32", decode.Tuning(*tuning))
+    for shape in (
+        dict(G=4),
+        dict(first=(70, 129), exact=(1,)),
+        dict(S=2, M=24, sink=16, T=400, first=(399,)),
+        dict(block=4, first=(0, 37)),
+    ):
+        compare(call(**shape), mode)
+    compare(call(D=64, M=40, T=500, first=(499,), window=90), mode, rotary=32 if mode else None)
 
 
 def test_no_query_blocks():
