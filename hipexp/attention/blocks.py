@@ -114,7 +114,9 @@ class QueryBlocks:
         R = size // stride
         at = self.first[:, None] + torch.arange(0, size, stride, device=self.q.device)
         complete = self.begin <= self.start and self.start + N * size <= self.end
-        total = self.q.float().view(H, N, R, stride, D).sum(3)  # rows that do not exist are zero
+        if complete and stride == 1:
+            return self.q, at
+        total = self.q.view(H, N, R, stride, D).sum(3, dtype=torch.float32)  # rows that do not exist are zero
         if complete:
             return total / stride, at
         member = at[..., None] + torch.arange(stride, device=self.q.device)

@@ -276,7 +276,7 @@ class Tuning(NamedTuple):
     registers: int
 
 
-DECODE = Tuning(128, 8, 128)
+DECODE = Tuning(128, 4, 255)
 WIDE = Tuning(64, 8, 128)  # heads of more than 128, or an angle of its own for every key
 FP32 = Tuning(32, 8, 255)
 PROGRAMS_PER_SM = 4  # with more, it counts how many keys a program takes and no longer how long it needs for the first

@@ -19,8 +19,8 @@ from hipexp_kernels.dispatch import require_triton_can
 
 IN_REGISTERS = 8192  # longer lists are read again for every digit, in tiles of this many chunks; their counts are to fit 16 bits
 FEW = 32  # of up to as many lists, ``PARTS`` programs find the threshold of each, and each of them writes its part
-PARTS = 4
-CHUNKS_PER_WARP, CHUNKS_PER_WARP_MANY = 512, 512
+PARTS = 8
+CHUNKS_PER_WARP, CHUNKS_PER_WARP_MANY = 512, 1024
 MIN_WARPS, MAX_WARPS = 4, 16
 
 

@@ -24,7 +24,8 @@ from hipexp_kernels.rope import ScoreRotation
 # run side by side). Without that bound ptxas saves registers by waiting for one key before it asks for the next. Keys that are rotated
 # take more of them.
 ONE_ROW = dict(keys=64, warps=4, registers=128, registers_rotated=168, stages=1)  # keys: chunks times query heads
-ROWS = dict(keys=64, warps=4, registers=168, registers_rotated=255, stages=1)  # keys: chunks
+FEW_ROWS = dict(keys=64, warps=4, registers=128, registers_rotated=255, stages=1)  # keys: chunks; up to 16 rows
+ROWS = FEW_ROWS | dict(registers=168)
 EXACT = dict(keys=64, warps=4, registers=168, registers_rotated=255, stages=1)  # keys: tokens
 MAX_COLUMNS = 128  # query rows that are multiplied at a time
 # Where the heads of a group lie in tiles of one query row: in the dimension that Triton spreads over the lanes of a warp first, so that
@@ -84,7 +85,7 @@ def launch(mode: str, rows: int, group: int, dim: int, rotary: int, chunk_tok: i
         kernel, tuned = _descend_one_row, ONE_ROW
         constexprs |= dict(TILE=max(1, tuned["keys"] // wide // triton.next_power_of_2(group)), HEAD_AXIS=HEAD_AXIS)
     else:
-        kernel, tuned = _descend_rows, ROWS
+        kernel, tuned = _descend_rows, FEW_ROWS if rows <= 16 else ROWS
         constexprs |= dict(ROWS=rows, TILE=max(16, tuned["keys"] // wide))
     options = dict(num_warps=tuned["warps"], num_stages=tuned["stages"])
     if torch.version.hip is None:
