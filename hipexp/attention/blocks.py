@@ -11,7 +11,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Step:
-    """Where a decode step stands, as the device reads it: ``numbers`` ``[2]``, its position and how many first candidates there are.
+    """Where a decode step stands, as the device reads it: ``numbers`` ``[3]``, its position, how many first candidates there are, and
+    whether it attends to everything (1 or 0).
 
     A CUDA graph of decode steps reads the same tensor in every replay; whoever replays it writes the numbers before.
     """
@@ -19,9 +20,9 @@ class Step:
     numbers: Tensor
 
     @classmethod
-    def at(cls, position: int, n_candidates: int, device: torch.device) -> Step:
+    def at(cls, position: int, n_candidates: int, exact: bool, device: torch.device) -> Step:
         """The step of the token at ``position``."""
-        return cls(torch.tensor([position, n_candidates], device=device))
+        return cls(torch.tensor([position, n_candidates, exact], device=device))
 
     @property
     def position(self) -> Tensor:
@@ -31,7 +32,12 @@ class Step:
     @property
     def n_candidates(self) -> Tensor:
         """``[1, 1]``"""
-        return self.numbers[1:, None]
+        return self.numbers[1:2, None]
+
+    @property
+    def exact(self) -> Tensor:
+        """``[1]``"""
+        return self.numbers[2:]
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,7 @@ class QueryBlocks:
     def pool(self, stride: int) -> tuple[Tensor, Tensor]:
         """Mean (fp32) of every ``stride`` neighbouring queries that exist ``[H, N, size/stride, D]``, and the position of the first.
 
+        Where every query stands for itself they are returned as they are.
         A group without any query repeats the nearest one that has some: a maximum over rows is not changed by that.
         """
         H, N, size, D = self.q.shape

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from hipexp_kernels import attend_blocks
@@ -16,7 +15,7 @@ from hipexp.attention.methods.hip import n_first_candidates
 from hipexp.attention.refresh import Memory
 from hipexp.attention.rope import RopeTables
 from hipexp.attention.selection import Selection
-from hipexp.config.schema import AttendRope, LayerPlan
+from hipexp.config.schema import AttendRope, LayerPlan, Stage
 
 QUERY_BLOCK_TOK = 64  # of pipelines without stages
 
@@ -41,8 +40,8 @@ class LayerAttention:
 
         With ``memory`` (decode) ``Q`` must be 1 and the layer's decode stages and refresh schedule apply. ``step``: its position as
         the device reads it, in place of ``begin`` (see :meth:`step_at`): in a CUDA graph that is replayed for later tokens ``begin`` is
-        the last position it will serve, and ``k`` and ``v`` reach as far. Raises ValueError if ``Q`` is not 1 there, and for a later
-        part of a prompt that does not start where a query block does.
+        the last position it will serve, and ``k`` and ``v`` reach as far; call it once so before it is captured. Raises ValueError if
+        ``Q`` is not 1 there, and for a later part of a prompt that does not start where a query block does.
         """
         if memory and q.shape[1] != 1:
             raise ValueError(f"a decode step has one query, not {q.shape[1]}")
@@ -56,13 +55,13 @@ class LayerAttention:
             )
         queries = QueryBlocks.one(q, begin, step or self.step_at(begin, q.device)) if memory else QueryBlocks.cut(q, begin, size)
         attended = queries if memory or not stages else queries.split(stages[-1].query_block_tok)
-        n_exact = attended.within(self.plan.sink_tok + self.plan.window_tok + (stages[-1].keep_tok if stages else 0))
+        n_exact = 0 if step else attended.within(self._exact_tok(stages))  # the device knows, and a selection it does not need costs little
         selection = self._select(queries, attended, n_exact, k, memory)
         if memory:
             memory.step += 1
         out, _ = attend_blocks(
             attended.q, k, v, selection.blocks, selection.counts, attended.first,
-            _first(n_exact, len(attended), k.device),
+            queries.step.exact if queries.step else torch.arange(len(attended), device=k.device) < n_exact,
             block_tok=block_tok, sink_tok=self.plan.sink_tok, window_tok=self.plan.window_tok, scale=self.scale,
             rotation=self._attend_rotation(k.shape[1], queries), softcap=self.softcap,
         )  # fmt: skip
@@ -74,7 +73,11 @@ class LayerAttention:
         n_candidates = (
             n_first_candidates(position, plan.sink_tok, plan.window_tok - stages[0].chunk_tok, stages[0].chunk_tok) if stages else 0
         )
-        return Step.at(position, n_candidates, device)
+        return Step.at(position, n_candidates, position < self._exact_tok(stages), device)
+
+    def _exact_tok(self, stages: list[Stage]) -> int:
+        """A block that ends before this position attends to all its keys: sinks, window and final budget hold them."""
+        return self.plan.sink_tok + self.plan.window_tok + (stages[-1].keep_tok if stages else 0)
 
     def _select(self, queries: QueryBlocks, attended: QueryBlocks, n_exact: int, k: Tensor, memory: Memory | None) -> Selection:
         """The selection for every attended block; the first ``n_exact`` of them see everything and have none."""
@@ -97,13 +100,6 @@ class LayerAttention:
         if self.plan.attend in (AttendRope.native, AttendRope.dynamic):
             rows = max(rows, n_keys + queries.size)
         return AttendRotation(self.plan.attend.value, self.tables.upto(rows), self.tables.trained_tok)
-
-
-@lru_cache(maxsize=64)
-def _first(n: int, length: int, device: torch.device) -> Tensor:
-    """``[length]``, true for the first ``n``."""
-    with torch.inference_mode(False):
-        return torch.arange(length, device=device) < n
 
 
 def _no_rope(positions: Tensor) -> tuple[Tensor, Tensor]:

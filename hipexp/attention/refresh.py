@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hipexp.config.schema import Stage
 
-Candidates = tuple[Tensor, Tensor]  # starts [S, 1, C] and counts [S, 1]
+Candidates = tuple[Tensor, Tensor]  # starts [S, N or 1, C] and counts [S, N]; one block in decode
 
 
 @dataclass

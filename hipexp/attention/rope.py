@@ -23,15 +23,15 @@ class RopeTables:
 
     def __init__(self, cos_sin: CosSin, trained_tok: int):
         self.cos_sin, self.trained_tok = cos_sin, trained_tok
-        self._table: RopeTable | None = None
+        self._tables: list[RopeTable] = []  # outgrown ones too: a CUDA graph may still read them
 
     def upto(self, rows: int) -> RopeTable:
         """A table with at least ``rows`` positions, starting from 0."""
-        if self._table is None or self._table.cos.shape[0] < rows:
+        if not self._tables or self._tables[-1].cos.shape[0] < rows:
             rows = max(4096, 1 << (rows - 1).bit_length())
             cos, sin = self.cos_sin(torch.arange(rows))
-            self._table = RopeTable(cos.float().contiguous(), sin.float().contiguous())
-        return self._table
+            self._tables.append(RopeTable(cos.float().contiguous(), sin.float().contiguous()))
+        return self._tables[-1]
 
 
 MODES = {PruneRope.chunk_indexed: "rank"}  # of ScoreRotation, where the name differs

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hipexp.attention import LayerAttention, Memory, Selection
-from hipexp.attention.inputs import GENERATORS, Geometry, Inputs
+from hipexp.attention.inputs import Geometry, Inputs, drifting
 from hipexp.attention.recall import attention_mass
 from hipexp.attention.rope import RopeTables
 from hipexp.config.schema import LayerPlan, Pipeline
@@ -28,12 +28,11 @@ from hipexp.run.contestants import (
 from hipexp.run.latency import quantile
 
 ROPE_BASE, TRAINED_TOK = 500_000.0, 131_072  # of Llama 3.1, without its frequency scaling
-GENERATOR = "drifting"
 
 
-def layer_attention(pipeline: Pipeline, geometry: Geometry, device: torch.device, group: str | None = None) -> LayerAttention:
-    """The attention of one layer: one without overrides, or one to which a layer group applies."""
-    plan = pipeline.plan_layer(0, [group] if group else [])
+def layer_attention(pipeline: Pipeline, geometry: Geometry, device: torch.device) -> LayerAttention:
+    """The attention of one layer to which no layer group applies."""
+    plan = pipeline.plan_layer(0, [])
     inverse = ROPE_BASE ** (-torch.arange(0, geometry.head_dim, 2, device=device) / geometry.head_dim)
 
     def cos_sin(positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,9 +129,9 @@ class DecodeRun:
         return times
 
 
-def make_layers(geometry: Geometry, n_tok: int, n_layers: int, device: torch.device, generator: str = GENERATOR) -> list[Inputs]:
+def make_layers(geometry: Geometry, n_tok: int, n_layers: int, device: torch.device) -> list[Inputs]:
     """Keys and values of several layers; their queries come from the same text."""
-    return [GENERATORS[generator](geometry, n_tok, seed=seed, device=device) for seed in range(n_layers)]
+    return [drifting(geometry, n_tok, seed=seed, device=device) for seed in range(n_layers)]
 
 
 def decode_row(attention: LayerAttention, layers: list[Inputs], periods: int, name: str) -> dict[str, Any]:
@@ -146,8 +145,8 @@ def decode_row(attention: LayerAttention, layers: list[Inputs], periods: int, na
     schedule = dues(attention.plan, n_steps)
     by_due = {due: [t for t, d in zip(times, schedule, strict=True) if d == due] for due in set(schedule)}
     n_tok = layers[0].keys.shape[1]
-    row = {"phase": "decode", "context_tok": n_tok, "impl": name, "mean_ms": sum(times) / len(times), "worst_ms": max(times)}
-    row |= {"p10_ms": quantile(times, 0.1), "p90_ms": quantile(times, 0.9)}
+    row = {"phase": "decode", "context_tok": n_tok, "dense": False, "impl": name, "mean_ms": sum(times) / len(times)}
+    row |= {"worst_ms": max(times), "p10_ms": quantile(times, 0.1), "p90_ms": quantile(times, 0.9)}
     cached = by_due.get(len(attention.plan.decode))
     return row | {"cached_ms": quantile(cached, 0.5) if cached else None, "full_ms": quantile(by_due[0], 0.5), "steps": n_steps}
 
@@ -156,13 +155,18 @@ def recall_of(attention: LayerAttention, layers: list[Inputs], step: int = 0) ->
     """What a full refresh selects at a decode step, over all heads of all layers: the mass that is always attended to (``fixed``), the
     share of the rest that is selected (``recall``, mean and 5th percentile), and that in parts of the best possible (``oracle_ratio``).
 
-    Measured at the distance at which the stages score (see :func:`hipexp.attention.recall.attention_mass`).
+    Measured at the distance at which the stages score (see :func:`hipexp.attention.recall.attention_mass`). Empty for a pipeline that
+    selects nothing, and where nothing has to be left out.
     """
     plan, found = attention.plan, []
+    if not plan.decode:
+        return {}
     distance = max(0, plan.window_tok - plan.decode[0].chunk_tok)
     for layer in layers:
         q, position, memory = layer.queries(step), layer.keys.shape[1] - 1, Memory()
         attention(q[:, None], layer.keys, layer.values, position, memory)
+        if not memory.lists:
+            return {}
         selection = Selection(*memory.lists[len(plan.decode)])
         assert attention.tables is not None
         found.append(
@@ -186,13 +190,12 @@ def dense_decode_rows(layers: list[Inputs], rounds: int, skip: Sequence[str] = (
     inputs = [(layer.queries(0), layer.keys, layer.values) for layer in layers]
     able, reasons = runnable([c for c in decode_contestants(device) if c.name not in skip], inputs[0])
     rows = time_alternating(able, inputs, rounds=rounds)
-    return [{"phase": "decode", "context_tok": n_tok, "impl": row.pop("name"), **row} for row in rows] + [
-        {"phase": "decode", "context_tok": n_tok, "impl": name, "note": reason} for name, reason in reasons.items()
-    ]
+    common = {"phase": "decode", "context_tok": n_tok, "dense": True}
+    return [{**common, "impl": row.pop("name"), **row} for row in rows] + _left_out(common, reasons)
 
 
 def prefill_rows(
-    attention: LayerAttention, layer: Inputs, n_queries: int, name: str, rounds: int, skip: Sequence[str] = (), dense: bool = True
+    attention: LayerAttention, layer: Inputs, n_queries: int, name: str, rounds: int, skip: Sequence[str] = ()
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The last ``n_queries`` of ``T`` tokens, dense contestants and the pipeline in turn."""
     device, n_tok = layer.keys.device, layer.keys.shape[1]
@@ -201,20 +204,25 @@ def prefill_rows(
     def pruned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(q, k, v, n_tok - n_queries)
 
-    able, reasons = runnable([c for c in prefill_contestants(device) if dense and c.name not in skip], (q, layer.keys, layer.values))
+    able, reasons = runnable([c for c in prefill_contestants(device) if c.name not in skip], (q, layer.keys, layer.values))
     rows = time_alternating([*able, Contestant(name, pruned)], [(q, layer.keys, layer.values)], rounds=rounds, warmup=1, graphs=False)
-    common = {"phase": "prefill", "context_tok": n_tok, "queries": n_queries}
-    return [{**common, "impl": row.pop("name"), **row} for row in rows] + [
-        {**common, "impl": name, "note": reason} for name, reason in reasons.items()
-    ]
+    common = {"phase": "prefill", "context_tok": n_tok, "queries": n_queries, "dense": True}
+    made = [{**common, "impl": row.pop("name"), **row} for row in rows]
+    made[-1]["dense"] = False
+    return made + _left_out(common, reasons)
 
 
-def with_speedup(rows: list[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
-    """Add ``speedup`` over the fastest dense contestant of the same phase and length to the rows of the pipelines ``names``."""
+def _left_out(common: dict[str, Any], reasons: dict[str, str]) -> list[dict[str, Any]]:
+    """Rows of contestants that do not run here, with the reason."""
+    return [{**common, "impl": name, "note": reason} for name, reason in reasons.items()]
+
+
+def with_speedup(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add ``speedup`` over the fastest dense contestant of the same phase and length to the rows of pipelines."""
     for row in rows:
         where = row["phase"], row["context_tok"]
-        dense = [r for r in rows if r["impl"] not in names and "median_ms" in r and (r["phase"], r["context_tok"]) == where]
-        if row["impl"] in names and dense:
+        dense = [r for r in rows if r["dense"] and "mean_ms" in r and (r["phase"], r["context_tok"]) == where]
+        if not row["dense"] and dense:
             best = fastest(dense)
             row["speedup"], row["against"] = best["mean_ms"] / row["mean_ms"], best["impl"]
     return rows

@@ -122,7 +122,7 @@ def _compiled_flex() -> Callable[..., Tensor]:
     """FlexAttention, compiled for the exact shapes it meets; with ``fullgraph`` it fails rather than running uncompiled."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    torch._dynamo.config.recompile_limit = 256  # lengths times geometries of a session
+    torch._dynamo.config.recompile_limit = 256  # lengths times geometries of a process
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
@@ -271,8 +271,8 @@ def time_alternating(
 
 
 def fastest(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The row with the smallest median."""
-    return min(rows, key=lambda row: row["median_ms"])
+    """The row with the smallest mean."""
+    return min(rows, key=lambda row: row["mean_ms"])
 
 
 def _time_cpu(contestants: Sequence[Contestant], layers: Sequence[tuple], rounds: int, warmup: int) -> list[dict[str, Any]]:

@@ -1,11 +1,13 @@
 """``make gpu``: latency of attention alone on a GPU, pipelines against every dense kernel of this machine, with recall.
 
-Needs torch and Triton only. Writes ``attention.json`` and ``attention.md``; a part that fails is told and left out.
+Needs torch, Triton and PyYAML only. Writes ``attention.json`` and ``attention.md``; a part that fails is told and left out. Pipelines are
+measured in a layer without overrides.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -35,10 +37,10 @@ def preset(name: str) -> Pipeline:
 
 
 class Report:
-    """Rows as they are measured; what fails is told and left out."""
+    """Rows as they are measured; what fails is told and left out. ``about``: the machine."""
 
-    def __init__(self, out: Path, names: list[str]):
-        self.out, self.names, self.rows, self.begun = out, names, list[dict[str, Any]](), time.monotonic()
+    def __init__(self, out: Path, about: dict[str, Any]):
+        self.out, self.about, self.rows, self.failed, self.begun = out, about, list[dict[str, Any]](), 0, time.monotonic()
 
     def add(self, what: str, measure: Callable[[], list[dict[str, Any]]]) -> None:
         """Measure and print; the rows so far are on disk after every part."""
@@ -47,24 +49,20 @@ class Report:
         except Exception:  # of any kind: the other parts are worth having
             traceback.print_exc()
             print(f"[{time.monotonic() - self.begun:4.0f} s] {what} failed and is left out", flush=True)
+            self.failed += 1
             return
-        self.rows = latency.with_speedup(self.rows + found, self.names)
+        self.rows = latency.with_speedup(self.rows + found)
         for row in found:
             told = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()}
             print(f"[{time.monotonic() - self.begun:4.0f} s]", " ".join(f"{key}={value}" for key, value in told.items()), flush=True)
-        self.write({})
-
-    def write(self, about: dict[str, Any]) -> None:
-        """Write what there is."""
-        write_rows(self.out / "attention", self.rows, about)
+        write_rows(self.out / "attention", self.rows, self.about)
 
 
-def decode(report: Report, layers: list[Inputs], presets: list[str], rounds: int, skip: tuple[str, ...]) -> None:
+def measure_decode(report: Report, layers: list[Inputs], presets: list[str], rounds: int, skip: tuple[str, ...]) -> None:
     """Dense contestants, then every preset, on the same keys."""
-    geometry, device = layers[0].geometry, layers[0].keys.device
     report.add("dense decode", lambda: latency.dense_decode_rows(layers, rounds, skip))
     for name in presets:
-        attention = latency.layer_attention(preset(name), geometry, device)
+        attention = latency.layer_attention(preset(name), layers[0].geometry, layers[0].keys.device)
 
         def measure(attention=attention, name=name) -> list[dict[str, Any]]:
             return [latency.decode_row(attention, layers, 2, name) | latency.recall_of(attention, layers[:2])]
@@ -72,14 +70,14 @@ def decode(report: Report, layers: list[Inputs], presets: list[str], rounds: int
         report.add(f"{name} decode", measure)
 
 
-def prefill(report: Report, layer: Inputs, rounds: int, skip: tuple[str, ...]) -> None:
+def measure_prefill(report: Report, layer: Inputs, skip: tuple[str, ...]) -> None:
     """The last chunk of a prompt under ``3stage``, and dense."""
     attention = latency.layer_attention(preset("3stage"), layer.geometry, layer.keys.device)
-    report.add("prefill", lambda: latency.prefill_rows(attention, layer, PREFILL_TOK, "3stage", rounds, skip))
+    report.add("prefill", lambda: latency.prefill_rows(attention, layer, PREFILL_TOK, "3stage", 3, skip))
 
 
-def main() -> None:
-    """Measure at every length and write the report."""
+def main() -> int:
+    """Measure at every length and write the report; 2 without a GPU, 1 if a part failed."""
     parser = argparse.ArgumentParser(description="Latency of attention alone on a GPU, against the dense kernels of this machine.")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of the results (default: %(default)s)")
     parser.add_argument("--lengths", type=int, nargs="+", default=[128 * K, 512 * K, 1024 * K], help="keys (default: %(default)s)")
@@ -89,20 +87,26 @@ def main() -> None:
     parser.add_argument("--flex", action="store_true", help="FlexAttention too: it compiles for every length")
     parser.add_argument("--all", action="store_true", help="the slow dense kernels too")
     args = parser.parse_args()
-    device = torch.device("cuda")
+    if not torch.cuda.is_available():
+        print("error: no GPU that torch can use; this measures one (`python -m hipexp task=latency` measures a CPU)", file=sys.stderr)
+        return 2
+    if short := [n for n in args.lengths if n < 2 * PREFILL_TOK or n % PREFILL_TOK]:
+        print(f"error: --lengths {short[0]} must be a multiple of {PREFILL_TOK}, from {2 * PREFILL_TOK} on", file=sys.stderr)
+        return 2
+    device = torch.device("cuda", torch.cuda.current_device())
     skip = (*(() if args.all else SLOW), *(() if args.flex else ("flex packed", "flex, lower right")))
-    report = Report(args.out, args.presets)
     about = describe_machine(device) | {"bandwidth_gb_s": memory_bandwidth(device), "geometry": args.geometry}
+    report = Report(args.out, about)
     print(about, flush=True)
     with torch.inference_mode():
         for n_tok in args.lengths:
             layers = latency.make_layers(GEOMETRIES[args.geometry].as_dtype(torch.bfloat16), n_tok, N_LAYERS, device)
-            decode(report, layers, args.presets, args.rounds, skip)
+            measure_decode(report, layers, args.presets, args.rounds, skip)
             layers = layers[:1]
-            prefill(report, layers[0], 3, skip)
-    report.write(about)
+            measure_prefill(report, layers[0], skip)
     print(f"{args.out / 'attention.md'}")
+    return 1 if report.failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -227,7 +227,7 @@ def write_table(runs: dict[Spec, Named], times: Sequence[Named], trained_tok: in
         "## What it must show",
         claims(results, rows),
         "## Accuracy",
-        machines(run for spec, run in runs.items() if results[spec]),
+        *([machines(run for spec, run in runs.items() if results[spec])] if any(results.values()) else []),
         accuracy_table(results, trained_tok),
         "## Time",
         *([machines(times), f"```\n{latency.table(rows)}\n```"] if rows else ["not measured yet"]),

@@ -1,5 +1,7 @@
 """Latency of attention alone: what is timed, which steps refresh what, what stands in a row. No assertion about time."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from hipexp.attention import Memory
 from hipexp.attention.inputs import Geometry
 from hipexp.config.schema import Pipeline, Rope, Stage
 from hipexp.run import attention_latency as latency
+from hipexp.run import gpu
 from hipexp.run.gpu import PRESETS, preset
 
 GEOMETRY, CPU, T = Geometry(4, 2, 16), torch.device("cpu"), 608
@@ -30,11 +33,6 @@ def test_presets_without_hydra(name):
     plan = latency.layer_attention(preset(name), GEOMETRY, CPU).plan
     assert [stage.keep_tok for stage in plan.stages][-1] == (4096 if name == "5k" else 2048)
     assert plan.groups == []
-
-
-def test_a_group_is_another_layer():
-    plan = latency.layer_attention(preset("3stage"), GEOMETRY, CPU, "early").plan
-    assert plan.stages[-1].keep_tok == 4096
 
 
 def test_which_stage_each_step_runs_again():
@@ -77,13 +75,21 @@ def test_a_row_says_how_long_and_how_well(layers):
     assert row["recall"] < row["oracle_ratio"] <= 1 + 1e-6
 
 
-def test_the_speedup_is_over_the_fastest_dense_kernel():
-    def row(impl, ms, n=1024):
-        return {"phase": "decode", "context_tok": n, "impl": impl, "mean_ms": ms, "median_ms": ms}
+def test_nothing_selected_is_no_recall(layers):
+    streaming = Pipeline(method="streaming", sink_tok=16, window_tok=64, stages=[], rope=Rope(), name="streaming")
+    roomy = dataclasses.replace(SMALL, window_tok=T)
+    assert latency.recall_of(latency.layer_attention(streaming, GEOMETRY, CPU), layers) == {}
+    assert latency.recall_of(latency.layer_attention(roomy, GEOMETRY, CPU), layers) == {}
 
-    rows = latency.with_speedup([row("a", 8.0), row("b", 6.0), row("small", 2.0), row("small", 1.0, 2048)], ["small"])
+
+def test_the_speedup_is_over_the_fastest_dense_kernel():
+    def row(impl, ms, n=1024, dense=True, median=1.0):
+        return {"phase": "decode", "context_tok": n, "dense": dense, "impl": impl, "mean_ms": ms, "median_ms": median}
+
+    rows = [row("a", 8.0), row("b", 6.0, median=3.0), row("3stage", 2.0, dense=False), row("3stage", 1.0, 2048, dense=False)]
+    rows = latency.with_speedup([*rows, {"phase": "decode", "context_tok": 1024, "dense": True, "impl": "c", "note": "not here"}])
     assert rows[2]["speedup"] == 3 and rows[2]["against"] == "b"
-    assert "speedup" not in rows[3] and "speedup" not in rows[0]
+    assert all("speedup" not in rows[i] for i in (0, 1, 3, 4))
 
 
 def test_prefill_and_dense_in_one_table(layers):
@@ -91,4 +97,36 @@ def test_prefill_and_dense_in_one_table(layers):
     rows = latency.prefill_rows(attention, layers[0], 96, "small", rounds=2) + latency.dense_decode_rows(layers, 2, skip=("flex packed",))
     names = {row["impl"] for row in rows}
     assert {"small", "flash, prefix + diagonal", "sdpa packed"} <= names
+    assert [row["impl"] for row in rows if not row["dense"]] == ["small"]
     assert all(row["mean_ms"] > 0 for row in rows if "note" not in row)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_replayed_steps_are_those_of_decode():
+    """Every CUDA graph gives what eager decode gives at the step it is replayed for."""
+    device = torch.device("cuda", 0)
+    made = latency.make_layers(GEOMETRY, T, 1, device)
+    queries = torch.stack([made[0].queries(step)[None] for step in range(8)])[:, :, :, None]
+    attention, seen = latency.layer_attention(SMALL, GEOMETRY, device), []
+    run = latency.DecodeRun(attention, made, queries)
+    run.attention = LayerSpy(attention, seen)
+    run._set(0)
+    run._all_layers(0)
+    schedule = latency.dues(attention.plan, 8)
+    calls = run._captured(schedule)
+    outputs = dict(zip(sorted(set(schedule)), seen[-len(calls) :], strict=True))
+    plain, memory = latency.layer_attention(SMALL, GEOMETRY, device), Memory()
+    for step, due in enumerate(schedule):
+        run._set(step)
+        calls[due]()
+        end = T - 8 + step + 1
+        expected = plain(queries[step, 0], made[0].keys[:, :end], made[0].values[:, :end], end - 1, memory)
+        torch.testing.assert_close(outputs[due], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["gpu"])
+    assert gpu.main() == 2
+    assert capsys.readouterr().err.startswith("error: no GPU")

@@ -6,7 +6,7 @@ against a block of queries by a few of its keys, and keeps the best chunks; the 
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -75,11 +75,14 @@ def n_first_candidates(first: Any, sink_tok: int, scan_window_tok: int, chunk_to
 
 
 def _grid(sink_tok: int, chunk_tok: int, device: torch.device, n_chunks: int) -> Tensor:
-    """Starts ``[1, 1, n_chunks]`` of the first chunks: a view of a list that is made once, and again when it is outgrown."""
+    """Starts ``[1, 1, n_chunks]`` of the first chunks: a view of a list that is made once, and again when it is outgrown.
+
+    Lists are never given up: a CUDA graph may still read them.
+    """
     return _grid_of(sink_tok, chunk_tok, device, max(1024, 1 << (n_chunks - 1).bit_length()))[:, :, :n_chunks]
 
 
-@lru_cache(maxsize=16)
+@cache
 def _grid_of(sink_tok: int, chunk_tok: int, device: torch.device, n_chunks: int) -> Tensor:
     with torch.inference_mode(False):
         return (sink_tok + chunk_tok * torch.arange(n_chunks, device=device))[None, None]

@@ -34,7 +34,7 @@ def attend_blocks(
     ``blocks`` ``[S, N, M]``: ascending, unique starts of selected blocks of ``block_tok`` tokens, none below ``sink_tok``;
     the first ``counts[s, n]`` count. With ``edge = first[n] - window_tok`` a query at ``p`` attends to the sinks
     ``i < sink_tok, i <= edge``, the selected tokens ``i <= edge`` and the window ``edge < i <= p``: every key once.
-    Blocks with ``exact[n]`` attend to all keys ``i <= p`` at their true positions instead.
+    Blocks with ``exact[n]`` (bools, or ints) attend to all keys ``i <= p`` at their true positions instead.
     ``rotation`` says how positions become angles; None leaves queries and keys as they are (layers without RoPE).
     ``softcap`` bounds the logits to ``softcap * tanh(logit / softcap)``. Raises ``ValueError`` on shapes that do not match.
     """

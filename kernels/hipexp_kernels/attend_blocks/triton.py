@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -180,7 +180,7 @@ def launch(
     return tile, dict(num_warps=tuning.num_warps, num_stages=stages)
 
 
-def choose(G, Q, D, half, mode, M, block, sink, window, n_groups, itemsize, n_sm, hopper) -> tuple[object, dict, dict]:
+def kernel_for(G, Q, D, half, mode, M, block, sink, window, n_groups, itemsize, n_sm, hopper) -> tuple[Any, dict, dict]:
     """Kernel, tile sizes and compiler options for a call."""
     found = triton_decode.launch(G, D, half, mode, M, block, sink, window, n_groups, itemsize, n_sm) if Q == 1 else None
     if found:
@@ -222,7 +222,7 @@ def attend_blocks(
     cos, sin = (rotation.table.cos.contiguous(), rotation.table.sin.contiguous()) if rotation else (first, first)
     half = cos.shape[1] if rotation else 0
     n_sm, hopper = gpu(q.device)
-    kernel, tile, options = choose(H // K, Q, D, half, mode, M, block_tok, sink_tok, window_tok, N * K, q.element_size(), n_sm, hopper)
+    kernel, tile, options = kernel_for(H // K, Q, D, half, mode, M, block_tok, sink_tok, window_tok, N * K, q.element_size(), n_sm, hopper)
     splits = tile["SPLITS"]
     out, lse = torch.empty((H, N, Q, D), dtype=q.dtype, device=q.device), torch.empty((H, N, Q), device=q.device)
     parts = Parts(out, lse, lse)  # not used
@@ -267,7 +267,7 @@ def aot_case(name: str, Q: int, D: int, N: int, mode: str, hopper: bool, dtype: 
         scale="fp32",
     )
     half = 0 if mode == "none" else D // 2
-    kernel, tile, options = choose(G, Q, D, half, mode, 256, 8, 256, 1024, 8 * N, 4 if dtype == "fp32" else 2, 132, hopper)
+    kernel, tile, options = kernel_for(G, Q, D, half, mode, 256, 8, 256, 1024, 8 * N, 4 if dtype == "fp32" else 2, 132, hopper)
     constants = dict(
         G=G, Q=Q, D=D, HALF=half, MODE=mode, TRAINED=131072, BLOCK_TOK=8, SINK=256, WINDOW=1024, SOFTCAP=0.0, **tile
     )  # fmt: skip

@@ -18,7 +18,7 @@ def attend_blocks(
     block_tok: int, sink_tok: int, window_tok: int, scale: float, rotation: AttendRotation | None, softcap: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     H, N, Q, D = q.shape
-    K, T, _ = k.shape
+    (K, T, _), exact = k.shape, exact.bool()
     keys = KeyRows(k, rotation.table if rotation else None, once=T <= N * (sink_tok + blocks.shape[2] * block_tok + window_tok))
     values = Rows(v)
     q = keys.convert(q).view(K, H // K, N, Q, -1).transpose(1, 2)

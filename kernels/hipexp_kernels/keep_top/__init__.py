@@ -29,12 +29,12 @@ def keep_top(
     first ``counts[s, n]`` take part (``S`` is 1 or K). ``lists`` is 1 if all heads share one, made by their best scores, or K. The
     ``keep`` best chunks of each list stay, all if there are no more; ties go to the lower index. Each is cut into pieces of
     ``next_tok`` tokens (a divisor of ``chunk_tok``; the same leaves it whole); pieces that begin at or past ``limits[n]`` are left
-    out. ``M`` is ``min(keep, C) * (chunk_tok // next_tok)``. ``out``: an earlier result that is not needed any more; it is written over
-    and returned if the shapes are the same.
+    out. ``M`` is ``min(keep, C) * (chunk_tok // next_tok)``. ``out``: an earlier result that is not needed any more, other tensors than the
+    arguments; it is written over and returned if shapes and number formats are the same.
 
     A score that is not a number means that a query or a key is not finite: ``FloatingPointError``, except on a GPU, where nothing
-    waits to look; there such a chunk counts as the best, so that the output is not finite either. Raises ``ValueError`` on a negative
-    ``keep``, other ``lists`` and shapes that do not match.
+    waits to look; there such a chunk counts as the best, so that what is attended to holds it if later stages keep it. Raises
+    ``ValueError`` on a negative ``keep``, other ``lists`` and shapes that do not match.
     """
     require(
         scores.ndim == starts.ndim == 3 and starts.shape[1] in (1, scores.shape[1]) and starts.shape[2] == scores.shape[2],
@@ -51,7 +51,8 @@ def keep_top(
     run = choose(impl, {"reference": reference, "vectorized": vectorized, "triton": lazy("keep_top")}, scores.device)
     if run in (reference, vectorized):
         _refuse_nan(scores, counts)
-    if out and out[0].shape != (lists, N, min(keep, scores.shape[2]) * (chunk_tok // next_tok)):
+    shapes = (lists, N, min(keep, scores.shape[2]) * (chunk_tok // next_tok)), (lists, N)
+    if out and any(o.shape != shape or o.dtype != starts.dtype or not o.is_contiguous() for o, shape in zip(out, shapes, strict=True)):
         out = None
     return run(scores, starts, counts, limits, keep=keep, lists=lists, chunk_tok=chunk_tok, next_tok=next_tok, out=out)
 

@@ -37,6 +37,7 @@ def score_chunks(
     (InfiniteHiP, arXiv 2502.08910, algorithm 1, with centres as in HiP, arXiv 2406.09827). A chunk of one token is probed as a
     right half.
     ``exact``: the best token of the chunk, probed as a right half.
+    Products are in fp32; on a GPU those of several rows are in the number format of ``k``, summed in fp32.
     ``chunk_tok`` is a power of two. Raises ``ValueError`` if it is not, and on shapes that do not match.
     """
     H, N, _, D = q.shape

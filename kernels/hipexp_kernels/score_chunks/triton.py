@@ -66,9 +66,8 @@ def _rotation_arguments(rotation: ScoreRotation | None) -> tuple:
     if rotation is None:
         return None, None, None, None, None, 0, 0
     table = rotation.table
-    assert table.cos.is_contiguous() and table.sin.is_contiguous(), "tables are made so"
     ints = rotation.position.contiguous(), rotation.first.contiguous(), rotation.last.contiguous()
-    return table.cos, table.sin, *ints, rotation.trained_tok, rotation.scan_window_tok
+    return table.cos.contiguous(), table.sin.contiguous(), *ints, rotation.trained_tok, rotation.scan_window_tok
 
 
 def launch(mode: str, rows: int, group: int, dim: int, rotary: int, chunk_tok: int, representative: str) -> tuple:
