@@ -9,9 +9,11 @@ MISSING = "–"
 
 
 def show(value: object, digits: int = 1) -> str:
-    """A cell as text: numbers rounded, None as a dash."""
+    """A cell as text: numbers rounded, those that rounding would hide to two figures, None as a dash."""
     if value is None:
         return MISSING
+    if isinstance(value, float) and 0 < abs(value) < 0.1:
+        return f"{value:.2g}"
     return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
 
 

@@ -17,6 +17,10 @@ def test_text_tables_line_up():
     assert text.splitlines() == ["name    score", "──────  ─────", "a        10.0", "∞Bench      –", "kv        100"]
 
 
+def test_small_numbers_are_not_rounded_to_nothing():
+    assert [show(x) for x in (0.0, 0.0243, -0.0243, 0.1, 12.34, 3, None)] == ["0.0", "0.024", "-0.024", "0.1", "12.3", "3", "–"]
+
+
 def test_markdown_tables():
     assert markdown_table(["a", "b"], [["x", 1.0]]).splitlines() == ["| a | b |", "| --- | ---: |", "| x | 1.0 |"]
 
