@@ -6,6 +6,9 @@ PYTHON ?= python3
 JOBS ?= 2
 SIZE ?= needle
 
+# The version whose interpreter the kernels are tested in where torch brings none (GPU builds of torch demand one of their own).
+TRITON := 3.6.0
+
 VENV := .venv
 RUN := $(VENV)/bin/python
 CORE := $(VENV)/.core
@@ -56,4 +59,5 @@ $(CORE): pyproject.toml setup.py constraints.txt
 
 $(DEV): $(CORE)
 	$(PIP) --editable '.[dev]'
+	$(RUN) -c 'import triton' 2>/dev/null || $(PIP) triton==$(TRITON)
 	@touch $@

@@ -1,9 +1,14 @@
 """What holds for every test, in whatever order the folders are collected."""
 
+import os
 import sys
 from pathlib import Path
 
+import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported, as transformers does
 
 sys.path.insert(0, str(Path(__file__).parent / "kernels"))  # brute.py serves other folders too
 
