@@ -59,5 +59,5 @@ $(CORE): pyproject.toml setup.py constraints.txt
 
 $(DEV): $(CORE)
 	$(PIP) --editable '.[dev]'
-	$(RUN) -c 'import triton' 2>/dev/null || $(PIP) triton==$(TRITON)
+	$(RUN) -c 'import triton' 2>/dev/null || [ "$$(uname)" != Linux ] || $(PIP) triton==$(TRITON)
 	@touch $@
