@@ -83,6 +83,14 @@ def test_exact_blocks(mode, shape):
     compare(call(**shape, exact=(1,)), mode)
 
 
+@pytest.mark.parametrize("exact", [(), (0,)])
+def test_a_decode_step_reads_its_numbers_from_one_tensor(exact):
+    """``first`` and ``exact`` as parts of one list of ints, as a decode step has them."""
+    arguments = call(first=(149,), exact=exact)
+    numbers = torch.tensor([149, 7, len(exact)])
+    compare(arguments | dict(first=numbers[:1], exact=numbers[2:]), "streaming")
+
+
 @pytest.mark.parametrize("D", [16, 32, 64, 80, 128, 256])
 @pytest.mark.parametrize("shape", [dict(), dict(Q=8, first=(96, 144))], ids=["decode", "prefill"])
 def test_head_dimensions(D, shape):
