@@ -108,8 +108,8 @@ def _rows(
     keys, tokens = (), ()
     for i in tl.static_range(PIECES):
         token, inside = _tokens(entries[i], i * PIECE + tl.arange(0, PIECE), tile, BLOCK_TOK)
-        keys = keys + (_pieces(k_head, token.to(tl.int64) * kv.k_tok, inside, D, HALF),)  # noqa: RUF005
-        tokens = tokens + (tl.where(inside, token, 0),)  # noqa: RUF005
+        keys = keys + (_pieces(k_head, token.to(tl.int64) * kv.k_tok, inside, D, HALF),)
+        tokens = tokens + (tl.where(inside, token, 0),)
     token, inside = _tokens(entries_all, tl.arange(0, PIECES * PIECE), tile, BLOCK_TOK)
     values = _piece(v_head, token.to(tl.int64) * kv.v_tok, inside, 0, D)
     return keys, tokens, values
@@ -141,7 +141,7 @@ def _state(
                 cos, sin = cos * step[0] - sin * step[1], sin * step[0] + cos * step[1]
         products = _products(q, key, D, HALF)
         inside = i * PIECE + tl.arange(0, PIECE) < n_keys
-        logits = logits + (tl.where(inside[None, :], _logits(products, scale, SOFTCAP), float("-inf")),)  # noqa: RUF005
+        logits = logits + (tl.where(inside[None, :], _logits(products, scale, SOFTCAP), float("-inf")),)
     logits = _beside(logits, PIECES)
     top = tl.max(logits, 1)
     weight = tl.exp2(logits - tl.where(top == float("-inf"), 0.0, top)[:, None])
@@ -222,7 +222,7 @@ def _attend_one(
     count = tl.load(lists.counts + list_at).to(tl.int32)
     entries = ()
     for i in tl.static_range(PIECES):
-        entries = entries + (_entries(begin + i * PIECE, lists, sizes, list_at, LIST_FROM, window_from, PIECE, BLOCK_TOK),)  # noqa: RUF005
+        entries = entries + (_entries(begin + i * PIECE, lists, sizes, list_at, LIST_FROM, window_from, PIECE, BLOCK_TOK),)
     entries_all = _entries(begin, lists, sizes, list_at, LIST_FROM, window_from, KEYS, BLOCK_TOK)
     slot, row = tl.arange(0, LIST_TILE), tl.arange(0, ROWS)
     starts = tl.load(lists.blocks + list_at * sizes.M + slot, mask=slot < sizes.M, other=0)
