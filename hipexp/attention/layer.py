@@ -15,6 +15,7 @@ from hipexp.attention.methods.hip import n_first_candidates
 from hipexp.attention.refresh import Memory
 from hipexp.attention.rope import RopeTables
 from hipexp.attention.selection import Selection
+from hipexp.cache import KeySummaries
 from hipexp.config.schema import AttendRope, LayerPlan, Stage
 
 QUERY_BLOCK_TOK = 64  # of pipelines without stages
@@ -35,12 +36,22 @@ class LayerAttention:
     softcap: float | None = None
     pruned_blocks: int = 0
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, begin: int, memory: Memory | None = None, step: Step | None = None) -> Tensor:
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        begin: int,
+        memory: Memory | None = None,
+        step: Step | None = None,
+        summaries: KeySummaries | None = None,
+    ) -> Tensor:
         """Return ``[H, Q, D]``: queries ``q`` ``[H, Q, D]`` at positions ``begin`` … over raw keys and values ``[K, T, D]``.
 
         With ``memory`` (decode) ``Q`` must be 1 and the layer's decode stages and refresh schedule apply. ``step``: its position as
         the device reads it, in place of ``begin`` (see :meth:`step_at`): in a CUDA graph that is replayed for later tokens ``begin`` is
-        the last position it will serve, and ``k`` and ``v`` reach as far; call it once so before it is captured. Raises ValueError if
+        the last position it will serve, and ``k`` and ``v`` reach as far; call it once so before it is captured. ``summaries``: the
+        sequence's own, for pipelines that score by them. Raises ValueError if
         ``Q`` is not 1 there, and for a later part of a prompt that does not start where a query block does.
         """
         if memory and q.shape[1] != 1:
@@ -56,7 +67,7 @@ class LayerAttention:
         queries = QueryBlocks.one(q, begin, step or self.step_at(begin, q.device)) if memory else QueryBlocks.cut(q, begin, size)
         attended = queries if memory or not stages else queries.split(stages[-1].query_block_tok)
         n_exact = 0 if step else attended.within(self._exact_tok(stages))  # the device knows, and a selection it does not need costs little
-        selection = self._select(queries, attended, n_exact, k, memory)
+        selection = self._select(queries, attended, n_exact, k, memory, summaries)
         if memory:
             memory.step += 1
         out, _ = attend_blocks(
@@ -79,7 +90,15 @@ class LayerAttention:
         """A block that ends before this position attends to all its keys: sinks, window and final budget hold them."""
         return self.plan.sink_tok + self.plan.window_tok + (stages[-1].keep_tok if stages else 0)
 
-    def _select(self, queries: QueryBlocks, attended: QueryBlocks, n_exact: int, k: Tensor, memory: Memory | None) -> Selection:
+    def _select(
+        self,
+        queries: QueryBlocks,
+        attended: QueryBlocks,
+        n_exact: int,
+        k: Tensor,
+        memory: Memory | None,
+        summaries: KeySummaries | None,
+    ) -> Selection:
         """The selection for every attended block; the first ``n_exact`` of them see everything and have none."""
         stages = self.plan.decode if memory else self.plan.stages
         self.pruned_blocks += len(attended) - n_exact
@@ -89,7 +108,7 @@ class LayerAttention:
         skipped = n_exact // parts
         select = METHODS[self.method]
         tables = self.tables or RopeTables(_no_rope, 0)
-        chosen = select(self.plan, stages, queries.from_block(skipped), k, tables, memory)
+        chosen = select(self.plan, stages, queries.from_block(skipped), k, tables, memory, summaries)
         return chosen.after_none(skipped * parts)
 
     def _attend_rotation(self, n_keys: int, queries: QueryBlocks) -> AttendRotation | None:

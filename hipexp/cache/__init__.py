@@ -1,5 +1,6 @@
 """Where keys and values live."""
 
 from hipexp.cache.resident import ResidentStore
+from hipexp.cache.summaries import KeySummaries
 
-__all__ = ["ResidentStore"]
+__all__ = ["KeySummaries", "ResidentStore"]

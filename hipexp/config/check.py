@@ -13,7 +13,19 @@ from importlib.util import find_spec
 
 from hipexp.config.model import ModelFacts, read_facts
 from hipexp.config.overrides import DENSE
-from hipexp.config.schema import ConfigError, Experiment, LayerPlan, Model, Pipeline, Stage, Task, Track, range_parts
+from hipexp.config.schema import (
+    ConfigError,
+    Experiment,
+    LayerPlan,
+    Model,
+    Pipeline,
+    PruneRope,
+    Representative,
+    Stage,
+    Task,
+    Track,
+    range_parts,
+)
 from hipexp.config.wandb_key import has_wandb_key
 
 METHODS = ("hip", "streaming")
@@ -29,6 +41,7 @@ PROTOCOLS = ("hipexp",)
 MOST = 2**31  # of anything counted, tokens above all
 OFFLOADS = ("none",)
 TRACKERS = ("local", "wandb")
+BY_TRUE_POSITION = (PruneRope.dynamic, PruneRope.self_extend, PruneRope.native)
 TRACK_MODES = ("offline", "online", "auto", "disabled")
 
 Key = Callable[[int, str], str]  # (stage number, field) -> the key that set it
@@ -166,6 +179,7 @@ def _check_plan(pipeline: Pipeline, plan: LayerPlan, model: Model) -> None:
     for stages, key, decode in ((plan.stages, of_prompt, False), (plan.decode, of_decode, True)):
         _check_stages(stages, key)
         _check_borders(stages, key, plan, window_key, decode)
+        _check_bounds(stages, key, plan, window_key)
     for number, stage in enumerate(plan.stages):
         if model.prefill_chunk_tok % stage.query_block_tok:
             raise ConfigError(
@@ -215,6 +229,28 @@ def _check_stages(stages: list[Stage], key: Key) -> None:
         if number:
             _check_pair(stages[number - 1], stage, number, key)
         _check_stage(stage, number, key)
+
+
+def _check_bounds(stages: list[Stage], key: Key, plan: LayerPlan, window_key: str) -> None:
+    """Summaries serve the first stage, whose chunks are whole, where all keys of a chunk are rotated alike."""
+    for number, stage in enumerate(stages):
+        if stage.representative is not Representative.bounds:
+            continue
+        if number:
+            raise ConfigError(
+                f"{key(number, 'representative')}=bounds must be the first stage's: summaries are of chunks that follow each other; "
+                f"try descent, grid or exact"
+            )
+        if stage.rope in BY_TRUE_POSITION:
+            raise ConfigError(
+                f"{key(number, 'representative')}=bounds must not stand beside pruning at true positions, here {stage.rope.value}: "
+                f"the keys of a chunk have to be rotated alike; try pipeline.rope.prune=relative, chunk_indexed or infllm"
+            )
+        if plan.window_tok < 2 * stage.chunk_tok:
+            raise ConfigError(
+                f"{window_key}={plan.window_tok} must be at least {2 * stage.chunk_tok}, twice {_short(key(number, 'chunk_tok'))}, for "
+                f"{_short(key(number, 'representative'))}=bounds: else chunks would end behind the query; try {2 * stage.chunk_tok}"
+            )
 
 
 def _check_stage(stage: Stage, number: int, key: Key) -> None:

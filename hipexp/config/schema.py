@@ -22,7 +22,9 @@ class Representative(str, Enum):
     """How one number is found for a chunk of keys."""
 
     descent = "descent"  # binary descent, two probes per level (InfiniteHiP)
+    grid = "grid"  # best of as many evenly spaced keys
     exact = "exact"  # best of all keys of the chunk
+    bounds = "bounds"  # best of two landmarks for every 64 keys, summarized once; first stage only
 
 
 class PruneRope(str, Enum):

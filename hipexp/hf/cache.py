@@ -8,15 +8,16 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from hipexp.attention import Memory
-from hipexp.cache import ResidentStore
+from hipexp.cache import KeySummaries, ResidentStore
 
 
 @dataclass
 class SequenceState:
-    """What one sequence keeps in one layer: keys and values, the refresh state, how many leading tokens are padding, how many query
-    blocks did not see all their keys."""
+    """What one sequence keeps in one layer: keys and values, summaries of the keys, the refresh state, how many leading tokens are padding,
+    how many query blocks did not see all their keys."""
 
     store: ResidentStore = field(default_factory=ResidentStore)
+    summaries: KeySummaries = field(default_factory=KeySummaries)
     memory: Memory = field(default_factory=Memory)
     padding: int = 0
     pruned_blocks: int = 0
@@ -88,5 +89,5 @@ class SequenceCache(Cache):
 
     @property
     def bytes(self) -> int:
-        """Bytes of keys and values."""
-        return sum(row.store.bytes for layer in self.layers for row in layer.rows)
+        """Bytes of keys and values, and of what summarizes the keys."""
+        return sum(row.store.bytes + row.summaries.bytes for layer in self.layers for row in layer.rows)

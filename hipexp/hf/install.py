@@ -15,6 +15,7 @@ from transformers.masking_utils import flash_attention_mask
 
 from hipexp.attention import LayerAttention, Memory
 from hipexp.attention.rope import RopeTables
+from hipexp.cache import KeySummaries
 from hipexp.config.schema import ConfigError, LayerPlan, Pipeline, PruneRope
 from hipexp.hf.cache import SequenceLayer, SequenceState
 from hipexp.hf.dense import attend_dense
@@ -166,7 +167,9 @@ def _attend_batch(
     out = query.new_zeros(B, Q, H, D)
     for b, state in enumerate(states):
         if mask is not None:
-            state.padding = int((mask[b].long().cumsum(0) == 0).sum())
+            padding = int((mask[b].long().cumsum(0) == 0).sum())
+            if padding != state.padding:  # the sequence begins elsewhere
+                state.padding, state.summaries = padding, KeySummaries()
             if not bool(mask[b, state.padding :].all()):
                 raise ValueError(f"attention_mask[{b}] masks tokens after the first real one; only padding on the left is supported")
         k, v = (x[:, state.padding :] for x in state.store.view())
@@ -186,7 +189,7 @@ def _attend_batch(
             decode_step = decoding and begin > 0
             if not decode_step:  # what was selected for the tokens before says nothing about these
                 state.memory = Memory()
-            rows = layer(q, k, v, begin + skip, state.memory if decode_step else None)
+            rows = layer(q, k, v, begin + skip, state.memory if decode_step else None, summaries=state.summaries)
             state.pruned_blocks += layer.pruned_blocks - pruned
         out[b, skip:] = rows.transpose(0, 1)
     return out

@@ -9,5 +9,6 @@ from hipexp_kernels.attend_blocks import attend_blocks
 from hipexp_kernels.keep_top import keep_top
 from hipexp_kernels.merge_lse import merge_lse
 from hipexp_kernels.score_chunks import score_chunks
+from hipexp_kernels.summarize import Summaries, summarize
 
-__all__ = ["attend_blocks", "keep_top", "merge_lse", "score_chunks"]
+__all__ = ["Summaries", "attend_blocks", "keep_top", "merge_lse", "score_chunks", "summarize"]

@@ -60,7 +60,8 @@ class ScoreRotation:
 
     GROUP = 16
     NEIGHBOUR_TOK = 8192
-    MODES = ("relative", "infllm", "rank", "native", "dynamic", "self_extend")
+    ONE_ANGLE_A_CHUNK = ("relative", "infllm", "rank")  # all tokens of a chunk are rotated alike
+    MODES = (*ONE_ANGLE_A_CHUNK, "native", "dynamic", "self_extend")
 
     @property
     def turns_keys(self) -> bool:

@@ -17,6 +17,8 @@ from hipexp.attention import LayerAttention, Memory
 from hipexp.attention.blocks import QueryBlocks
 from hipexp.attention.methods import hip
 from hipexp.attention.rope import RopeTables
+from hipexp.cache import KeySummaries
+from hipexp.config.check import BY_TRUE_POSITION
 from hipexp.config.schema import AttendRope, Heads, LayerPlan, PruneRope, Representative, Stage
 
 D = 8
@@ -80,16 +82,18 @@ def layers(draw, strategy):
     width, rotary = draw(st.sampled_from([(8, 8), (8, 6), (10, 4)]))
     (K, G), T = draw(st.sampled_from([(1, 1), (1, 3), (2, 1), (2, 2)])), draw(st.integers(120, 220))
     sizes = draw(st.sampled_from([(32, 8, 4), (16, 8, 8), (32, 4, 1), (16, 8, 2)]))
-    keep = draw(st.integers(2, 5)) * sizes[0]
+    keep, window = draw(st.integers(2, 5)) * sizes[0], draw(st.sampled_from([16, 32, 48, 64]))
+    by_keys = [Representative.descent, Representative.grid, Representative.exact]
+    first = [*by_keys, Representative.bounds] if window >= 2 * sizes[0] and strategy not in BY_TRUE_POSITION else by_keys
 
     def drawn(last_keep, last_block):
-        representatives = [draw(st.sampled_from(list(Representative))) for _ in sizes]
+        representatives = [draw(st.sampled_from(known)) for known in (first, by_keys, by_keys)]
         numbers = (keep, 16, 4, 6), (32, 16, draw(st.sampled_from([1, 4])), 3), (last_keep, last_block, 1, 2)
         return [Stage(c, *n, r, strategy) for c, n, r in zip(sizes, numbers, representatives, strict=True)]
 
     prefill, decode = drawn(16, draw(st.sampled_from([16, 8]))), drawn(draw(st.sampled_from([16, 24])), 16)
     plan = LayerPlan(
-        0, prefill, decode, sink_tok=draw(st.sampled_from([0, 8, 16])), window_tok=draw(st.sampled_from([16, 32, 48])),
+        0, prefill, decode, sink_tok=draw(st.sampled_from([0, 8, 16])), window_tok=window,
         heads=draw(st.sampled_from(list(Heads))), attend=draw(st.sampled_from(list(AttendRope))), groups=[],
     )  # fmt: skip
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
@@ -251,8 +255,12 @@ def test_causality():
 
 
 def decode(p, q, k, v, start, attention=None):
-    attention, memory = attention or layer(p), Memory()
-    return torch.cat([attention(q[:, t : t + 1], k[:, : t + 1], v[:, : t + 1], t, memory) for t in range(start, q.shape[1])], 1), memory
+    attention, memory, summaries = attention or layer(p), Memory(), KeySummaries()
+
+    def step(t):
+        return attention(q[:, t : t + 1], k[:, : t + 1], v[:, : t + 1], t, memory, summaries=summaries)
+
+    return torch.cat([step(t) for t in range(start, q.shape[1])], 1), memory
 
 
 @pytest.mark.parametrize("rope", list(PruneRope))

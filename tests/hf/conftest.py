@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hipexp.config.schema import LayerGroup, Pipeline, PruneRope, RopeOverride, Stage
+from hipexp.config.schema import LayerGroup, Pipeline, PruneRope, Representative, RopeOverride, Stage
 from hipexp.hf import Loaded
 
 
@@ -23,6 +23,13 @@ def pipeline():
     stages = [Stage(64, 512, 64, 4, 16), Stage(16, 256, 64, 4, 8), Stage(8, 128, 64, 1, 4)]
     early = LayerGroup("0-1", rope=RopeOverride(prune=PruneRope.chunk_indexed))
     return Pipeline(stages=stages, sink_tok=16, window_tok=128, layers={"early": early})
+
+
+@pytest.fixture(params=list(Representative))
+def any_pipeline(request, pipeline):
+    """``pipeline`` with its first stage scored in every way."""
+    pipeline.stages[0].representative = request.param
+    return pipeline
 
 
 @pytest.fixture(scope="session")

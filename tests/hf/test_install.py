@@ -232,8 +232,8 @@ def test_the_model_is_restored(loaded, pipeline, tokens, fails):
     assert not registered()
 
 
-def test_left_padding_changes_nothing(loaded, pipeline, tokens):
-    with install(loaded.model, pipeline), torch.inference_mode():
+def test_left_padding_changes_nothing(loaded, any_pipeline, tokens):
+    with install(loaded.model, any_pipeline), torch.inference_mode():
         alone = logits(loaded.model, tokens[:700])
         ids = torch.tensor([[0] * 37 + tokens[:700], tokens[:737]])
         mask = torch.ones_like(ids)
@@ -263,10 +263,10 @@ def test_generate_of_transformers_with_left_padding_and_our_cache(loaded, pipeli
 
 
 @pytest.mark.parametrize("make", [lambda loaded: SequenceCache(loaded.n_layers), lambda loaded: DynamicCache(config=loaded.model.config)])
-def test_chunks_in_which_a_row_is_all_padding(loaded, pipeline, tokens, make):
+def test_chunks_in_which_a_row_is_all_padding(loaded, any_pipeline, tokens, make):
     """128 tokens of padding: in the first two chunks of 64 only the second row has queries."""
     ids, mask = padded(tokens, 128)
-    with install(loaded.model, pipeline), torch.inference_mode():
+    with install(loaded.model, any_pipeline), torch.inference_mode():
         cache = make(loaded)
         for part in torch.arange(ids.shape[1]).split(64):
             end, shift = int(part[-1]) + 1, torch.tensor([[128], [0]])

@@ -8,6 +8,7 @@ from hipexp_kernels import score_chunks
 from transformers import DynamicCache
 
 from hipexp.attention.methods import hip
+from hipexp.config.schema import Representative
 from hipexp.hf import Generation, generate, install
 from hipexp.hf.cache import SequenceCache
 from hipexp.hf.loop import decode
@@ -17,10 +18,17 @@ def run(loaded, prompts, chunk, n=24, **kwargs):
     return generate(loaded, prompts, max_new_tok=n, prefill_chunk_tok=chunk, **kwargs)
 
 
-@pytest.mark.parametrize("dense", [True, False])
-def test_same_tokens_for_any_chunk_alone_and_in_a_batch(loaded, pipeline, tokens, dense):
+def test_dense_gives_the_same_tokens_for_any_chunk_alone_and_in_a_batch(loaded, tokens):
+    same_tokens_for_any_chunk_alone_and_in_a_batch(loaded, None, tokens)
+
+
+def test_pipelines_give_the_same_tokens_for_any_chunk_alone_and_in_a_batch(loaded, any_pipeline, tokens):
+    same_tokens_for_any_chunk_alone_and_in_a_batch(loaded, any_pipeline, tokens)
+
+
+def same_tokens_for_any_chunk_alone_and_in_a_batch(loaded, pipeline, tokens):
     prompts = [tokens[:1000], tokens[3:1400], tokens[5:600], tokens[:40]]
-    with install(loaded.model, None if dense else pipeline):
+    with install(loaded.model, pipeline):
         alone = [[run(loaded, [p], chunk)[0].tokens for chunk in (64, 192, 8192)] for p in prompts]
         together = [result.tokens for result in run(loaded, prompts, 128)]
     for each, batched in zip(alone, together, strict=True):
@@ -116,7 +124,15 @@ def test_what_is_measured(loaded, pipeline, tokens):
     with install(loaded.model, pipeline):
         result = run(loaded, [tokens[:200]], 64, n=5, progress=seen.append)[0]
     assert seen == [64, 64, 64, 8] and len(result.decode_ms) == 4 and result.prefill_ms > 0
-    assert result.exact and result.cache_bytes >= 4 * 2 * 2 * 204 * 16 * 4
+    assert result.exact and result.cache_bytes == 4 * 2 * 2 * 205 * 16 * 4
+
+
+def test_summaries_are_counted(loaded, pipeline, tokens):
+    pipeline.stages[0].representative = Representative.bounds
+    with install(loaded.model, pipeline):
+        result = run(loaded, [tokens[:1000]], 8192, n=5)[0]
+    pieces = (1000 - 16) // 64
+    assert result.cache_bytes == 4 * 2 * (2 * 1005 + 2 * pieces) * 16 * 4
 
 
 def test_logits_that_are_not_finite_are_an_error(loaded, pipeline, tokens):

@@ -65,9 +65,24 @@ def query_positions(mode, position, n_chunks, scan):
     return position, position
 
 
+GRID_PROBES = {1: 1, 2: 2, 4: 4, 8: 8, 16: 8, 32: 8, 64: 8, 128: 8, 256: 16, 512: 16, 1024: 16}
+
+
+def turned_landmark(x, mode, c, rotary):
+    return turned(x, phase(c, rotary)) if mode == "rank" else x
+
+
+def landmarks(piece):
+    """Both landmarks of the keys ``[n, D]`` of a piece."""
+    mean = sum(piece) / len(piece)
+    far = max(piece, key=lambda key: sum((key - mean) ** 2))
+    return mean, 0.6 * mean + 0.4 * far
+
+
 def score_chunks(
-    q, k, starts, counts, limits, chunk_tok, representative, mode=None, rotary=0, trained=0, scan=0, position=None, first=None, last=None
-):
+    q, k, starts, counts, limits, chunk_tok, representative, mode=None, rotary=0, trained=0, scan=0, position=None, first=None, last=None,
+    landmarks=None,
+):  # fmt: skip
     """Scores ``[K, N, C]`` and, for each, the smallest margin of a decision on its paths."""
     H, N = q.shape[:2]
     K, C = len(k), starts.shape[2]
@@ -92,8 +107,15 @@ def score_chunks(
             return max(np.dot(row, key) for row in rows)
 
         path, margin = [], np.inf
-        if representative == "exact" or end - begin == 1:
+        if representative == "exact":
             path = [best_row(right, i) for i in range(begin, end)]
+        elif representative == "grid":
+            part = chunk_tok // GRID_PROBES[chunk_tok]
+            path = [best_row(right, min(begin + i * part + part // 2, end - 1)) for i in range(GRID_PROBES[chunk_tok])]
+        elif representative == "bounds":
+            path = [max(np.dot(row, turned_landmark(x, mode, c, rotary)) for row in right) for x in landmarks[g][c]]
+        elif end - begin == 1:
+            path = [best_row(right, begin)]
         else:
             while end - begin > 1:
                 middle = begin + (end - begin) // 2

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hipexp_kernels import score_chunks
 from hipexp_kernels.rope import RopeTable, ScoreRotation
+from hipexp_kernels.summarize import Summaries
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,7 +36,7 @@ def calls(draw, integers=False):
         starts = np.where(np.arange(C) < counts[..., None], starts, rng.choice([-1, -(2**40), 2**40]))
     return dict(
         q=random(K * G, N, R, D), k=random(K, T, D), starts=starts, counts=counts, limits=limits,
-        chunk_tok=chunk, representative=draw(st.sampled_from(["descent", "exact"])),
+        chunk_tok=chunk, representative=draw(st.sampled_from(["descent", "grid", "exact"])),
     )  # fmt: skip
 
 
@@ -67,7 +68,9 @@ def test_ties_of_whole_numbers_are_decided_alike(impl, call):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("mode", ScoreRotation.MODES)
-@given(call=calls(), partial=st.booleans(), trained=st.sampled_from([8, 32, 64, 1000]), scan=st.integers(0, 9), seed=st.integers(0, 2**32 - 1))
+@given(
+    call=calls(), partial=st.booleans(), trained=st.sampled_from([8, 32, 64, 1000]), scan=st.integers(0, 9), seed=st.integers(0, 2**32 - 1)
+)
 def test_rotations(impl, mode, call, partial, trained, scan, seed):
     (_, n_blocks, rows, width), n_chunks = call["q"].shape, call["starts"].shape[-1]
     rotary = 2 * max(1, width // 4) if partial else width
@@ -77,10 +80,52 @@ def test_rotations(impl, mode, call, partial, trained, scan, seed):
     needed = {"relative": scan + 2, "infllm": scan + 1, "rank": n_chunks + scan + 1}.get(mode, 300)  # no row too many
     tensors = (torch.from_numpy(x) for x in (position, first, last))
     rotation = ScoreRotation(mode, brute.rope_table(needed, rotary), trained, scan, *tensors)
-    expected = brute.score_chunks(
-        **call, mode=mode, rotary=rotary, trained=trained, scan=scan, position=position, first=first, last=last
-    )
+    expected = brute.score_chunks(**call, mode=mode, rotary=rotary, trained=trained, scan=scan, position=position, first=first, last=last)
     compare(run(impl, call, rotation), *expected)
+
+
+@st.composite
+def bounds_calls(draw):
+    """Arguments of a call with ``bounds``: whole chunks one after the other, some of them past a limit; landmarks of each; its rotation."""
+    (K, G), N, R = draw(st.sampled_from(HEADS)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    D, C, chunk = draw(st.sampled_from([4, 6, 16])), draw(st.integers(0, 6)), draw(st.sampled_from([1, 2, 8, 16]))
+    piece, begin, spare = chunk >> draw(st.integers(0, chunk.bit_length() - 1)), draw(st.integers(0, 9)), draw(st.integers(0, 3))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    k = rng.standard_normal((K, begin + (C + spare) * chunk, D))
+    landmarks = np.array([[brute.landmarks(k[g, t : t + piece]) for t in range(begin, k.shape[1], piece)] for g in range(K)])
+    landmarks = landmarks.reshape(K, -1, 2, D)
+    call = dict(
+        q=rng.standard_normal((K * G, N, R, D)), k=k, starts=begin + chunk * np.arange(C)[None, None], counts=rng.integers(0, C + 1, (1, N)),
+        limits=begin + chunk * rng.integers(0, C + 2, N), chunk_tok=chunk, representative="bounds",
+    )  # fmt: skip
+    mode, rotary = draw(st.sampled_from([None, *ScoreRotation.ONE_ANGLE_A_CHUNK])), draw(st.sampled_from([2, D // 2 * 2]))
+    first = rng.integers(0, 200, N)
+    where = dict(scan=draw(st.integers(0, 9)), position=first[:, None] + np.arange(R), first=first, last=first + 7)
+    return call, landmarks, piece, mode and dict(mode=mode, rotary=rotary, trained=64, **where)
+
+
+def rotation_of(mode, rotary, trained, scan, position, first, last):
+    return ScoreRotation(mode, brute.rope_table(300, rotary), trained, scan, *map(torch.from_numpy, (position, first, last)))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@given(case=bounds_calls())
+def test_bounds(impl, case):
+    call, landmarks, piece, turn = case
+    summaries = Summaries(torch.from_numpy(landmarks).float(), piece)
+    scores = run(impl, call | dict(summaries=summaries), turn and rotation_of(**turn))
+    by_chunk = landmarks.reshape(len(landmarks), -1, 2 * call["chunk_tok"] // piece, landmarks.shape[-1])
+    compare(scores, *brute.score_chunks(**call, **(turn or {}), landmarks=by_chunk))
+
+
+@given(case=bounds_calls(), size=st.integers(1, 2000))
+def test_bounds_in_any_cut(case, size):
+    call, landmarks, piece, turn = case
+    call, turn = call | dict(summaries=Summaries(torch.from_numpy(landmarks).float(), piece)), turn and rotation_of(**turn)
+    whole = run("vectorized", call, turn)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VECTORIZED, "FLOATS", size)
+        np.testing.assert_allclose(run("vectorized", call, turn), whole, rtol=1e-5, atol=1e-6)
 
 
 @given(call=calls(), size=st.integers(1, 2000), mode=st.sampled_from([None, "relative", "rank", "native", "dynamic"]))
@@ -96,7 +141,7 @@ def test_any_cut_into_groups_of_blocks(call, size, mode):
 
 
 @pytest.mark.parametrize("D", [32, 64, 80, 128])
-@pytest.mark.parametrize("representative", ["descent", "exact"])
+@pytest.mark.parametrize("representative", ["descent", "grid", "exact"])
 def test_head_dimensions(D, representative):
     rng = np.random.default_rng(D)
     q = rng.standard_normal((4, 3, 5, D))
@@ -202,6 +247,9 @@ def test_isolated_spike_is_found_by_exact(impl):
         assert scores == [float(c == peak // 16) for c in range(4)]
 
 
+BOUNDS = dict(representative="bounds", starts=torch.zeros(1, 1, 5, dtype=torch.int64), summaries=Summaries(torch.zeros(2, 10, 2, 8), 4))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -212,7 +260,15 @@ def test_isolated_spike_is_found_by_exact(impl):
         (dict(starts=torch.zeros(1, 3, 5, dtype=torch.int64)), "starts"),
         (dict(counts=torch.zeros(1, 3, dtype=torch.int64)), "counts"),
         (dict(limits=torch.zeros(3, dtype=torch.int64)), "limits"),
-        (dict(representative="bounds"), "representative='bounds' is unknown; use descent or exact"),
+        (dict(representative="nearest"), "representative='nearest' is unknown; use descent or grid or exact or bounds"),
+        (dict(representative="bounds"), "representative='bounds' needs summaries"),
+        (BOUNDS | dict(starts=torch.zeros(1, 2, 5, dtype=torch.int64)), "needs starts .1, 1, C."),
+        (BOUNDS | dict(chunk_tok=2), "pieces of 4 tokens do not make up chunks of 2"),
+        (BOUNDS | dict(chunk_tok=16), "summaries .2, 10, 2, 8. do not go with k .2, 50, 8. and 5 chunks of 4 pieces"),
+        (
+            BOUNDS | dict(rotation=ScoreRotation("native", brute.rope_table(60, 8), 64, 0, *torch.zeros(3, 2))),
+            "does not go with score rotation 'native', which turns the tokens of a chunk by different angles; use relative, infllm, rank",
+        ),
         (dict(impl="triton9"), "impl='triton9' is unknown"),
         (dict(chunk_tok=0), "chunk_tok=0 must be a power of two"),
         (dict(chunk_tok=12), "chunk_tok=12 must be a power of two"),

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from hipexp_kernels import score_chunks
+from hipexp_kernels import score_chunks, summarize
 from hipexp_kernels.rope import ScoreRotation
+from hipexp_kernels.summarize import Summaries
 
 import brute
 from triton_device import DEVICE, DTYPES, needs_triton, on_device
@@ -60,6 +61,8 @@ def compare(call, turn=None, tolerance=2e-5, share=1.0):
     """``share``: how many of the scores must agree (rounding may turn decisions between probes that are nearly equal)."""
     expected = score_chunks(**call, rotation=turn, impl="reference")
     on, turn = moved(call, turn)
+    if "summaries" in on:
+        on["summaries"] = Summaries(on_device(on["summaries"].rows), on["summaries"].piece_tok)
     scores = score_chunks(**on, rotation=turn, impl="triton").cpu()
     assert scores.shape == expected.shape and scores.dtype == torch.float32
     assert torch.equal(scores == -torch.inf, expected == -torch.inf)
@@ -69,7 +72,7 @@ def compare(call, turn=None, tolerance=2e-5, share=1.0):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("representative", ["descent", "exact"])
+@pytest.mark.parametrize("representative", ["descent", "grid", "exact"])
 def test_modes(mode, rows, representative):
     for trained in (16, 1000):
         call = make(R=rows, D=32, representative=representative)
@@ -105,7 +108,7 @@ def test_groups_of_heads(G, rows):
 def test_sizes_of_chunks(chunk, rows):
     """Longer than the keys, cut by a limit, of one token; ties."""
     for T in (9, 300):
-        for representative in ("descent", "exact"):
+        for representative in ("descent", "grid", "exact"):
             sizes = dict(chunk=chunk, R=rows, T=T, K=1, C=3, seed=chunk + T, representative=representative)
             compare(make(**sizes, whole=True), tolerance=0)
             call = make(**sizes)
@@ -184,3 +187,36 @@ def test_odd_head_dimensions():
     for D in (1, 7):
         compare(make(D=D, whole=True), tolerance=0)
         compare(make(D=D, R=2, whole=True), tolerance=0)
+
+
+@pytest.mark.parametrize("mode", [None, *ScoreRotation.ONE_ANGLE_A_CHUNK])
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("sizes", [(256, 64), (8, 8), (64, 1), (1, 1)])
+def test_bounds(mode, rows, sizes):
+    """Landmarks of many and few pieces a chunk, chunks past limits and counts, pieces that no chunk has yet."""
+    chunk, piece = sizes
+    for K, G, D, C in ((2, 2, 32, 5), (1, 4, 80, 40), (2, 16, 64, 3)):
+        call = make(K=K, G=G, R=rows, D=D, C=C, chunk=chunk, T=16 + (C + 1) * chunk, representative="bounds")
+        call["starts"] = 16 + chunk * torch.arange(C)[None, None]
+        rows_of = summarize(call["k"][:, 16:], piece_tok=piece, impl="reference")
+        compare(call | dict(summaries=Summaries(rows_of, piece)), rotation(call, mode))
+
+
+def test_bounds_in_half_precision():
+    call = make(R=4, D=64, C=8, T=2100, chunk=256, representative="bounds")
+    call["starts"] = 256 * torch.arange(8)[None, None]
+    for dtype in DTYPES:
+        k = call["k"].to(dtype)
+        summaries = Summaries(summarize(k, piece_tok=64, impl="reference"), 64)
+        precision = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}[dtype]
+        compare(call | dict(k=k, summaries=summaries), rotation(call, "relative"), tolerance=precision)
+
+
+def test_bounds_reads_landmarks_alone():
+    call = make(R=2, D=32, N=1, C=3, T=100, chunk=16, representative="bounds")
+    call |= dict(starts=8 + 16 * torch.arange(3)[None, None], counts=torch.tensor([[2]]), limits=torch.tensor([90]))
+    rows = summarize(call["k"][:, 8:], piece_tok=8, impl="reference")
+    compare(call | dict(k=torch.full_like(call["k"], torch.nan), summaries=Summaries(rows, 8)))
+    rows[:, 3] = torch.nan
+    broken = score_chunks(**on_device(call) | dict(summaries=Summaries(on_device(rows), 8)), impl="triton")
+    assert broken.isnan().tolist() == [[[False, True, False]]] * 2

@@ -10,22 +10,30 @@ from functools import cache
 from typing import Any
 
 import torch
-from hipexp_kernels import keep_top, score_chunks
+from hipexp_kernels import Summaries, keep_top, score_chunks
 from torch import Tensor
 
 from hipexp.attention.blocks import QueryBlocks
 from hipexp.attention.refresh import Candidates, Memory
 from hipexp.attention.rope import RopeTables, score_rotation
 from hipexp.attention.selection import Selection
-from hipexp.config.schema import Heads, LayerPlan, Stage
+from hipexp.cache.summaries import PIECE_TOK, KeySummaries
+from hipexp.config.schema import Heads, LayerPlan, Representative, Stage
 
 
 def select(
-    plan: LayerPlan, stages: list[Stage], queries: QueryBlocks, keys: Tensor, tables: RopeTables, memory: Memory | None
+    plan: LayerPlan,
+    stages: list[Stage],
+    queries: QueryBlocks,
+    keys: Tensor,
+    tables: RopeTables,
+    memory: Memory | None,
+    summaries: KeySummaries | None = None,
 ) -> Selection:
     """Select blocks of ``stages[-1].chunk_tok`` tokens for every block of ``queries`` from raw ``keys`` ``[K, T, D]``.
 
-    ``memory`` (decode: one block, one query) lets stages that are not due be skipped; without it every stage runs.
+    ``memory`` (decode: one block, one query) lets stages that are not due be skipped; without it every stage runs. ``summaries`` of
+    the keys so far are kept up for a stage that scores by them; without them that stage summarizes all keys anew.
     """
     due = memory.first_stage_due(stages) if memory else 0
     if memory and due == len(stages):
@@ -42,7 +50,10 @@ def select(
         if stage.query_block_tok < queries.size:
             parts, queries = queries.size // stage.query_block_tok, queries.split(stage.query_block_tok)
             starts, counts, limits = (_repeat(x, parts, dim, len(queries)) for x, dim in ((starts, 1), (counts, 1), (limits, 0)))
-        scores = _score(stage, queries, keys, starts, counts, limits, scan_window_tok, tables)
+        of_keys = None
+        if stage.representative is Representative.bounds:
+            of_keys = (summaries or KeySummaries()).upto(keys, plan.sink_tok, piece_tok(plan))
+        scores = _score(stage, queries, keys, starts, counts, limits, scan_window_tok, tables, of_keys)
         following = stages[min(i + 1, len(stages) - 1)]
         starts, counts = keep_top(
             scores, starts, counts, limits, keep=stage.keep_tok // stage.chunk_tok, lists=lists,
@@ -51,6 +62,12 @@ def select(
         if memory:
             memory.lists[i + 1] = starts, counts
     return Selection(starts, counts)
+
+
+def piece_tok(plan: LayerPlan) -> int:
+    """Tokens of a piece that is summarized: a divisor of all chunks that are scored by summaries, in prefill and decode."""
+    firsts = [stages[0] for stages in (plan.stages, plan.decode) if stages]
+    return min(PIECE_TOK, *(stage.chunk_tok for stage in firsts if stage.representative is Representative.bounds))
 
 
 def first_candidates(queries: QueryBlocks, sink_tok: int, scan_window_tok: int, chunk_tok: int) -> Candidates:
@@ -97,13 +114,15 @@ def _score(
     limits: Tensor,
     scan_window_tok: int,
     tables: RopeTables,
+    summaries: Summaries | None,
 ) -> Tensor:
     pooled, position = queries.pool(stage.query_stride_tok if queries.size > 1 else 1)
     assert stage.rope is not None, "LayerPlan resolves it"
     rotation = score_rotation(stage.rope, tables, position, starts.shape[2], queries, scan_window_tok)
     return score_chunks(
-        pooled, keys, starts, counts, limits, chunk_tok=stage.chunk_tok, representative=stage.representative.value, rotation=rotation
-    )
+        pooled, keys, starts, counts, limits,
+        chunk_tok=stage.chunk_tok, representative=stage.representative.value, rotation=rotation, summaries=summaries,
+    )  # fmt: skip
 
 
 def _repeat(x: Tensor, times: int, dim: int, length: int) -> Tensor:

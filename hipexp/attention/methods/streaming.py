@@ -8,11 +8,18 @@ from hipexp.attention.blocks import QueryBlocks
 from hipexp.attention.refresh import Memory
 from hipexp.attention.rope import RopeTables
 from hipexp.attention.selection import Selection
+from hipexp.cache import KeySummaries
 from hipexp.config.schema import LayerPlan, Stage
 
 
 def select(
-    plan: LayerPlan, stages: list[Stage], queries: QueryBlocks, keys: Tensor, tables: RopeTables, memory: Memory | None
+    plan: LayerPlan,
+    stages: list[Stage],
+    queries: QueryBlocks,
+    keys: Tensor,
+    tables: RopeTables,
+    memory: Memory | None,
+    summaries: KeySummaries | None = None,
 ) -> Selection:
     """Select nothing for every block of ``queries``."""
     return Selection.empty(queries.q.shape[1], keys.device)

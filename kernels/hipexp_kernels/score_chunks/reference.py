@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from hipexp_kernels.rope import ScoreRotation, rotate
+from hipexp_kernels.score_chunks.probes import probe_step
+from hipexp_kernels.summarize import Summaries
 
 
 def score_chunks(
     q: Tensor, k: Tensor, starts: Tensor, counts: Tensor, limits: Tensor, *,
-    chunk_tok: int, representative: str, rotation: ScoreRotation | None,
+    chunk_tok: int, representative: str, rotation: ScoreRotation | None, summaries: Summaries | None,
 ) -> Tensor:  # fmt: skip
     (H, N, _, _), K = q.shape, k.shape[0]
     S, C, group = starts.shape[0], starts.shape[2], H // K
@@ -22,7 +24,9 @@ def score_chunks(
         for n in range(N):
 
             def probe(token: int, queries: Tensor, rank: int, h=h, n=n) -> float:
-                key = k[h // group, token]
+                return product(k[h // group, token], token, queries, rank, h, n)
+
+            def product(key: Tensor, token: int, queries: Tensor, rank: int, h=h, n=n) -> float:
                 if rotation and rotation.turns_keys:
                     at = int(position_of(rotation, token, rank, n))
                     key = rotate(key, rotation.table.cos[at], rotation.table.sin[at])
@@ -31,10 +35,20 @@ def score_chunks(
             for c in range(int(counts[s, n])):
                 left = int(starts[s, n, c])
                 right = min(left + chunk_tok, int(limits[n]), k.shape[1])
-                if left < right:
-                    walk = descend if representative == "descent" else scan
-                    score = walk(left, right, lambda t, q, c=c: probe(t, q, c), q_left, q_right)
-                    scores[h // group, n, c] = max(scores[h // group, n, c], score)
+                if left >= right:
+                    continue
+                if representative == "descent":
+                    score = descend(left, right, lambda t, q, c=c: probe(t, q, c), q_left, q_right)
+                elif representative == "bounds":
+                    assert summaries is not None
+                    pieces = chunk_tok // summaries.piece_tok
+                    landmarks = summaries.rows[h // group, c * pieces : (c + 1) * pieces].flatten(0, 1).float()
+                    score = max(product(landmark, left, q_right, c) for landmark in landmarks)
+                else:
+                    step = probe_step(representative, chunk_tok)
+                    tokens = (min(left + offset + step // 2, right - 1) for offset in range(0, chunk_tok, step))
+                    score = max(probe(token, q_right, c) for token in tokens)
+                scores[h // group, n, c] = max(scores[h // group, n, c], score)
     return scores
 
 
@@ -55,8 +69,3 @@ def descend(left: int, right: int, probe, q_left: Tensor, q_right: Tensor) -> fl
         left, right = (left, centre) if score_left > score_right else (centre, right)
         best = max(best, score_left, score_right)
     return best
-
-
-def scan(left: int, right: int, probe, _, q_right: Tensor) -> float:
-    """Best token of ``[left, right)``."""
-    return max(probe(token, q_right) for token in range(left, right))

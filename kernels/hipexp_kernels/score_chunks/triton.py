@@ -1,8 +1,9 @@
 """Chunk scores on a GPU: a program for each tile of chunks, key/value head and query block; pooling aside, everything in registers.
 
-Three kernels. Descents of one query row (decode) wait for keys, not for arithmetic: every query head of the group walks all chunks
-of the tile at once, and products are sums on the ordinary cores. Descents of several rows (prefill) take the heads one after the
-other and multiply on the tensor cores. The exact scan reads every key once for all rows and heads of the group.
+Four kernels. Descents of one query row (decode) wait for keys, not for arithmetic: every query head of the group walks all chunks of the
+tile at once, and products are sums on the ordinary cores. Descents of several rows (prefill) take the heads one after the other and
+multiply on the tensor cores. The scan (``exact``, ``grid``) reads every key that it probes once for all rows and heads of the group;
+``bounds`` reads landmarks in one stream.
 
 Dimensions are held as the first halves of the rotated pairs, their second halves, and the rest, each padded to a power of two.
 A NaN among the probed products of a chunk becomes its score.
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from hipexp_kernels.dispatch import require_triton_can
 from hipexp_kernels.rope import ScoreRotation
+from hipexp_kernels.score_chunks.probes import probe_step
+from hipexp_kernels.summarize import Summaries
 
 # What to tune: rows of keys in flight in each program, the warps that share them, and the registers of a thread (fewer let more programs
 # run side by side). Without that bound ptxas saves registers by waiting for one key before it asks for the next. Keys that are rotated
@@ -26,7 +29,8 @@ from hipexp_kernels.rope import ScoreRotation
 ONE_ROW = dict(keys=64, warps=4, registers=128, registers_rotated=168, stages=1)  # keys: chunks times query heads
 FEW_ROWS = dict(keys=64, warps=4, registers=128, registers_rotated=255, stages=1)  # keys: chunks; up to 16 rows
 ROWS = FEW_ROWS | dict(registers=168)
-EXACT = dict(keys=64, warps=4, registers=168, registers_rotated=255, stages=1)  # keys: tokens
+SCAN = dict(keys=64, warps=4, registers=168, registers_rotated=255, stages=1)  # keys: tokens
+BOUNDS = dict(keys=64, warps=4, registers=168, registers_rotated=255, stages=1)  # keys: landmarks
 MAX_COLUMNS = 128  # query rows that are multiplied at a time
 # Where the heads of a group lie in tiles of one query row: in the dimension that Triton spreads over the lanes of a warp first, so that
 # heads which probe the same key ask for it once, and a thread holds one head's query. Triton 3.7 turned that order round.
@@ -36,7 +40,7 @@ RAW_KEYS = ("none", "relative", "infllm")  # modes that leave keys as they are
 
 def score_chunks(
     q: Tensor, k: Tensor, starts: Tensor, counts: Tensor, limits: Tensor, *,
-    chunk_tok: int, representative: str, rotation: ScoreRotation | None,
+    chunk_tok: int, representative: str, rotation: ScoreRotation | None, summaries: Summaries | None,
 ) -> Tensor:  # fmt: skip
     """See :func:`hipexp_kernels.score_chunks.score_chunks`. Nothing waits for the device.
 
@@ -53,7 +57,10 @@ def score_chunks(
     starts = starts if starts.stride(2) == 1 else starts.contiguous()
     rotary = 2 * rotation.table.cos.shape[1] if rotation else D // 2 * 2
     mode = rotation.mode if rotation else "none"
-    kernel, constexprs, options = launch(mode, R, H // K, D, rotary, chunk_tok, representative)
+    landmarks = 0
+    if summaries is not None and representative == "bounds":
+        k, landmarks = summaries.rows.flatten(1, 2), 2 * chunk_tok // summaries.piece_tok
+    kernel, constexprs, options = launch(mode, R, H // K, D, rotary, chunk_tok, representative, landmarks)
     kernel[(N, K, triton.cdiv(C, constexprs["TILE"]))](
         q, k, starts, counts, limits, scores, *_rotation_arguments(rotation), k.stride(0), k.stride(1),
         starts.stride(0) if len(starts) > 1 else 0, starts.stride(1) if starts.shape[1] > 1 else 0, N if len(counts) > 1 else 0,
@@ -70,16 +77,18 @@ def _rotation_arguments(rotation: ScoreRotation | None) -> tuple:
     return table.cos.contiguous(), table.sin.contiguous(), *ints, rotation.trained_tok, rotation.scan_window_tok
 
 
-def launch(mode: str, rows: int, group: int, dim: int, rotary: int, chunk_tok: int, representative: str) -> tuple:
-    """The kernel for ``rows`` query rows a block, its constexpr arguments and the compiler options."""
+def launch(mode: str, rows: int, group: int, dim: int, rotary: int, chunk_tok: int, representative: str, landmarks: int = 0) -> tuple:
+    """The kernel for ``rows`` query rows a block, its constexpr arguments and the compiler options. ``landmarks``: of a chunk."""
     constexprs = dict(MODE=mode, GROUP=group, HALF=rotary // 2, REST=dim - rotary, CHUNK=chunk_tok)
     padded = max(16, triton.next_power_of_2(rotary // 2)) + (max(16, triton.next_power_of_2(dim - rotary)) if dim > rotary else 0)
     wide = max(1, padded // 64)  # the registers hold fewer rows of more than 128 dimensions
-    if representative == "exact":
-        kernel, tuned = _scan, EXACT
-        tokens = min(chunk_tok, tuned["keys"])
+    if representative in ("exact", "grid", "bounds"):
+        step = probe_step(representative, chunk_tok)
+        kernel, tuned, each = (_compare, BOUNDS, landmarks) if landmarks else (_scan, SCAN, chunk_tok // step)
+        together = min(each, tuned["keys"])
         columns = min(max(16, triton.next_power_of_2(group * rows)), MAX_COLUMNS)
-        constexprs |= dict(ROWS=rows, COLUMNS=columns, TOKENS=tokens, TILE=max(16 // tokens, tuned["keys"] // wide // tokens, 1))
+        constexprs |= dict(ROWS=rows, COLUMNS=columns, TOGETHER=together, TILE=max(16 // together, tuned["keys"] // wide // together, 1))
+        constexprs |= dict(EACH=landmarks) if landmarks else dict(STEP=step)
     elif rows == 1:
         kernel, tuned = _descend_one_row, ONE_ROW
         constexprs |= dict(TILE=max(1, tuned["keys"] // wide // triton.next_power_of_2(group)), HEAD_AXIS=HEAD_AXIS)
@@ -101,10 +110,11 @@ def aot_cases() -> Iterator[tuple[str, triton.JITFunction, dict, dict, dict]]:
     for dim in (64, 128):
         for rows in (1, 16, 64):
             for mode in ("none", "relative", "rank", "dynamic"):
-                for representative in ("descent", "exact"):
-                    if representative == "exact" and mode not in ("relative", "rank"):
+                for representative in ("descent", "grid", "exact", "bounds"):
+                    if representative != "descent" and mode not in ("relative", "rank"):
                         continue
-                    kernel, constexprs, options = launch(mode, rows, 4, dim, dim, 32, representative)
+                    landmarks = 8 if representative == "bounds" else 0
+                    kernel, constexprs, options = launch(mode, rows, 4, dim, dim, 256 if landmarks else 32, representative, landmarks)
                     if mode == "none":
                         constexprs |= dict.fromkeys(("cos_ptr", "sin_ptr", "position_ptr", "first_ptr", "last_ptr"))
                     signature = {arg: "constexpr" if arg in constexprs else types.get(arg, "i32") for arg in kernel.arg_names}
@@ -305,7 +315,8 @@ def _scan(
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    TOKENS: tl.constexpr,
+    STEP: tl.constexpr,
+    TOGETHER: tl.constexpr,
     TILE: tl.constexpr,
 ):
     n, kv, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -317,29 +328,89 @@ def _scan(
         return
     starts_ptr += kv.to(tl.int64) * starts_stride_s + n.to(tl.int64) * starts_stride_n
     # Every chunk once for each of its tokens that are multiplied together.
-    key = tl.arange(0, TILE * TOKENS)
-    key_rank = tile * TILE + key // TOKENS
+    key = tl.arange(0, TILE * TOGETHER)
+    key_rank = tile * TILE + key // TOGETHER
     start, length, present = _chunks(starts_ptr, limits_ptr, n, key_rank, count, T, CHUNK)
     first, last = _block(first_ptr, last_ptr, n, MODE)
     k_ptr += kv.to(tl.int64) * k_stride_h
 
-    best = tl.full([TILE * TOKENS], float("-inf"), tl.float32)
+    best = tl.full([TILE * TOGETHER], float("-inf"), tl.float32)
     for begin in range(0, GROUP * ROWS, COLUMNS):
         column = tl.minimum(begin + tl.arange(0, COLUMNS), GROUP * ROWS - 1)  # padding repeats the last one
         r = column % ROWS
         row = (((kv * GROUP + column // ROWS) * N + n) * ROWS + r)[:, None]
         at = _query_position(position_ptr, n, r, count, scan_window_tok, ROWS, MODE)
         q1, q2, q3 = _query_in(k_ptr.dtype.element_ty, q_ptr, row, cos_ptr, sin_ptr, at, MODE, HALF, REST, 16)
-        for offset in range(0, CHUNK, TOKENS):
-            inside = offset + key % TOKENS
-            token, exists = start + tl.minimum(inside, length - 1), present & (inside < length)
+        for offset in range(STEP // 2, CHUNK, TOGETHER * STEP):
+            token = start + tl.minimum(offset + key % TOGETHER * STEP, length - 1)
             k1, k2, k3 = _keys(k_ptr, token[:, None], k_stride_t, HALF, REST, 16)
             at_key = _key_position(token, key_rank, count, first, last, trained_tok, MODE)
             k1, k2 = _turned_keys(k1, k2, cos_ptr, sin_ptr, at_key[:, None], MODE, HALF, 16)
-            score = tl.where(exists, _best_product(k1, k2, k3, q1, q2, q3, REST), float("-inf"))
-            best = tl.maximum(best, score, propagate_nan=tl.PropagateNan.ALL)
-    best = _max(tl.reshape(best, (TILE, TOKENS)), 1)
-    tl.store(scores_ptr + rank, best, mask=rank < C)
+            best = tl.maximum(best, _best_product(k1, k2, k3, q1, q2, q3, REST), propagate_nan=tl.PropagateNan.ALL)
+    best = tl.where(present, best, float("-inf"))
+    tl.store(scores_ptr + rank, _max(tl.reshape(best, (TILE, TOGETHER)), 1), mask=rank < C)
+
+
+@triton.jit(do_not_specialize=_PLAIN)
+def _compare(
+    q_ptr,  # [H, N, ROWS, D]
+    k_ptr,  # [K, pieces * 2, D]: landmarks
+    starts_ptr,  # [1, 1, C]
+    counts_ptr,  # [S, N]
+    limits_ptr,  # [N]
+    scores_ptr,  # [K, N, C] fp32
+    cos_ptr,  # [P, HALF] fp32
+    sin_ptr,
+    position_ptr,  # [N, ROWS]
+    first_ptr,  # [N]
+    last_ptr,  # [N]
+    trained_tok,
+    scan_window_tok,
+    k_stride_h,
+    k_stride_t,
+    starts_stride_s,
+    starts_stride_n,
+    counts_stride_s,
+    N,
+    C,
+    T,
+    MODE: tl.constexpr,
+    GROUP: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EACH: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    n, kv, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    rank = tile * TILE + tl.arange(0, TILE)
+    scores_ptr += (kv * N + n).to(tl.int64) * C
+    count = tl.load(counts_ptr + kv * counts_stride_s + n)
+    if tile * TILE >= count:
+        tl.store(scores_ptr + rank, tl.full([TILE], float("-inf"), tl.float32), mask=rank < C)
+        return
+    _, _, present = _chunks(starts_ptr, limits_ptr, n, rank, count, T, CHUNK)
+    key = tl.arange(0, TILE * TOGETHER)
+    key_rank = tl.minimum(tile * TILE + key // TOGETHER, C - 1)
+    k_ptr += kv.to(tl.int64) * k_stride_h
+
+    best = tl.full([TILE * TOGETHER], float("-inf"), tl.float32)
+    for begin in range(0, GROUP * ROWS, COLUMNS):
+        column = tl.minimum(begin + tl.arange(0, COLUMNS), GROUP * ROWS - 1)  # padding repeats the last one
+        r = column % ROWS
+        row = (((kv * GROUP + column // ROWS) * N + n) * ROWS + r)[:, None]
+        at = _query_position(position_ptr, n, r, count, scan_window_tok, ROWS, MODE)
+        q1, q2, q3 = _query_in(k_ptr.dtype.element_ty, q_ptr, row, cos_ptr, sin_ptr, at, MODE, HALF, REST, 16)
+        for offset in range(0, EACH, TOGETHER):
+            k1, k2, k3 = _keys(k_ptr, (key_rank * EACH + offset + key % TOGETHER)[:, None], k_stride_t, HALF, REST, 16)
+            at_key = _key_position(key_rank, key_rank, count, 0, 0, trained_tok, MODE)
+            k1, k2 = _turned_keys(k1, k2, cos_ptr, sin_ptr, at_key[:, None], MODE, HALF, 16)
+            best = tl.maximum(best, _best_product(k1, k2, k3, q1, q2, q3, REST), propagate_nan=tl.PropagateNan.ALL)
+    best = _max(tl.reshape(best, (TILE, TOGETHER)), 1)
+    tl.store(scores_ptr + rank, tl.where(present, best, float("-inf")), mask=rank < C)
 
 
 @triton.constexpr_function

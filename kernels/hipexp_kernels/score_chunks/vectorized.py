@@ -10,8 +10,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hipexp_kernels.rope import ScoreRotation, turn
+from hipexp_kernels.rope import ScoreRotation, rotate, turn
 from hipexp_kernels.rows import KeyRows
+from hipexp_kernels.score_chunks.probes import probe_step
+from hipexp_kernels.summarize import Summaries
 
 FLOATS = 1 << 20  # of gathered keys or products in flight: 4 MiB, found best on two cores with 0.5 MiB of L2 each
 NONE = float("-inf")
@@ -19,8 +21,10 @@ NONE = float("-inf")
 
 def score_chunks(
     q: Tensor, k: Tensor, starts: Tensor, counts: Tensor, limits: Tensor, *,
-    chunk_tok: int, representative: str, rotation: ScoreRotation | None,
+    chunk_tok: int, representative: str, rotation: ScoreRotation | None, summaries: Summaries | None,
 ) -> Tensor:  # fmt: skip
+    if summaries is not None and representative == "bounds":
+        return _compare(q, summaries, starts[0, 0], counts, limits.clamp(max=k.shape[1]), chunk_tok, rotation)
     H, N, R, D = q.shape
     K, T, _ = k.shape
     C, limits = starts.shape[2], limits.clamp(max=T)
@@ -45,7 +49,7 @@ def score_chunks(
             best = (
                 _descend(left, right, start, size, rank, chunk_tok)
                 if representative == "descent"
-                else _scan(right, start, size, rank, chunk_tok)
+                else _scan(right, start, size, rank, chunk_tok, probe_step(representative, chunk_tok))
             )
             scores[:, part, c : c + len(rank)] = best.amax(2).masked_fill_(~present, NONE)
     return scores
@@ -80,12 +84,44 @@ def _descend(left: _Probe, right: _Probe, start: Tensor, size: Tensor | int, ran
     return best
 
 
-def _scan(right: _Probe, start: Tensor, size: Tensor | int, rank: Tensor, chunk_tok: int) -> Tensor:
-    best = right(start, rank)
-    for offset in range(1, chunk_tok):
+def _scan(right: _Probe, start: Tensor, size: Tensor | int, rank: Tensor, chunk_tok: int, step: int) -> Tensor:
+    best = None
+    for offset in range(step // 2, chunk_tok, step):
         inside = torch.clamp(size - 1, max=offset) if isinstance(size, Tensor) else offset
-        best = torch.maximum(best, right(start + inside, rank))
+        score = right(start + inside, rank)
+        best = score if best is None else torch.maximum(best, score)
+    assert best is not None
     return best
+
+
+def _compare(
+    q: Tensor, summaries: Summaries, starts: Tensor, counts: Tensor, limits: Tensor, chunk_tok: int, rotation: ScoreRotation | None
+) -> Tensor:
+    """Products of all landmarks with the query rows of a few blocks at a time."""
+    (H, N, R, D), C, K = q.shape, len(starts), len(summaries.rows)
+    q = (rotation.queries(q, counts)[1] if rotation else q.float()).view(K, H // K, N, R, D).transpose(1, 2).reshape(K, N, -1, D)
+    scores = torch.full((K, N, C), NONE, device=q.device)
+    each = 2 * chunk_tok // summaries.piece_tok  # landmarks of a chunk
+    width = max(1, min(C, FLOATS // (K * each * max(H // K * R, D))))  # chunks at a time
+    step = max(1, min(N, FLOATS // (H * R * width * each)))  # blocks at a time
+    products = torch.empty(H * step * R * width * each, device=q.device)
+    for c in range(0, int(counts.amax()) if C else 0, width):
+        rank = torch.arange(c, min(c + width, C), device=q.device)
+        landmarks = summaries.rows.flatten(1, 2)[:, c * each : (c + len(rank)) * each].float()
+        if rotation and rotation.turns_keys:
+            at = rank.repeat_interleave(each)
+            landmarks = rotate(landmarks, rotation.table.cos[at], rotation.table.sin[at])
+        for n in range(0, N, step):
+            part = slice(n, n + step)
+            present = (rank < counts[:, part, None]) & (starts[c : c + len(rank)] < limits[part, None])
+            if not present.any():
+                continue
+            rows = q[:, part].flatten(1, 2)
+            found = products[: K * rows.shape[1] * len(rank) * each].view(K, rows.shape[1], -1)
+            torch.bmm(rows, landmarks.transpose(1, 2), out=found)
+            best = found.view(K, -1, q.shape[2], len(rank) * each).amax(2)
+            scores[:, part, c : c + len(rank)] = best.unflatten(2, (len(rank), each)).amax(3).masked_fill_(~present, NONE)
+    return scores
 
 
 class _Probe:
