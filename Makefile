@@ -16,7 +16,7 @@ DEV := $(VENV)/.dev
 PIP := $(RUN) -m pip --disable-pip-version-check install --constraint constraints.txt --no-build-isolation
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check needle needle-table gpu repro-table2
+.PHONY: help setup demo test test-all check needle needle-table aot gpu repro-table2
 
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ needle: $(CORE) ## train the embedded model from nothing (over an hour on 2 core
 
 needle-table: $(CORE) ## the long form of the demo: accuracy and time by length (resumable; says how long)
 	$(RUN) -m hipexp table
+
+aot: $(DEV) ## compile every kernel for five kinds of GPU, without one: registers, spills, shared memory against the record
+	$(RUN) -m hipexp_kernels.aot
 
 gpu: $(CORE) ## attention alone on a GPU: pipelines against every dense kernel, with recall (minutes)
 	$(RUN) -m hipexp.run.gpu

@@ -247,28 +247,22 @@ def attend_blocks(
     return out, lse
 
 
-def aot_cases(hopper: bool = True) -> Iterator[tuple[str, object, dict, dict, dict]]:
-    """What is compiled ahead of time to find errors without a GPU: name, kernel, signature, constexprs, options."""
-    for D in (64, 128):
-        for name, Q, N in (("decode", 1, 1), ("prefill", 64, 512)):
-            for mode in ("streaming", "dynamic", "none"):
-                yield aot_case(f"attend {name} D={D} {mode}", Q, D, N, mode, hopper)
-
-
-def aot_case(name: str, Q: int, D: int, N: int, mode: str, hopper: bool, dtype: str = "bf16", G: int = 4) -> tuple:
-    signature = dict(
-        queries=Queries(f"*{dtype}", "i64", "i64", "i64"),
-        kv=Keys(f"*{dtype}", f"*{dtype}", "i64", "i64", "i64", "i64"),
-        lists=Lists("*i64", "*i64", "*i64", "*i1"),
-        angles=Angles("*fp32", "*fp32"),
-        results=Results(f"*{dtype}", "*fp32"),
-        parts=Parts("*fp32", "*fp32", "*i32"),
-        **dict.fromkeys(("K", "N", "T", "M", "per_head", "n_angles"), "i32"),
-        scale="fp32",
-    )
-    half = 0 if mode == "none" else D // 2
-    kernel, tile, options = kernel_for(G, Q, D, half, mode, 256, 8, 256, 1024, 8 * N, 4 if dtype == "fp32" else 2, 132, hopper)
-    constants = dict(
-        G=G, Q=Q, D=D, HALF=half, MODE=mode, TRAINED=131072, BLOCK_TOK=8, SINK=256, WINDOW=1024, SOFTCAP=0.0, **tile
-    )  # fmt: skip
-    return name, kernel, {**signature, **dict.fromkeys(constants, "constexpr")}, constants, options
+def aot_cases(dtype: str, dim: int, group: int, hopper: bool) -> Iterator[tuple[str, triton.JITFunction, dict, dict, dict]]:
+    """What ``hipexp_kernels.aot`` compiles: name, kernel, types, constants, options. With ``3stage``'s sizes."""
+    itemsize = 4 if dtype == "fp32" else 2
+    for name, Q, N, exact in (("decode", 1, 1, "*i64"), ("prefill", 64, 512, "*i1")):
+        types = dict(
+            queries=Queries(f"*{dtype}", *["i64:16"] * 3),
+            kv=Keys(f"*{dtype}", f"*{dtype}", *["i64:16"] * 4),
+            lists=Lists("*i64", "*i64", "*i64", exact),
+            angles=Angles("*fp32", "*fp32"),
+            results=Results(f"*{dtype}", "*fp32"),
+            parts=Parts("*fp32", "*fp32", "*i32"),
+            **dict.fromkeys(("K", "N", "T", "M", "per_head", "n_angles"), "i32"),
+            scale="fp32",
+        )
+        for mode in ("streaming", "dynamic", "none"):
+            half = 0 if mode == "none" else dim // 2
+            kernel, tile, options = kernel_for(group, Q, dim, half, mode, 256, 8, 256, 1024, 8 * N, itemsize, 132, hopper)
+            constants = dict(G=group, Q=Q, D=dim, HALF=half, MODE=mode, TRAINED=131072, BLOCK_TOK=8, SINK=256, WINDOW=1024, SOFTCAP=0.0)
+            yield f"{name} {mode}", kernel, types, constants | tile, options

@@ -62,21 +62,22 @@ def launch(n_chunks: int, heads: int, chunk_tok: int, next_tok: int, n_lists: in
     return constexprs, options
 
 
-def aot_cases() -> Iterator[tuple[str, triton.JITFunction, dict, dict, dict]]:
-    """What is compiled ahead of time: name, kernel, signature, constexprs, options."""
+def aot_cases(dtype: str, dim: int, group: int, hopper: bool) -> Iterator[tuple[str, triton.JITFunction, dict, dict, dict]]:
+    """What ``hipexp_kernels.aot`` compiles: name, kernel, types, constants, options. Scores are fp32 whatever keys are."""
+    if (dtype, dim, group) != ("bf16", 128, 4):
+        return
+    types = dict(scores_ptr="*fp32", starts_ptr="*i64", counts_ptr="*i64", limits_ptr="*i64", out_ptr="*i64", kept_ptr="*i64")
+    types = dict.fromkeys(_keep_top.arg_names, "i32") | types
     for name, n_chunks, heads, chunk_tok, next_tok, n_lists in (
-        ("stage1_shared", 4096, 8, 256, 32, 1),
-        ("stage2_shared", 1024, 8, 32, 8, 1),
-        ("stage3_shared", 1024, 8, 8, 8, 1),
-        ("stage1_own", 4096, 1, 256, 32, 8),
-        ("stage1_long", 8192, 8, 256, 32, 1),
-        ("stage1_prefill", 4096, 8, 256, 32, 512),
-        ("tiles", 131072, 8, 256, 32, 1),
+        ("stage 1 shared", 4096, 8, 256, 32, 1),
+        ("stage 2 shared", 1024, 8, 32, 8, 1),
+        ("stage 3 shared", 1024, 8, 8, 8, 1),
+        ("stage 1 per head", 4096, 1, 256, 32, 8),
+        ("stage 1 at 2M", 8192, 8, 256, 32, 1),
+        ("stage 1 prefill", 4096, 8, 256, 32, 512),
+        ("in tiles", 131072, 8, 256, 32, 1),
     ):
-        constexprs, options = launch(n_chunks, heads, chunk_tok, next_tok, n_lists)
-        types = dict(scores_ptr="*fp32", starts_ptr="*i64", counts_ptr="*i64", limits_ptr="*i64", out_ptr="*i64", kept_ptr="*i64")
-        signature = {arg: "constexpr" if arg in constexprs else types.get(arg, "i32") for arg in _keep_top.arg_names}
-        yield name, _keep_top, signature, constexprs, options
+        yield name, _keep_top, types, *launch(n_chunks, heads, chunk_tok, next_tok, n_lists)
 
 
 @triton.jit(do_not_specialize=["N", "C", "keep", "n_out", "starts_stride_s", "starts_stride_n", "counts_stride_s"])

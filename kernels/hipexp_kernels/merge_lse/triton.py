@@ -51,10 +51,8 @@ def merge_lse(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     return merged, total
 
 
-def aot_cases() -> Iterator[tuple[str, object, dict, dict, dict]]:
-    """What is compiled ahead of time to find errors without a GPU: name, kernel, signature, constexprs, options."""
-    for D in (64, 128):
-        tile, options = launch(D)
-        signature = dict(outs=("*bf16", "*bf16"), lses=("*fp32", "*fp32"), merged="*bf16", total="*fp32", n_rows="i32")
-        constants = dict(n_parts=2, **tile)
-        yield f"merge D={D}", _merge, {**signature, **dict.fromkeys(constants, "constexpr")}, constants, options
+def aot_cases(dtype: str, dim: int, group: int, hopper: bool) -> Iterator[tuple[str, triton.JITFunction, dict, dict, dict]]:
+    """What ``hipexp_kernels.aot`` compiles: name, kernel, types, constants, options."""
+    tile, options = launch(dim)
+    types = dict(outs=(f"*{dtype}",) * 2, lses=("*fp32",) * 2, merged=f"*{dtype}", total="*fp32", n_rows="i32")
+    yield "", _merge, types, dict(n_parts=2, **tile), options

@@ -31,7 +31,7 @@ FEW_ROWS = dict(keys=64, warps=4, registers=128, registers_rotated=255, stages=1
 ROWS = FEW_ROWS | dict(registers=168)
 SCAN = dict(keys=64, warps=4, registers=168, registers_rotated=255, stages=1)  # keys: tokens
 BOUNDS = dict(keys=64, warps=4, registers=168, registers_rotated=255, stages=1)  # keys: landmarks
-MAX_COLUMNS = 128  # query rows that are multiplied at a time
+MAX_COLUMNS = 64  # query rows that are multiplied at a time
 # Where the heads of a group lie in tiles of one query row: in the dimension that Triton spreads over the lanes of a warp first, so that
 # heads which probe the same key ask for it once, and a thread holds one head's query. Triton 3.7 turned that order round.
 HEAD_AXIS = 0 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) else 1
@@ -60,7 +60,7 @@ def score_chunks(
     landmarks = 0
     if summaries is not None and representative == "bounds":
         k, landmarks = summaries.rows.flatten(1, 2), 2 * chunk_tok // summaries.piece_tok
-    kernel, constexprs, options = launch(mode, R, H // K, D, rotary, chunk_tok, representative, landmarks)
+    kernel, constexprs, options = launch(mode, R, H // K, D, rotary, chunk_tok, representative, landmarks, k.element_size())
     kernel[(N, K, triton.cdiv(C, constexprs["TILE"]))](
         q, k, starts, counts, limits, scores, *_rotation_arguments(rotation), k.stride(0), k.stride(1),
         starts.stride(0) if len(starts) > 1 else 0, starts.stride(1) if starts.shape[1] > 1 else 0, N if len(counts) > 1 else 0,
@@ -77,48 +77,51 @@ def _rotation_arguments(rotation: ScoreRotation | None) -> tuple:
     return table.cos.contiguous(), table.sin.contiguous(), *ints, rotation.trained_tok, rotation.scan_window_tok
 
 
-def launch(mode: str, rows: int, group: int, dim: int, rotary: int, chunk_tok: int, representative: str, landmarks: int = 0) -> tuple:
-    """The kernel for ``rows`` query rows a block, its constexpr arguments and the compiler options. ``landmarks``: of a chunk."""
+def launch(
+    mode: str, rows: int, group: int, dim: int, rotary: int, chunk_tok: int, representative: str, landmarks: int, itemsize: int
+) -> tuple:
+    """The kernel for ``rows`` query rows a block, its constexpr arguments and the compiler options.
+
+    ``landmarks``: of a chunk; ``itemsize``: bytes of a number of the keys.
+    """
     constexprs = dict(MODE=mode, GROUP=group, HALF=rotary // 2, REST=dim - rotary, CHUNK=chunk_tok)
     padded = max(16, triton.next_power_of_2(rotary // 2)) + (max(16, triton.next_power_of_2(dim - rotary)) if dim > rotary else 0)
     wide = max(1, padded // 64)  # the registers hold fewer rows of more than 128 dimensions
+    heavy = wide * (max(2, itemsize) // 2)  # and fewer that are multiplied in fp32,
+    heavy *= 1 if heavy == 1 or mode in RAW_KEYS else 2  # above all if angles take registers too
     if representative in ("exact", "grid", "bounds"):
         step = probe_step(representative, chunk_tok)
         kernel, tuned, each = (_compare, BOUNDS, landmarks) if landmarks else (_scan, SCAN, chunk_tok // step)
-        together = min(each, tuned["keys"])
-        columns = min(max(16, triton.next_power_of_2(group * rows)), MAX_COLUMNS)
-        constexprs |= dict(ROWS=rows, COLUMNS=columns, TOGETHER=together, TILE=max(16 // together, tuned["keys"] // wide // together, 1))
+        together = min(each, tuned["keys"] // heavy)
+        columns = min(max(16, triton.next_power_of_2(group * rows)), max(16, MAX_COLUMNS // heavy))
+        constexprs |= dict(ROWS=rows, COLUMNS=columns, TOGETHER=together, TILE=max(16 // together, tuned["keys"] // heavy // together, 1))
         constexprs |= dict(EACH=landmarks) if landmarks else dict(STEP=step)
     elif rows == 1:
         kernel, tuned = _descend_one_row, ONE_ROW
         constexprs |= dict(TILE=max(1, tuned["keys"] // wide // triton.next_power_of_2(group)), HEAD_AXIS=HEAD_AXIS)
     else:
         kernel, tuned = _descend_rows, FEW_ROWS if rows <= 16 else ROWS
-        constexprs |= dict(ROWS=rows, TILE=max(16, tuned["keys"] // wide))
-    options = dict(num_warps=tuned["warps"], num_stages=tuned["stages"])
+        constexprs |= dict(ROWS=rows, TILE=max(16, tuned["keys"] // heavy))
+    options = dict(num_warps=tuned["warps"] * (2 if rows > 1 and heavy > 2 else 1), num_stages=tuned["stages"])
     if torch.version.hip is None:
         options["maxnreg"] = tuned["registers" if mode in RAW_KEYS else "registers_rotated"]
     return kernel, constexprs, options
 
 
-def aot_cases() -> Iterator[tuple[str, triton.JITFunction, dict, dict, dict]]:
-    """What is compiled ahead of time: name, kernel, signature, constexprs, options."""
+def aot_cases(dtype: str, dim: int, group: int, hopper: bool) -> Iterator[tuple[str, triton.JITFunction, dict, dict, dict]]:
+    """What ``hipexp_kernels.aot`` compiles: name, kernel, types, constants, options."""
     types = dict(
-        q_ptr="*fp32", k_ptr="*bf16", starts_ptr="*i64", counts_ptr="*i64", limits_ptr="*i64", scores_ptr="*fp32",
+        q_ptr=f"*{dtype}", k_ptr=f"*{dtype}", starts_ptr="*i64", counts_ptr="*i64", limits_ptr="*i64", scores_ptr="*fp32",
         cos_ptr="*fp32", sin_ptr="*fp32", position_ptr="*i64", first_ptr="*i64", last_ptr="*i64",
+        k_stride_h="i32:16", k_stride_t="i32:16",
     )  # fmt: skip
-    for dim in (64, 128):
-        for rows in (1, 16, 64):
-            for mode in ("none", "relative", "rank", "dynamic"):
-                for representative in ("descent", "grid", "exact", "bounds"):
-                    if representative != "descent" and mode not in ("relative", "rank"):
-                        continue
-                    landmarks = 8 if representative == "bounds" else 0
-                    kernel, constexprs, options = launch(mode, rows, 4, dim, dim, 256 if landmarks else 32, representative, landmarks)
-                    if mode == "none":
-                        constexprs |= dict.fromkeys(("cos_ptr", "sin_ptr", "position_ptr", "first_ptr", "last_ptr"))
-                    signature = {arg: "constexpr" if arg in constexprs else types.get(arg, "i32") for arg in kernel.arg_names}
-                    yield f"{representative}_{mode}_d{dim}_r{rows}", kernel, signature, constexprs, options
+    modes = dict(descent=("relative", "rank", "dynamic"), grid=("relative",), exact=("relative",), bounds=("relative", "rank"))
+    for representative, mode, rows in ((r, mode, rows) for r in modes for mode in modes[r] for rows in (1, 16)):
+        landmarks = 8 if representative == "bounds" else 0
+        kernel, constants, options = launch(
+            mode, rows, group, dim, dim, 256 if landmarks else 32, representative, landmarks, 4 if dtype == "fp32" else 2
+        )
+        yield f"{representative} {mode}, {rows} rows", kernel, dict.fromkeys(kernel.arg_names, "i32") | types, constants, options
 
 
 # Of the integers only the strides of the keys say something about alignment; the others would only bring more variants.

@@ -47,9 +47,7 @@ def summarize(k: Tensor, *, piece_tok: int) -> Tensor:
     return out
 
 
-def aot_cases() -> Iterator[tuple[str, triton.JITFunction, dict, dict, dict]]:
-    """What is compiled ahead of time: name, kernel, signature, constexprs, options."""
-    for dim in (64, 128):
-        constexprs, options = launch(dim, 64)
-        signature = dict(k_ptr="*bf16", out_ptr="*bf16", n_pieces="i32", stride_h="i64", stride_t="i64")
-        yield f"summarize_d{dim}", _summarize, {**signature, **dict.fromkeys(constexprs, "constexpr")}, constexprs, options
+def aot_cases(dtype: str, dim: int, group: int, hopper: bool) -> Iterator[tuple[str, triton.JITFunction, dict, dict, dict]]:
+    """What ``hipexp_kernels.aot`` compiles: name, kernel, types, constants, options."""
+    types = dict(k_ptr=f"*{dtype}", out_ptr=f"*{dtype}", n_pieces="i32", stride_h="i32:16", stride_t="i32:16")
+    yield "", _summarize, types, *launch(dim, 64)
