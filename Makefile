@@ -9,6 +9,8 @@ SIZE ?= needle
 # The version whose interpreter the kernels are tested in where torch brings none (GPU builds of torch demand one of their own).
 TRITON := 3.6.0
 
+ALONE := task=latency task.geometry=llama31_8b task.dtype=float32 task.repeats=3
+
 VENV := .venv
 RUN := $(VENV)/bin/python
 CORE := $(VENV)/.core
@@ -16,7 +18,7 @@ DEV := $(VENV)/.dev
 PIP := $(RUN) -m pip --disable-pip-version-check install --constraint constraints.txt --no-build-isolation
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check needle needle-table aot gpu repro-table2
+.PHONY: help setup demo test test-all check needle needle-table aot bench-cpu gpu repro-table2
 
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +46,10 @@ needle-table: $(CORE) ## the long form of the demo: accuracy and time by length 
 
 aot: $(DEV) ## compile every kernel for five kinds of GPU, without one: registers, spills, shared memory against the record
 	$(RUN) -m hipexp_kernels.aot
+
+bench-cpu: $(CORE) ## attention alone on this CPU: 3stage against torch's fastest dense path, with recall (about 10 minutes)
+	$(RUN) -m hipexp +pipeline=3stage $(ALONE) 'task.phases=[prefill]'
+	$(RUN) -m hipexp +pipeline=3stage $(ALONE) 'task.contexts_tok=[131072,524288,1048576]' 'task.phases=[decode]'
 
 gpu: $(CORE) ## attention alone on a GPU: pipelines against every dense kernel, with recall (minutes)
 	$(RUN) -m hipexp.run.gpu

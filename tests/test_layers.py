@@ -40,7 +40,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"hipexp.hf", "hipexp.attention", "hipexp.cache", "huggingface_hub", "numpy", "pyarrow", "tokenizers", "torch", "tqdm", "yaml"},
     ),
     "hipexp/run/contestants.py": ({"hipexp.report", "hipexp.run", "hipexp_kernels", "torch"}, set()),
-    "hipexp/run/attention_latency.py": (CONFIG | {"hipexp.attention", "hipexp.run", "torch"}, set()),
+    "hipexp/run/attention_latency.py": (CONFIG | {"hipexp.attention", "hipexp.cache", "hipexp.run", "hipexp_kernels", "torch"}, set()),
     "hipexp/run/gpu.py": (CONFIG | {"hipexp.attention", "hipexp.run", "torch", "yaml"}, set()),
 }
 # A GPU machine may lack these: what runs there does not import them at load time.

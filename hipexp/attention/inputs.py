@@ -25,6 +25,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hipexp.config.schema import GEOMETRIES as SIZES
+
 SINK_TOK = 4
 SINK_SHARE = 0.3  # of all mass
 HITTER_EVERY_TOK = 512  # one token in so many is liked by all queries
@@ -64,13 +66,7 @@ class Geometry:
         return dataclasses.replace(self, dtype=dtype)
 
 
-GEOMETRIES = {
-    "llama31_8b": Geometry(32, 8, 128),
-    "llama32_1b": Geometry(32, 8, 64),
-    "qwen25_7b": Geometry(28, 4, 128),
-    "qwen3_8b": Geometry(32, 8, 128),
-    "needle": Geometry(4, 2, 64),
-}
+GEOMETRIES = {name: Geometry(*sizes) for name, sizes in SIZES.items()}
 
 
 class Queries:

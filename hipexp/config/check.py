@@ -25,17 +25,21 @@ from hipexp.config.schema import (
     Task,
     Track,
     range_parts,
+    read_geometry,
 )
 from hipexp.config.wandb_key import has_wandb_key
 
 METHODS = ("hip", "streaming")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 SAMPLED = ("samples", "length_tok", "truncate_tok", "protocol", "wording", "batch")
+ALONE = ("dtype", "contexts_tok", "phases", "queries_tok", "layer")  # of latency, with a geometry only
+WITH_A_MODEL = ("length_tok", "lengths_tok", "dense_max_tok")  # of latency, without one only
+PHASES = ("decode", "prefill")
 # The fields of ``Task`` that each task uses; a value for another one would be ignored and still change the run key.
 TASKS = {
     "infbench": ("subtasks", *SAMPLED),
     "passkey": ("lengths_tok", "depths", *SAMPLED),
-    "latency": ("length_tok", "lengths_tok", "decode_steps", "repeats", "dense_max_tok", "protocol"),
+    "latency": ("length_tok", "lengths_tok", "decode_steps", "repeats", "dense_max_tok", "geometry", *ALONE, "protocol"),
 }
 PROTOCOLS = ("hipexp",)
 MOST = 2**31  # of anything counted, tokens above all
@@ -63,6 +67,7 @@ def check_experiment(experiment: Experiment) -> None:
         )
     if experiment.pipeline is not None:
         _check_pipeline(experiment.pipeline, experiment.model)
+        _check_prefill_alone(experiment.task, experiment.pipeline)
 
 
 def check_model(experiment: Experiment) -> ModelFacts | None:
@@ -124,7 +129,7 @@ def _check_task(task: Task) -> None:
     for name in ("length_tok", "truncate_tok", "dense_max_tok"):
         if getattr(task, name) is not None:
             _at_least(f"task.{name}", getattr(task, name), 1)
-    for name in ("subtasks", "lengths_tok", "depths"):
+    for name in ("subtasks", "lengths_tok", "depths", "contexts_tok", "phases"):
         if getattr(task, name) is not None:
             _check_list(f"task.{name}", getattr(task, name))
     if task.lengths_tok is not None:
@@ -133,10 +138,48 @@ def _check_task(task: Task) -> None:
     if task.depths is not None:
         _all("task.depths", task.depths, lambda depth: 0 <= depth <= 1, "hold depths from 0 to 1; try [0,0.5,1]")
     _check_used(task)
+    _check_attention_alone(task)
     if task.name != "latency":
         from hipexp.suites import check_task
 
         check_task(task)
+
+
+def _check_attention_alone(task: Task) -> None:
+    """Latency without a model: its fields, and none of the others."""
+    if task.geometry is None:
+        _refuse_set(task, ALONE, "is for attention alone; name a task.geometry, or leave it out")
+        return
+    read_geometry(task.geometry)
+    _refuse_set(task, WITH_A_MODEL, "is for latency with a model; leave it out, or task.geometry (whose lengths are task.contexts_tok)")
+    _one_of("task.dtype", task.dtype, DTYPES)
+    _at_least("task.queries_tok", task.queries_tok, 1)
+    if task.layer is not None:
+        _at_least("task.layer", task.layer, 0)
+    for phase in task.phases or PHASES:
+        _one_of("task.phases", phase, PHASES)
+    least = task.queries_tok if "prefill" in (task.phases or PHASES) else task.decode_steps
+    _all("task.contexts_tok", task.contexts_tok or [MOST], lambda n: least <= n <= MOST, f"hold numbers of keys from {least} to {MOST}")
+
+
+def _check_prefill_alone(task: Task, pipeline: Pipeline) -> None:
+    """The last queries of a prompt begin where a query block does."""
+    if task.geometry is None or "prefill" not in (task.phases or PHASES) or not pipeline.stages:
+        return
+    block = pipeline.stages[0].query_block_tok
+    for number, context in enumerate(task.contexts_tok or []):
+        if (context - task.queries_tok) % block:
+            raise ConfigError(
+                f"task.contexts_tok[{number}]={context} less task.queries_tok={task.queries_tok} must be a multiple of "
+                f"pipeline.stages[0].query_block_tok={block}; try {task.queries_tok + (context - task.queries_tok) // block * block}"
+            )
+
+
+def _refuse_set(task: Task, names: tuple[str, ...], words: str) -> None:
+    for item in fields(task):
+        value = getattr(task, item.name)
+        if item.name in names and value != item.default:
+            raise ConfigError(f"task.{item.name}={value} {words}")
 
 
 def _check_list(key: str, values: list) -> None:

@@ -217,6 +217,11 @@ class Task:
     ``decode_steps`` decode steps timed by the latency task
     ``repeats``      rounds of the latency task
     ``dense_max_tok`` longest prompt that the latency task also times dense; None has no limit
+    ``geometry``     latency of attention alone, without a model: a name of ``GEOMETRIES``, or ``heads/key-value heads/dimension``
+    ``dtype``        its number format; ``auto`` is bfloat16 on a GPU, float32 on a CPU
+    ``contexts_tok`` its numbers of keys; None is 131072
+    ``phases``       ``decode`` and ``prefill`` (of the last ``queries_tok`` queries); None is both
+    ``layer``        the layer whose groups apply, in a model of 32 or more; None is a layer without any
     ``protocol``     whose prompts: ``hipexp`` are our own words, never an official score
     ``wording``      ``default``, or ``heldout``: a noise text and a wording that the embedded model never saw in training
     ``batch``        samples per forward pass
@@ -232,6 +237,12 @@ class Task:
     decode_steps: int = 48
     repeats: int = 1
     dense_max_tok: int | None = None
+    geometry: str | None = None
+    dtype: str = "auto"
+    contexts_tok: list[int] | None = None
+    phases: list[str] | None = None
+    queries_tok: int = 1024
+    layer: int | None = None
     protocol: str = "hipexp"
     wording: str = "default"
     batch: int = 1
@@ -260,6 +271,33 @@ class Experiment:
     offload: Offload = field(default_factory=Offload)
     track: Track = field(default_factory=Track)
     seed: int = 0
+
+
+# Query heads, key/value heads and head dimension of known models.
+GEOMETRIES = {
+    "llama31_8b": (32, 8, 128),
+    "llama32_1b": (32, 8, 64),
+    "qwen25_7b": (28, 4, 128),
+    "qwen3_8b": (32, 8, 128),
+    "needle": (4, 2, 64),
+}
+
+
+def read_geometry(text: str, key: str = "task.geometry") -> tuple[int, int, int]:
+    """Query heads, key/value heads and head dimension, from a name or ``32/8/128``. Raises ConfigError, naming ``key``."""
+    if text in GEOMETRIES:
+        return GEOMETRIES[text]
+    found = re.fullmatch(r"(\d+)/(\d+)/(\d+)", text)
+    if not found:
+        raise ConfigError(
+            f"{key}={text} is unknown; use {', '.join(GEOMETRIES)}, or query heads, key/value heads and head dimension as in 32/8/128"
+        )
+    heads, kv_heads, dim = map(int, found.groups())
+    if not kv_heads or heads % kv_heads or not heads:
+        raise ConfigError(f"{key}={text} must have a multiple of its {kv_heads} key/value heads as query heads; try 32/8/{dim or 128}")
+    if dim % 4 or not dim:
+        raise ConfigError(f"{key}={text} must have a head dimension that is a multiple of 4; try {heads}/{kv_heads}/{dim // 4 * 4 or 128}")
+    return heads, kv_heads, dim
 
 
 _RANGE = re.compile(r"(-?\d+)(?:(-)(-?\d+)?)?")

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from hipexp_kernels.score_chunks.probes import probe_step
 from torch import Tensor
 
 from hipexp.attention import LayerAttention, Memory, Selection
 from hipexp.attention.inputs import Geometry, Inputs, drifting
 from hipexp.attention.recall import attention_mass
 from hipexp.attention.rope import RopeTables
-from hipexp.config.schema import LayerPlan, Pipeline
+from hipexp.cache.summaries import PIECE_TOK
+from hipexp.config.schema import LayerPlan, Pipeline, Representative, Stage
 from hipexp.run.contestants import (
     HEAD_START_CYCLES,
     Contestant,
@@ -30,9 +32,9 @@ from hipexp.run.latency import quantile
 ROPE_BASE, TRAINED_TOK = 500_000.0, 131_072  # of Llama 3.1, without its frequency scaling
 
 
-def layer_attention(pipeline: Pipeline, geometry: Geometry, device: torch.device) -> LayerAttention:
-    """The attention of one layer to which no layer group applies."""
-    plan = pipeline.plan_layer(0, [])
+def layer_attention(pipeline: Pipeline, geometry: Geometry, device: torch.device, layer: int | None = None) -> LayerAttention:
+    """The attention of a ``layer`` of a model of 32 or more; of one to which no layer group applies, if it is None."""
+    plan = pipeline.plan_layer(0, []) if layer is None else pipeline.plan(max(32, layer + 1))[layer]
     inverse = ROPE_BASE ** (-torch.arange(0, geometry.head_dim, 2, device=device) / geometry.head_dim)
 
     def cos_sin(positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,21 +196,51 @@ def dense_decode_rows(layers: list[Inputs], rounds: int, skip: Sequence[str] = (
     return [{**common, "impl": row.pop("name"), **row} for row in rows] + _left_out(common, reasons)
 
 
+def decode_bytes(plan: LayerPlan, layer: Inputs) -> int:
+    """Bytes of keys, values and summaries that a mean decode step asks for, over whole refresh periods, with lists of full length.
+
+    Every query head walks a descent of its own; the other representatives are read once for a key/value head.
+    """
+    geometry, size = layer.geometry, layer.keys.element_size() * layer.geometry.head_dim
+    n_tok = layer.keys.shape[1]
+    kept = plan.decode[-1].keep_tok if plan.decode else 0
+    total = 2 * geometry.kv_heads * size * min(n_tok, plan.sink_tok + kept + plan.window_tok)
+    candidates = n_tok - plan.sink_tok - plan.window_tok
+    for stage in plan.decode:
+        chunks = max(0, candidates) // stage.chunk_tok
+        probes = chunks * probes_of(stage) * (geometry.heads if stage.representative is Representative.descent else geometry.kv_heads)
+        total += probes * size // stage.refresh_steps
+        candidates = min(candidates, stage.keep_tok)
+    return total
+
+
+def probes_of(stage: Stage) -> int:
+    """Rows that are read to score a chunk."""
+    if stage.representative is Representative.descent:
+        return max(1, 2 * (stage.chunk_tok.bit_length() - 1))
+    if stage.representative is Representative.bounds:
+        return 2 * max(1, stage.chunk_tok // PIECE_TOK)
+    return stage.chunk_tok // probe_step(stage.representative.value, stage.chunk_tok)
+
+
 def prefill_rows(
-    attention: LayerAttention, layer: Inputs, n_queries: int, name: str, rounds: int, skip: Sequence[str] = ()
+    attention: LayerAttention | None, layer: Inputs, n_queries: int, name: str, rounds: int, skip: Sequence[str] = ()
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The last ``n_queries`` of ``T`` tokens, dense contestants and the pipeline in turn."""
     device, n_tok = layer.keys.device, layer.keys.shape[1]
     q = layer.prefill_queries(n_queries)
 
     def pruned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        assert attention is not None
         return attention(q, k, v, n_tok - n_queries)
 
+    own = [] if attention is None else [Contestant(name, pruned)]
     able, reasons = runnable([c for c in prefill_contestants(device) if c.name not in skip], (q, layer.keys, layer.values))
-    rows = time_alternating([*able, Contestant(name, pruned)], [(q, layer.keys, layer.values)], rounds=rounds, warmup=1, graphs=False)
+    rows = time_alternating([*able, *own], [(q, layer.keys, layer.values)], rounds=rounds, warmup=1, graphs=False)
     common = {"phase": "prefill", "context_tok": n_tok, "queries": n_queries, "dense": True}
     made = [{**common, "impl": row.pop("name"), **row} for row in rows]
-    made[-1]["dense"] = False
+    for row in made[len(able) :]:
+        row["dense"] = False
     return made + _left_out(common, reasons)
 
 

@@ -27,6 +27,11 @@ def key_of(experiment: Experiment) -> str:
 
     Raises ``ConfigError`` for a model path that is nothing, ``DataMissing`` for a hub model that cannot be reached.
     """
+    if experiment.task.geometry is not None:
+        from hipexp.run import attention_point
+
+        alone = dataclasses.replace(experiment, model=Model(path=""), task=attention_point.filled(experiment.task))
+        return run_key(alone, model_revision="", extra={"machine": machine()})
     trained_tok = facts_of(experiment.model).trained_tok
     model = dataclasses.replace(experiment.model, dtype=dtype_of(experiment.model), trained_tok=trained_tok)
     told = dataclasses.replace(experiment, model=model, task=filled(experiment.task, trained_tok))

@@ -9,6 +9,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from hipexp.config.schema import Experiment, Model
 from hipexp.report.tables import text_table
 from hipexp.run import environment
 from hipexp.run.identity import facts_of, fetching, key_of, model_revision
+from hipexp.run.job import Job
 from hipexp.run.ledger import Ledger, RunFailed, is_done, open_ledger, read_json, read_rows, run_folder
 from hipexp.run.strategy import describe
 from hipexp.run.tokenizer_file import read_tokenizer
@@ -57,6 +59,8 @@ def check_point(experiment: Experiment) -> None:
 
     For a model on a hub the run does it, once the files it needs are here. Raises ``ConfigError``.
     """
+    if experiment.task.geometry is not None:
+        return
     facts, folder = check_model(experiment), model_folder(experiment.model)
     if facts is not None and folder is not None and (folder / "tokenizer.json").is_file():
         open_suite_for(experiment, read_tokenizer(folder / "tokenizer.json"), facts.trained_tok)
@@ -64,7 +68,12 @@ def check_point(experiment: Experiment) -> None:
 
 def folder_of(experiment: Experiment) -> Path:
     """The run folder of an experiment, whether it exists or not."""
-    return run_folder(experiment.task.name, experiment.model.name or experiment.model.path, pipeline_name(experiment), key_of(experiment))
+    return run_folder(experiment.task.name, model_name(experiment), pipeline_name(experiment), key_of(experiment))
+
+
+def model_name(experiment: Experiment) -> str:
+    """What to call the model; the geometry, where attention is alone."""
+    return experiment.task.geometry or experiment.model.name or experiment.model.path
 
 
 def pipeline_name(experiment: Experiment) -> str | None:
@@ -109,10 +118,35 @@ def _tell_sweep(experiment: Experiment, folder: Path, say: Say) -> None:
 
 
 def _run(experiment: Experiment, ledger: Ledger, load: Load | None, say: Say) -> None:
-    from hipexp.run import latency
-
     ledger.status("running")
     ledger.write("config.yaml", environment.to_yaml(resolved(experiment)))
+    if experiment.task.geometry is not None:
+        from hipexp.run import attention_point
+
+        job = attention_point.job(experiment)
+    else:
+        job = model_job(experiment, ledger, load)
+    ledger.keep(job.points)
+    if ledger.dropped:
+        say(f"{ledger.dropped} line(s) dropped that are damaged, repeated or of no sample of this run: what is missing is done again")
+    say("\n".join(job.card["strategy"]))
+    if ledger.rows:
+        say(f"continuing after {len(ledger.rows)} finished sample(s)")
+    ledger.write("card.json", job.card)
+    ledger.write("env.json", environment.describe_environment())
+    head = head_of(experiment, ledger.key)
+    with following(experiment, ledger.folder, ledger.key, job.card) as trackers:
+        summary = head | job.measure(ledger, trackers)
+        environment.write_records(ledger.folder, head, job.card, ledger.rows)
+        ledger.write("summary.json", summary)
+        ledger.status("done")
+        trackers.finish(summary, sorted(ledger.folder.glob("*.png")))
+
+
+def model_job(experiment: Experiment, ledger: Ledger, load: Load | None) -> Job:
+    """The run of an experiment with a model, which is loaded here."""
+    from hipexp.run import latency
+
     facts = facts_of(experiment.model)
     check_layers(experiment, facts)
     if load is None:
@@ -120,33 +154,19 @@ def _run(experiment: Experiment, ledger: Ledger, load: Load | None, say: Say) ->
     loaded = (load or load_model)(experiment.model)
     check_unchanged(experiment, ledger.key)
     suite = open_suite_for(experiment, loaded.tokenizer, loaded.trained_tok)
-    if suite is None:
-        ledger.keep([(one.subtask, one.repeat) for one in latency.points(experiment, loaded.trained_tok)])
-    else:
-        ledger.keep([(item.subtask, item.index) for item in suite.items()])
-    if ledger.dropped:
-        say(f"{ledger.dropped} line(s) dropped that are damaged, repeated or of no sample of this run: what is missing is done again")
     strategy = describe(experiment.pipeline, loaded.n_layers)
-    say("\n".join(strategy))
-    if ledger.rows:
-        say(f"continuing after {len(ledger.rows)} finished sample(s)")
     card = card_of(experiment, suite.card() if suite else latency.card(experiment), loaded) | {"strategy": strategy}
-    ledger.write("card.json", card)
-    ledger.write("env.json", environment.describe_environment())
-    head = head_of(experiment, ledger.key)
-    with following(experiment, ledger.folder, ledger.key, card) as trackers:
-        if suite is None:
-            result = latency.measure(experiment, loaded, ledger, trackers)
-        else:
-            run_samples(experiment, suite, loaded, ledger, trackers)
-            card["truncation"]["removed_tok"] = removed_tok(ledger.rows)
-            ledger.write("card.json", card)
-            result = summarize(suite.card(), ledger.rows)
-        summary = head | result
-        environment.write_records(ledger.folder, head, card, ledger.rows)
-        ledger.write("summary.json", summary)
-        ledger.status("done")
-        trackers.finish(summary, sorted(ledger.folder.glob("*.png")))
+    if suite is None:
+        points = [(one.subtask, one.repeat) for one in latency.points(experiment, loaded.trained_tok)]
+        return Job(points, card, partial(latency.measure, experiment, loaded))
+
+    def measure(ledger: Ledger, trackers: Trackers) -> dict[str, Any]:
+        run_samples(experiment, suite, loaded, ledger, trackers)
+        card["truncation"]["removed_tok"] = removed_tok(ledger.rows)
+        ledger.write("card.json", card)
+        return summarize(suite.card(), ledger.rows)
+
+    return Job([(item.subtask, item.index) for item in suite.items()], card, measure)
 
 
 def check_unchanged(experiment: Experiment, run_key: str) -> None:
@@ -220,7 +240,7 @@ def card_of(experiment: Experiment, card: ProtocolCard, loaded: Loaded) -> dict[
 
 def head_of(experiment: Experiment, run_key: str) -> dict[str, Any]:
     """What every summary begins with."""
-    names = {"task": experiment.task.name, "model": experiment.model.name or experiment.model.path}
+    names = {"task": experiment.task.name, "model": model_name(experiment)}
     return {"run_key": run_key, **names, "pipeline": pipeline_name(experiment), "status": "done"}
 
 
@@ -372,6 +392,10 @@ def token_bar(total: int) -> Iterator[TokenBar]:
 def report(experiment: Experiment, folder: Path, overrides: Sequence[str] | None = None) -> str:
     """What the finished run in ``folder`` says on the terminal: its scores with the protocol beside each, and the dense ones."""
     summary = read_json(folder / "summary.json")
+    if experiment.task.geometry is not None:
+        from hipexp.run import attention_point
+
+        return attention_point.table(summary["latency"]["rows"])
     exact = EXACT if summary["exact"] and experiment.pipeline is not None else ""
     if experiment.task.name == "latency":
         from hipexp.run import latency

@@ -154,6 +154,36 @@ CASES = {
         ["task=passkey", "task.lengths_tok=[0]"],
         "task.lengths_tok=[0] must hold lengths from 1 to 2147483648 tokens; try [8192,16384]",
     ),
+    "a geometry that is none": (
+        ["task=latency", "task.geometry=llama"],
+        "task.geometry=llama is unknown; use llama31_8b, llama32_1b, qwen25_7b, qwen3_8b, needle, or query heads, key/value heads and head "
+        "dimension as in 32/8/128",
+    ),
+    "heads that cannot be grouped": (
+        ["task=latency", "task.geometry=30/8/128"],
+        "task.geometry=30/8/128 must have a multiple of its 8 key/value heads as query heads; try 32/8/128",
+    ),
+    "a dimension that cannot be rotated in pairs": (
+        ["task=latency", "task.geometry=32/8/90"],
+        "task.geometry=32/8/90 must have a head dimension that is a multiple of 4; try 32/8/88",
+    ),
+    "lengths of prompts without a model": (
+        ["task=latency", "task.geometry=needle", "task.lengths_tok=[8192]"],
+        "task.lengths_tok=[8192] is for latency with a model; leave it out, or task.geometry (whose lengths are task.contexts_tok)",
+    ),
+    "keys without a geometry": (
+        ["task=latency", "task.contexts_tok=[8192]"],
+        "task.contexts_tok=[8192] is for attention alone; name a task.geometry, or leave it out",
+    ),
+    "fewer keys than queries": (
+        ["task=latency", "task.geometry=needle", "task.contexts_tok=[512]"],
+        "task.contexts_tok=[512] must hold numbers of keys from 1024 to 2147483648",
+    ),
+    "a prefill that begins inside a query block": (
+        [S3, "task=latency", "task.geometry=needle", "task.contexts_tok=[10000]"],
+        "task.contexts_tok[0]=10000 less task.queries_tok=1024 must be a multiple of pipeline.stages[0].query_block_tok=64; try 9984",
+    ),
+    "a phase": (["task=latency", "task.geometry=needle", "task.phases=[decod]"], "task.phases=decod is unknown; use decode or prefill"),
     "no lengths": (["task=passkey", "task.lengths_tok=[]"], "task.lengths_tok=[] must hold a value or more; leave it out"),
     "no subtasks": (["task.subtasks=[]"], "task.subtasks=[] must hold a value or more; leave it out to let the task choose"),
     "a length twice": (
