@@ -40,7 +40,9 @@ TASKS = {
     "infbench": ("subtasks", *SAMPLED),
     "passkey": ("lengths_tok", "depths", *SAMPLED),
     "latency": ("length_tok", "lengths_tok", "decode_steps", "repeats", "dense_max_tok", "geometry", *ALONE, "protocol"),
+    "recall": ("subtasks", "samples", "geometry", "dtype", "contexts_tok", "layer", "divisors", "wording", "protocol"),
 }
+TEXTS = ("drifting", "isolated_needles", "near_equal_needles")  # of recall with a geometry
 PROTOCOLS = ("hipexp",)
 MOST = 2**31  # of anything counted, tokens above all
 OFFLOADS = ("none",)
@@ -65,6 +67,8 @@ def check_experiment(experiment: Experiment) -> None:
             f"task.dense_max_tok={experiment.task.dense_max_tok} leaves dense out beyond a length, and without a pipeline there is nothing "
             "else to time; choose a pipeline, or leave it out"
         )
+    if experiment.task.name == "recall" and (experiment.pipeline is None or not experiment.pipeline.stages):
+        raise ConfigError("task=recall measures what stages select; choose a pipeline that has some, as in +pipeline=3stage")
     if experiment.pipeline is not None:
         _check_pipeline(experiment.pipeline, experiment.model)
         _check_prefill_alone(experiment.task, experiment.pipeline)
@@ -129,7 +133,7 @@ def _check_task(task: Task) -> None:
     for name in ("length_tok", "truncate_tok", "dense_max_tok"):
         if getattr(task, name) is not None:
             _at_least(f"task.{name}", getattr(task, name), 1)
-    for name in ("subtasks", "lengths_tok", "depths", "contexts_tok", "phases"):
+    for name in ("subtasks", "lengths_tok", "depths", "contexts_tok", "phases", "divisors"):
         if getattr(task, name) is not None:
             _check_list(f"task.{name}", getattr(task, name))
     if task.lengths_tok is not None:
@@ -138,8 +142,11 @@ def _check_task(task: Task) -> None:
     if task.depths is not None:
         _all("task.depths", task.depths, lambda depth: 0 <= depth <= 1, "hold depths from 0 to 1; try [0,0.5,1]")
     _check_used(task)
-    _check_attention_alone(task)
-    if task.name != "latency":
+    if task.name == "latency":
+        _check_attention_alone(task)
+    elif task.name == "recall":
+        _check_recall(task)
+    else:
         from hipexp.suites import check_task
 
         check_task(task)
@@ -162,9 +169,25 @@ def _check_attention_alone(task: Task) -> None:
     _all("task.contexts_tok", task.contexts_tok or [MOST], lambda n: least <= n <= MOST, f"hold numbers of keys from {least} to {MOST}")
 
 
+def _check_recall(task: Task) -> None:
+    from hipexp.suites import infbench
+
+    _all("task.divisors", task.divisors or [1], lambda n: n >= 1, "hold whole numbers from 1; try [1,4,8]")
+    _all("task.contexts_tok", task.contexts_tok or [MOST], lambda n: 1 <= n <= MOST, f"hold numbers of tokens up to {MOST}")
+    infbench.check_wording(task.wording)
+    if task.geometry is None:
+        _refuse_set(task, ("dtype", "layer"), "is for keys without a model; name a task.geometry, or leave it out")
+        infbench.check_subtasks(task.subtasks or [])
+        return
+    read_geometry(task.geometry)
+    _one_of("task.dtype", task.dtype, DTYPES)
+    for text in task.subtasks or TEXTS:
+        _one_of("task.subtasks", text, TEXTS)
+
+
 def _check_prefill_alone(task: Task, pipeline: Pipeline) -> None:
     """The last queries of a prompt begin where a query block does."""
-    if task.geometry is None or "prefill" not in (task.phases or PHASES) or not pipeline.stages:
+    if task.name != "latency" or task.geometry is None or "prefill" not in (task.phases or PHASES) or not pipeline.stages:
         return
     block = pipeline.stages[0].query_block_tok
     for number, context in enumerate(task.contexts_tok or []):

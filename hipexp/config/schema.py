@@ -221,6 +221,7 @@ class Task:
     ``dtype``        its number format; ``auto`` is bfloat16 on a GPU, float32 on a CPU
     ``contexts_tok`` its numbers of keys; None is 131072
     ``phases``       ``decode`` and ``prefill`` (of the last ``queries_tok`` queries); None is both
+    ``divisors``     of the recall task: every stage keeps so many times less; None is 1, 4 and 8
     ``layer``        the layer whose groups apply, in a model of 32 or more; None is a layer without any
     ``protocol``     whose prompts: ``hipexp`` are our own words, never an official score
     ``wording``      ``default``, or ``heldout``: a noise text and a wording that the embedded model never saw in training
@@ -243,6 +244,7 @@ class Task:
     phases: list[str] | None = None
     queries_tok: int = 1024
     layer: int | None = None
+    divisors: list[int] | None = None
     protocol: str = "hipexp"
     wording: str = "default"
     batch: int = 1

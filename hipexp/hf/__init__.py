@@ -1,7 +1,8 @@
 """The only importer of transformers: loading, installing a pipeline into a model, generating with it."""
 
+from hipexp.hf.activations import activations
 from hipexp.hf.install import install
 from hipexp.hf.load import Loaded, load, load_tokenizer
 from hipexp.hf.loop import Generation, generate
 
-__all__ = ["Generation", "Loaded", "generate", "install", "load", "load_tokenizer"]
+__all__ = ["Generation", "Loaded", "activations", "generate", "install", "load", "load_tokenizer"]

@@ -12,9 +12,9 @@ import torch
 from hipexp_kernels.score_chunks.probes import probe_step
 from torch import Tensor
 
-from hipexp.attention import LayerAttention, Memory, Selection
+from hipexp.attention import LayerAttention, Memory
 from hipexp.attention.inputs import Geometry, Inputs, drifting
-from hipexp.attention.recall import attention_mass
+from hipexp.attention.recall import attention_mass, chosen_tokens, fixed_tokens, logits_at_one_distance
 from hipexp.attention.rope import RopeTables
 from hipexp.cache.summaries import PIECE_TOK
 from hipexp.config.schema import LayerPlan, Pipeline, Representative, Stage
@@ -157,26 +157,22 @@ def recall_of(attention: LayerAttention, layers: list[Inputs], step: int = 0) ->
     """What a full refresh selects at a decode step, over all heads of all layers: the mass that is always attended to (``fixed``), the
     share of the rest that is selected (``recall``, mean and 5th percentile), and that in parts of the best possible (``oracle_ratio``).
 
-    Measured at the distance at which the stages score (see :func:`hipexp.attention.recall.attention_mass`). Empty for a pipeline that
-    selects nothing, and where nothing has to be left out.
+    Measured at the distance at which the stages score. Empty for a pipeline that selects nothing, and where nothing has to be left out.
     """
     plan, found = attention.plan, []
     if not plan.decode:
         return {}
     distance = max(0, plan.window_tok - plan.decode[0].chunk_tok)
     for layer in layers:
-        q, position, memory = layer.queries(step), layer.keys.shape[1] - 1, Memory()
-        attention(q[:, None], layer.keys, layer.values, position, memory)
+        q, n_tok, memory = layer.queries(step), layer.keys.shape[1], Memory()
+        attention(q[:, None], layer.keys, layer.values, n_tok - 1, memory)
         if not memory.lists:
             return {}
-        selection = Selection(*memory.lists[len(plan.decode)])
+        starts, counts = memory.lists[len(plan.decode)]
+        chosen = chosen_tokens(starts[:, 0], counts[:, 0], plan.decode[-1].chunk_tok, n_tok)
         assert attention.tables is not None
-        found.append(
-            attention_mass(
-                q, layer.keys, selection, position, block_tok=plan.decode[-1].chunk_tok, sink_tok=plan.sink_tok,
-                window_tok=plan.window_tok, scale=attention.scale, table=attention.tables.upto(distance + 1), distance_tok=distance,
-            )
-        )  # fmt: skip
+        logits = logits_at_one_distance(q, layer.keys, attention.scale, attention.tables.upto(distance + 1), distance)
+        found.append(attention_mass(logits, chosen, fixed_tokens(n_tok, plan.sink_tok, max(0, n_tok - plan.window_tok), q.device)))
     recall = torch.cat([mass.recall for mass in found])
     return {
         "fixed": float(torch.cat([mass.fixed for mass in found]).mean()),

@@ -28,14 +28,24 @@ def key_of(experiment: Experiment) -> str:
     Raises ``ConfigError`` for a model path that is nothing, ``DataMissing`` for a hub model that cannot be reached.
     """
     if experiment.task.geometry is not None:
-        from hipexp.run import attention_point
+        return _key_without_a_model(experiment)
+    from hipexp.run import recall
 
-        alone = dataclasses.replace(experiment, model=Model(path=""), task=attention_point.filled(experiment.task))
-        return run_key(alone, model_revision="", extra={"machine": machine()})
     trained_tok = facts_of(experiment.model).trained_tok
     model = dataclasses.replace(experiment.model, dtype=dtype_of(experiment.model), trained_tok=trained_tok)
-    told = dataclasses.replace(experiment, model=model, task=filled(experiment.task, trained_tok))
+    task = recall.filled(experiment.task, trained_tok) if experiment.task.name == "recall" else filled(experiment.task, trained_tok)
+    told = dataclasses.replace(experiment, model=model, task=task)
     return run_key(told, model_revision=model_revision(experiment.model), extra=data_identity(experiment))
+
+
+def _key_without_a_model(experiment: Experiment) -> str:
+    """The run key of a task with a geometry: times depend on the machine, recall does not."""
+    from hipexp.run import attention_point, recall
+
+    timed = experiment.task.name == "latency"
+    task = attention_point.filled(experiment.task) if timed else recall.filled(experiment.task, None)
+    alone = dataclasses.replace(experiment, model=Model(path=""), task=task)
+    return run_key(alone, model_revision="", extra={"machine": machine()} if timed else {})
 
 
 def data_identity(experiment: Experiment) -> dict[str, Any]:

@@ -121,9 +121,9 @@ def _run(experiment: Experiment, ledger: Ledger, load: Load | None, say: Say) ->
     ledger.status("running")
     ledger.write("config.yaml", environment.to_yaml(resolved(experiment)))
     if experiment.task.geometry is not None:
-        from hipexp.run import attention_point
+        from hipexp.run import attention_point, recall
 
-        job = attention_point.job(experiment)
+        job = attention_point.job(experiment) if experiment.task.name == "latency" else recall.job(experiment, None)
     else:
         job = model_job(experiment, ledger, load)
     ledger.keep(job.points)
@@ -145,7 +145,7 @@ def _run(experiment: Experiment, ledger: Ledger, load: Load | None, say: Say) ->
 
 def model_job(experiment: Experiment, ledger: Ledger, load: Load | None) -> Job:
     """The run of an experiment with a model, which is loaded here."""
-    from hipexp.run import latency
+    from hipexp.run import latency, recall
 
     facts = facts_of(experiment.model)
     check_layers(experiment, facts)
@@ -153,6 +153,8 @@ def model_job(experiment: Experiment, ledger: Ledger, load: Load | None) -> Job:
         open_suite_for(experiment, load_tokenizer(experiment.model), facts.trained_tok)  # refuses lengths before any weights load
     loaded = (load or load_model)(experiment.model)
     check_unchanged(experiment, ledger.key)
+    if experiment.task.name == "recall":
+        return recall.job(experiment, loaded)
     suite = open_suite_for(experiment, loaded.tokenizer, loaded.trained_tok)
     strategy = describe(experiment.pipeline, loaded.n_layers)
     card = card_of(experiment, suite.card() if suite else latency.card(experiment), loaded) | {"strategy": strategy}
@@ -196,11 +198,14 @@ def open_suite_for(experiment: Experiment, tokenizer: Any, trained_tok: int) -> 
 
     Raises ``ConfigError`` for a length that is too short for a sample's frame.
     """
-    from hipexp.run import latency
+    from hipexp.run import latency, recall
     from hipexp.suites import open_suite
 
     if experiment.task.name == "latency":
         latency.check_lengths(experiment, LineEncoder(tokenizer), trained_tok)
+        return None
+    if experiment.task.name == "recall":
+        recall.check_lengths(experiment, LineEncoder(tokenizer), trained_tok)
         return None
     return open_suite(experiment.task, LineEncoder(tokenizer), trained_tok, experiment.seed)
 
@@ -392,6 +397,10 @@ def token_bar(total: int) -> Iterator[TokenBar]:
 def report(experiment: Experiment, folder: Path, overrides: Sequence[str] | None = None) -> str:
     """What the finished run in ``folder`` says on the terminal: its scores with the protocol beside each, and the dense ones."""
     summary = read_json(folder / "summary.json")
+    if experiment.task.name == "recall":
+        from hipexp.run import recall
+
+        return recall.table(summary)
     if experiment.task.geometry is not None:
         from hipexp.run import attention_point
 

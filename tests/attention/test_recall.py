@@ -1,16 +1,18 @@
 """The share of attention that a selection holds, against sums over tokens by hand."""
 
 import torch
+from hipexp_kernels.rope import rotate
 
-from hipexp.attention.recall import attention_mass
-from hipexp.attention.selection import Selection
+import brute
+from hipexp.attention.recall import attention_mass, chosen_tokens, fixed_tokens, logits_at_one_distance, logits_in_place
 
 
-def measured(blocks, counts, H=4, K=2, T=50, D=8, **sizes):
+def measured(blocks, counts, H=4, K=2, T=50, D=8):
     torch.manual_seed(0)
-    q, k = torch.randn(H, D), torch.randn(K, T + 9, D)  # keys after the query are not seen
-    selection = Selection(torch.tensor(blocks)[:, None], torch.tensor(counts)[:, None])
-    made = attention_mass(q, k, selection, T - 1, block_tok=4, sink_tok=3, window_tok=10, scale=0.4)
+    q, k = torch.randn(H, D), torch.randn(K, T, D)
+    chosen = chosen_tokens(torch.tensor(blocks), torch.tensor(counts), 4, T)
+    logits = logits_at_one_distance(q, k, 0.4, None, 0)
+    made = attention_mass(logits, chosen, fixed_tokens(T, 3, T - 10, q.device))
     weights = torch.stack([torch.softmax(k[h // (H // K), :T] @ q[h] * 0.4, 0) for h in range(H)])
     return made, weights
 
@@ -22,7 +24,8 @@ def test_one_list_for_all_heads():
     torch.testing.assert_close(made.selected, weights[:, chosen].sum(1))
     best = weights[:, 3:40].sort(descending=True).values[:, :10].sum(1)
     torch.testing.assert_close(made.oracle, best)
-    torch.testing.assert_close(made.recall, weights[:, chosen].sum(1) / weights[:, 3:40].sum(1))
+    torch.testing.assert_close(made.recall, (weights[:, chosen].sum(1) + 1e-4) / (weights[:, 3:40].sum(1) + 1e-4))
+    torch.testing.assert_close(made.top, torch.full((4,), 10 / 37))  # there are fewer than 64 others
 
 
 def test_a_list_for_each_head_and_nothing_selected():
@@ -35,3 +38,27 @@ def test_everything_selected_is_everything():
     made, _ = measured([list(range(3, 43, 4))], [10])
     torch.testing.assert_close(made.recall, torch.ones(4))
     torch.testing.assert_close(made.oracle_ratio, torch.ones(4))
+
+
+def test_the_heaviest_tokens():
+    logits = torch.arange(100.0)[None]  # the 64 heaviest of tokens 2 to 89 are 26 to 89
+    chosen = chosen_tokens(torch.tensor([[20, 40]]), torch.tensor([2]), 16, 100)
+    made = attention_mass(logits, chosen, fixed_tokens(100, 2, 90, logits.device))
+    assert made.top.tolist() == [(10 + 16) / 64]
+
+
+def test_positions():
+    """Dense attention rotates both sides, scoring only the query: by hand, for one head."""
+    q, k, table = torch.randn(2, 8), torch.randn(1, 20, 8), brute.rope_table(30, 8)
+    in_place, apart = logits_in_place(q, k, 0.5, table), logits_at_one_distance(q, k, 0.5, table, 7)
+    for t in range(20):
+        turned = rotate(k[0, t], table.cos[t], table.sin[t])
+        torch.testing.assert_close(in_place[:, t], rotate(q, table.cos[19], table.sin[19]) @ turned * 0.5)
+        torch.testing.assert_close(apart[:, t], rotate(q, table.cos[7], table.sin[7]) @ k[0, t] * 0.5)
+
+
+def test_a_head_with_nothing_outside_loses_nothing():
+    logits = torch.zeros(1, 100)
+    logits[:, :4] = 40.0
+    made = attention_mass(logits, torch.zeros(1, 100, dtype=torch.bool), fixed_tokens(100, 4, 90, logits.device))
+    assert made.recall.item() == made.oracle_ratio.item() == 1.0

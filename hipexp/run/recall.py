@@ -1,0 +1,347 @@
+"""``task=recall``: which part of the attention the selection holds after each stage, against dense attention and against an oracle.
+
+On activations of a model that reads retrieval prompts of its trained length, where dense attention at true positions is known to be right,
+with the budgets of all stages divided; or, with a geometry, on structured random keys of any length, at the distance of the scoring.
+Selections are those of prefill, for sampled query blocks; each is judged by some of its queries.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from hipexp.config.check import TEXTS
+from hipexp.config.schema import ConfigError, Experiment, LayerPlan, Pipeline, Task, read_geometry
+from hipexp.report.tables import text_table
+from hipexp.run.job import Job
+from hipexp.run.latency import quantile
+from hipexp.run.ledger import Ledger
+from hipexp.run.strategy import describe
+from hipexp.suites import infbench
+from hipexp.suites.sample import Encode, LineEncoder, ProtocolCard
+from hipexp.track import Trackers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hipexp.attention import LayerAttention
+    from hipexp.hf import Loaded
+
+CONTEXT_TOK = 131_072
+ROWS = 4  # queries of a block by which it is judged
+VALUES = ("mass", "oracle_ratio", "top")
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One line of ``samples.jsonl``: a query block of a text (``source``: a subtask or a generator) under divided budgets."""
+
+    source: str
+    context_tok: int
+    divisor: int
+    block: int
+
+    @property
+    def subtask(self) -> str:
+        return f"{self.source}@{self.context_tok}/{self.divisor}"
+
+
+def filled(task: Task, trained_tok: int | None) -> Task:
+    """The task with everything that it leaves open said. ``trained_tok`` None: without a model, with a geometry; imports torch then."""
+    task = dataclasses.replace(task, divisors=task.divisors or [1, 4, 8])
+    if task.geometry is None:
+        sources = list(infbench.check_subtasks(task.subtasks or []))
+        return dataclasses.replace(task, subtasks=sources, contexts_tok=task.contexts_tok or [trained_tok or 0])
+    from hipexp.run import attention_point
+
+    sources = task.subtasks or list(TEXTS)
+    return dataclasses.replace(attention_point.filled(task), phases=None, subtasks=sources, contexts_tok=task.contexts_tok or [CONTEXT_TOK])
+
+
+def points(task: Task) -> list[Point]:
+    """Every line of the run."""
+    assert task.contexts_tok is not None and task.subtasks is not None
+    return [
+        Point(source, context, divisor, block)
+        for source in task.subtasks
+        for context in sorted(task.contexts_tok)
+        for block in range(task.samples)
+        for divisor in task.divisors or []
+    ]
+
+
+def divided(pipeline: Pipeline, divisor: int) -> Pipeline:
+    """The pipeline with ``1/divisor`` of what each stage keeps, also in layer groups; sinks and window stay. Raises ConfigError."""
+
+    def less(keep_tok: int, chunk_tok: int, key: str) -> int:
+        if keep_tok % (divisor * chunk_tok):
+            raise ConfigError(
+                f"task.divisors: {divisor} does not divide {key}.keep_tok={keep_tok} into chunks of {chunk_tok}; leave it out, or keep more"
+            )
+        return keep_tok // divisor
+
+    def group(name: str) -> Any:
+        made = pipeline.layers[name]
+        stages = {
+            number: stage
+            if stage.keep_tok is None
+            else dataclasses.replace(
+                stage,
+                keep_tok=less(
+                    stage.keep_tok, stage.chunk_tok or pipeline.stages[int(number)].chunk_tok, f"pipeline.layers.{name}.stages.{number}"
+                ),
+            )
+            for number, stage in made.stages.items()
+        }
+        return dataclasses.replace(made, stages=stages)
+
+    stages = [
+        dataclasses.replace(stage, keep_tok=less(stage.keep_tok, stage.chunk_tok, f"pipeline.stages[{i}]"))
+        for i, stage in enumerate(pipeline.stages)
+    ]
+    return dataclasses.replace(pipeline, stages=stages, layers={name: group(name) for name in pipeline.layers})
+
+
+def check_lengths(experiment: Experiment, encode: Encode, trained_tok: int) -> None:
+    """Refuse lengths that hold no frame, and divisors that cut chunks. Raises ``ConfigError``."""
+    task = filled(experiment.task, trained_tok)
+    assert task.subtasks is not None and task.contexts_tok is not None and experiment.pipeline is not None
+    for number, length_tok in enumerate(task.contexts_tok):
+        for subtask in task.subtasks:
+            infbench.check_length(subtask, length_tok, encode, task.wording, f"task.contexts_tok[{number}]")
+    for divisor in task.divisors or []:
+        divided(experiment.pipeline, divisor)
+
+
+def job(experiment: Experiment, loaded: Loaded | None) -> Job:
+    """The run of a recall experiment; ``loaded`` None: of one with a geometry."""
+    experiment = dataclasses.replace(experiment, task=filled(experiment.task, loaded.trained_tok if loaded else None))
+    task, pipeline = experiment.task, experiment.pipeline
+    assert pipeline is not None, "refused by the checks"
+    where = "dense attention at true positions" if loaded else "keys at the distance of the scoring"
+    card = ProtocolCard(
+        suite="recall",
+        protocol="hipexp",
+        edition=f"attention mass of {task.samples} query blocks a text, {ROWS} queries each, {where}; keeps divided by {task.divisors}",
+        template={name: infbench.template_id(name, task.wording) for name in task.subtasks or []} if loaded else {},
+        wording=task.wording if loaded else "",
+        metric={one.subtask: "mass_recall" for one in points(task)},
+        scorer="hipexp-1: share of the mass outside sinks and window that the last stage selects, mean over heads and layers",
+        length_tok={one.subtask: one.context_tok for one in points(task)},
+        samples={one.subtask: task.samples for one in points(task)},
+        new_tok={},
+        data=f"generated prompts, seed {experiment.seed}" if loaded else f"structured random keys and queries, seed {experiment.seed}",
+        stops=[],
+        model={"trained_tok": loaded.trained_tok, "n_layers": loaded.n_layers}
+        if loaded
+        else {"geometry": task.geometry, "dtype": task.dtype},
+    ).to_dict()
+    strategy = describe(pipeline, loaded.n_layers if loaded else 1)
+    return Job([(one.subtask, one.block) for one in points(task)], card | {"strategy": strategy}, partial(measure, experiment, loaded))
+
+
+def measure(experiment: Experiment, loaded: Loaded | None, ledger: Ledger, trackers: Trackers) -> dict[str, Any]:
+    """Measure every point that is not in the ledger yet; returns the result part of the summary."""
+    import torch
+
+    from hipexp.run.point import token_bar
+
+    todo = [one for one in points(experiment.task) if not ledger.has(one.subtask, one.block)]
+    held: tuple[tuple[str, int], Any] = ("", 0), None
+    with torch.inference_mode(), token_bar(sum(one.context_tok for one in todo)) as bar:
+        for one in todo:
+            bar.set_description(f"recall {one.subtask}")
+            if held[0] != (one.source, one.context_tok):
+                held = ("", 0), None  # before the next text takes as much memory
+                held = (one.source, one.context_tok), text_of(experiment, loaded, one.source, one.context_tok)
+            row = line_of(one, held[1](one.divisor, one.block))
+            ledger.append(row)
+            trackers.log(row, {})
+            bar.advance_to(one.context_tok)
+    return result(ledger.rows)
+
+
+Stages = list[
+    dict[str, list[float]]
+]  # for each stage the values of every head: mass, oracle_ratio, top; the first one also holds ``fixed``
+Text = Callable[[int, int], dict[int, Stages]]  # divisor, number of the block -> layer -> stages
+
+
+def text_of(experiment: Experiment, loaded: Loaded | None, source: str, context_tok: int) -> Text:
+    """A text, ready to be asked for the blocks that are sampled from it."""
+    assert experiment.pipeline is not None
+    pipelines = {divisor: divided(experiment.pipeline, divisor) for divisor in experiment.task.divisors or []}
+    if loaded is None:
+        return _generated(experiment, pipelines, source, context_tok)
+    from hipexp import hf
+    from hipexp.attention.recall import logits_in_place
+
+    encode = LineEncoder(loaded.tokenizer)
+    sample = infbench.make_sample(source, 0, 1, context_tok, encode, experiment.seed, experiment.task.wording)
+    heard = hf.activations(loaded, sample.tokens)
+    layers: dict[int, dict[int, LayerAttention]] = {}
+    for divisor, pipeline in pipelines.items():
+        with hf.install(loaded.model, pipeline, loaded.trained_tok) as installed:
+            layers[divisor] = dict(installed.layers)
+
+    plans = [attention.plan for attention in layers[min(layers)].values()]
+    widest = max(plans, key=exact_tok)
+
+    def text(divisor: int, block: int) -> dict[int, Stages]:
+        out = {}
+        for i, (q, k) in heard.items():
+            attention, begin = layers[divisor][i], block_of(widest, q.shape[1], block, experiment.task)
+
+            def logits(query: Tensor, keys: Tensor, tables=attention.tables, scale=attention.scale) -> Tensor:
+                return logits_in_place(query, keys, scale, tables and tables.upto(keys.shape[1]))
+
+            size = attention.plan.stages[0].query_block_tok
+            out[i] = stages_of(attention, q[:, begin : begin + size], k, begin, logits)
+        return out
+
+    return text
+
+
+def _generated(experiment: Experiment, pipelines: dict[int, Pipeline], source: str, context_tok: int) -> Text:
+    import torch
+
+    from hipexp.attention.inputs import GENERATORS, Geometry
+    from hipexp.attention.recall import logits_at_one_distance
+    from hipexp.run.attention_latency import layer_attention
+
+    task = experiment.task
+    assert task.geometry is not None
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    geometry = Geometry(*read_geometry(task.geometry), getattr(torch, task.dtype))
+    made = GENERATORS[source](geometry, context_tok, seed=experiment.seed, device=device)
+    layers = {divisor: layer_attention(pipeline, geometry, device, task.layer) for divisor, pipeline in pipelines.items()}
+    widest = layers[min(layers)].plan
+    size = widest.stages[0].query_block_tok
+    queries = made.prefill_queries(context_tok // 2 // size * size)
+
+    def text(divisor: int, block: int) -> dict[int, Stages]:
+        attention, plan = layers[divisor], layers[divisor].plan
+        distance, begin = max(0, plan.window_tok - plan.stages[0].chunk_tok), block_of(widest, context_tok, block, task)
+
+        def logits(query: Tensor, keys: Tensor) -> Tensor:
+            assert attention.tables is not None
+            return logits_at_one_distance(query, keys, attention.scale, attention.tables.upto(distance + 1), distance)
+
+        own = queries[:, begin - (context_tok - queries.shape[1]) :][:, :size]
+        return {0: stages_of(attention, own, made.keys, begin, logits)}
+
+    return text
+
+
+def exact_tok(plan: LayerPlan) -> int:
+    """How many tokens sinks, window and selection hold."""
+    return plan.sink_tok + plan.window_tok + plan.stages[-1].keep_tok
+
+
+def block_of(plan: LayerPlan, n_tok: int, number: int, task: Task) -> int:
+    """Where the sampled query block ``number`` begins: they are spread over what is pruned, at most the second half, and end with it."""
+    size = plan.stages[0].query_block_tok
+    exact = exact_tok(plan)
+    first, last = -(-max(exact, n_tok // 2) // size), n_tok // size - 1
+    if last < first:
+        raise ConfigError(f"of {n_tok} tokens nothing is pruned: sinks, window and selection hold {exact}; use longer texts or keep less")
+    return (first + (last - first) * (number + 1) // task.samples) * size
+
+
+def stages_of(attention: LayerAttention, own: Tensor, k: Tensor, begin: int, logits: Callable[[Tensor, Tensor], Tensor]) -> Stages:
+    """What each stage holds for the queries ``own`` ``[H, n, D]`` of the block at ``begin``, over raw keys ``[K, T, D]``.
+
+    ``logits(query, keys)`` are those that count, of a query over the keys it sees.
+    """
+    import torch
+
+    from hipexp.attention import Memory
+    from hipexp.attention.blocks import QueryBlocks
+    from hipexp.attention.methods import METHODS
+    from hipexp.attention.recall import attention_mass, chosen_tokens, fixed_tokens
+
+    plan, tables = attention.plan, attention.tables
+    size = plan.stages[0].query_block_tok
+    memory, blocks = Memory(), QueryBlocks.cut(own, begin, size)
+    assert tables is not None, "a layer without RoPE has no strategy to measure"
+    METHODS[attention.method](plan, plan.stages, blocks, k[:, : begin + own.shape[1]], tables, memory)
+    out: Stages = [{name: [] for name in (*VALUES, "fixed")} for _ in plan.stages]
+    for row in range(own.shape[1] // (2 * ROWS), own.shape[1], max(1, own.shape[1] // ROWS)):
+        seen = begin + row + 1
+        heavy = logits(own[:, row], k[:, :seen])
+        for i, stage in enumerate(out):
+            starts, counts = memory.lists[i + 1]
+            part = row // (size // starts.shape[1])  # a stage may cut the block into smaller ones
+            first = begin + part * (size // starts.shape[1])
+            fixed = fixed_tokens(seen, plan.sink_tok, max(0, first - plan.window_tok + 1), k.device)
+            chunk = plan.stages[min(i + 1, len(plan.stages) - 1)].chunk_tok
+            mass = attention_mass(heavy, chosen_tokens(starts[:, part], counts[:, part], chunk, seen), fixed)
+            for name, value in (("mass", mass.recall), ("oracle_ratio", mass.oracle_ratio), ("top", mass.top), ("fixed", mass.fixed)):
+                stage[name].append(value.tolist())
+    return [{name: torch.tensor(values).mean(0).tolist() for name, values in stage.items()} for stage in out]
+
+
+def line_of(one: Point, layers: dict[int, Stages]) -> dict[str, Any]:
+    """The line of ``samples.jsonl`` of a block; ``layers`` holds every layer, stage and head (means over the block's queries)."""
+    score = 100 * statistics.fmean(value for stages in layers.values() for value in stages[-1]["mass"])
+    rounded = {
+        str(i): [{name: [round(value, 5) for value in values] for name, values in stage.items()} for stage in stages]
+        for i, stages in layers.items()
+    }
+    return {
+        "subtask": one.subtask, "sample": one.block, "prediction": "", "references": [], "score": round(score, 3),
+        "context_tok": one.context_tok, "new_tok": 0, "removed_tok": 0, "prefill_ms": 0.0, "decode_ms": None, "status": "done",
+        "length_tok": one.context_tok, "peak_bytes": 0, "exact": False, "traffic": {}, "recall": round(score / 100, 5), "layers": rounded,
+    }  # fmt: skip
+
+
+def result(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """``recall``: by text and divisor, by stage: mean and 5th percentile over heads, layers and blocks; and of the last stage by layer."""
+    scores: dict[str, dict[str, Any]] = {}
+    recall: dict[str, Any] = {}
+    for name in dict.fromkeys(row["subtask"] for row in rows):
+        mine = [row for row in rows if row["subtask"] == name]
+        score = statistics.fmean(row["score"] for row in mine)
+        scores[name] = {"metric": "mass_recall", "score": round(score, 2), "n": len(mine)}
+        n_stages = len(next(iter(mine[0]["layers"].values())))
+        recall[name] = {
+            "fixed": spread([value for stages in _layers(mine) for value in stages[-1]["fixed"]]),
+            "stages": [
+                {value: spread([x for stages in _layers(mine) for x in stages[i][value]]) for value in VALUES} for i in range(n_stages)
+            ],
+            "layers": {
+                layer: {"mass": spread([x for row in mine for x in row["layers"][layer][-1]["mass"]])} for layer in mine[0]["layers"]
+            },
+        }
+    average = round(statistics.fmean(cell["score"] for cell in scores.values()), 2)
+    empty: dict[str, Any] = {"protocol": "hipexp", "note": "", "exact": False, "latency": {}, "memory": {"peak_bytes": 0}, "traffic": {}}
+    return {"scores": scores, "average": average, "recall": recall} | empty
+
+
+def _layers(rows: list[dict[str, Any]]) -> Iterator[Stages]:
+    return (stages for row in rows for stages in row["layers"].values())
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Mean and 5th percentile."""
+    return {"mean": round(statistics.fmean(values), 4), "p5": round(quantile(values, 0.05), 4)}
+
+
+def table(summary: dict[str, Any]) -> str:
+    """What each stage holds, by text and divisor."""
+    cells = []
+    for name, found in summary["recall"].items():
+        for i, stage in enumerate(found["stages"]):
+            last = found["fixed"]["mean"] if i == 0 else None
+            values = [stage[value][part] for value in VALUES for part in ("mean", "p5")]
+            cells.append([name if i == 0 else "", i, summary["scores"][name]["n"] if i == 0 else None, last, *values])
+    shown = [[f"{cell:.3f}" if isinstance(cell, float) else cell for cell in row] for row in cells]
+    header = ["text/divisor", "stage", "blocks", "sinks+window", "mass", "p5", "of oracle", "p5", "top 64", "p5"]
+    words = (
+        "mass: share of the attention outside sinks and window that is still selected after the stage; of oracle: in parts of what the\n"
+        "heaviest tokens of each head hold, as many; top 64: share of the 64 heaviest. Means over heads, layers, blocks; 5th percentiles"
+    )
+    return text_table(header, shown, left=1) + "\n" + words

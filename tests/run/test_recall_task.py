@@ -1,0 +1,120 @@
+"""``task=recall``: what is sampled, stored and told, with and without a model; budgets that are divided."""
+
+import pytest
+import torch
+
+from hipexp.config.compose import compose
+from hipexp.config.schema import ConfigError
+from hipexp.run import recall
+from hipexp.run.identity import key_of
+from hipexp.run.ledger import read_json, read_rows
+from hipexp.run.point import check_point, execute, report
+
+STAGES = (
+    "pipeline.stages=[{chunk_tok:32,keep_tok:256,query_block_tok:64,query_stride_tok:4},"
+    "{chunk_tok:8,keep_tok:128,query_block_tok:32,query_stride_tok:1}]"
+)
+SMALL = [
+    "+pipeline=2stage",
+    STAGES,
+    "pipeline.sink_tok=32",
+    "pipeline.window_tok=64",
+    "task=recall",
+    "task.samples=2",
+    "task.divisors=[1,2]",
+]
+ALONE = [*SMALL, "pipeline.layers.early.range=''", "task.geometry=4/2/16", "task.contexts_tok=[1024]"]
+
+
+@pytest.fixture(autouse=True)
+def runs(monkeypatch, tmp_path):
+    monkeypatch.setenv("HIPEXP_RUNS", str(tmp_path / "runs"))
+
+
+def test_of_the_embedded_model():
+    one = compose([*SMALL, "task.subtasks=[passkey]", "task.contexts_tok=[600]"])
+    check_point(one)
+    folder = execute(one)
+    rows = read_rows(folder)
+    assert [(row["subtask"], row["sample"]) for row in rows] == [(f"passkey@600/{d}", b) for b in (0, 1) for d in (1, 2)]
+    assert set(rows[0]["layers"]) == {"0", "1", "2", "3", "4"}
+    assert all(len(stage["mass"]) == 4 for stages in rows[0]["layers"].values() for stage in stages)
+    summary = read_json(folder / "summary.json")
+    found = summary["recall"]["passkey@600/1"]
+    first, last = found["stages"]
+    assert 0 < last["mass"]["mean"] <= first["mass"]["mean"] <= 1 and last["mass"]["p5"] <= last["mass"]["mean"]
+    assert found["stages"][1]["mass"]["mean"] > summary["recall"]["passkey@600/2"]["stages"][1]["mass"]["mean"]
+    assert summary["scores"]["passkey@600/1"]["score"] == pytest.approx(100 * last["mass"]["mean"], abs=0.02)
+    assert "passkey@600/2" in report(one, folder)
+
+
+def test_without_a_model_and_resumed():
+    one = compose(ALONE)
+    folder = execute(one)
+    lines = (folder / "samples.jsonl").read_text().splitlines(keepends=True)
+    assert folder.name.startswith("4-2-16_2stage") and len(lines) == 3 * 2 * 2
+    (folder / "samples.jsonl").write_text("".join(lines[:5]))
+    (folder / "status.json").unlink()
+    execute(one)
+    assert (folder / "samples.jsonl").read_text() == "".join(lines)
+    assert key_of(one) == key_of(compose([*ALONE, "model.dtype=float16"])) != key_of(compose([*ALONE, "seed=1"]))
+
+
+def test_everything_kept_is_everything():
+    """Stages that keep all candidates hold all of the mass, and all of what the oracle holds."""
+    keep_all = STAGES.replace("keep_tok:256", "keep_tok:1024").replace("keep_tok:128", "keep_tok:1024")
+    with pytest.raises(ConfigError, match="nothing is pruned"):
+        execute(compose([word if word != STAGES else keep_all for word in ALONE]))
+    wide = [word if word != STAGES else STAGES.replace("keep_tok:256", "keep_tok:1024") for word in ALONE]
+    summary = read_json(execute(compose([*wide, "task.divisors=[1]"])) / "summary.json")
+    for found in summary["recall"].values():
+        assert found["stages"][0]["mass"] == {"mean": 1.0, "p5": 1.0} == found["stages"][0]["oracle_ratio"]
+        assert found["stages"][1]["mass"]["mean"] < 1
+
+
+def test_against_a_sum_over_tokens():
+    """The mass of the last stage of one block, from the selection that prefill makes, token by token."""
+    from hipexp.attention.blocks import QueryBlocks
+    from hipexp.attention.inputs import Geometry, drifting
+    from hipexp.attention.methods import hip
+    from hipexp.attention.recall import logits_at_one_distance
+    from hipexp.run.attention_latency import layer_attention
+
+    pipeline, geometry = compose(SMALL).pipeline, Geometry(4, 2, 16)
+    made, begin = drifting(geometry, 640), 576
+    attention = layer_attention(pipeline, geometry, torch.device("cpu"))
+    own = made.prefill_queries(64)
+    stages = recall.stages_of(attention, own, made.keys, begin, lambda q, k: logits_at_one_distance(q, k, 0.25, None, 0))
+    chosen = hip.select(attention.plan, attention.plan.stages, QueryBlocks.cut(own, begin, 64), made.keys, attention.tables, None)
+    for head in range(4):
+        shares = []
+        for row in range(8, 64, 16):
+            weights = torch.softmax(0.25 * made.keys[head // 2, : begin + row + 1] @ own[head, row], 0)
+            first = begin + row // 32 * 32
+            outside = range(32, first - 63)
+            blocks = chosen.blocks[0, row // 32, : chosen.counts[0, row // 32]].tolist()
+            inside = [t for start in blocks for t in range(start, start + 8) if t in outside]
+            shares.append(float((weights[inside].sum() + 1e-4) / (weights[list(outside)].sum() + 1e-4)))
+        assert stages[-1]["mass"][head] == pytest.approx(sum(shares) / 4, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["task=recall"], "task=recall measures what stages select; choose a pipeline that has some"),
+        (["+pipeline=streaming", "task=recall"], "choose a pipeline that has some"),
+        ([*ALONE, "task.subtasks=[passkey]"], "task.subtasks=passkey is unknown; use drifting or isolated_needles"),
+        ([*SMALL, "task.layer=2"], "task.layer=2 is for keys without a model; name a task.geometry, or leave it out"),
+        ([*SMALL, "task.divisors=[0]"], r"task.divisors=\[0\] must hold whole numbers from 1"),
+    ],
+)
+def test_refusals(words, message):
+    with pytest.raises(ConfigError, match=message):
+        compose(words)
+
+
+def test_budgets_that_cannot_be_divided():
+    with pytest.raises(ConfigError, match=r"task.divisors: 3 does not divide pipeline.stages\[0\].keep_tok=256 into chunks of 32"):
+        check_point(compose([*SMALL, "task.divisors=[3]"]))
+    early = recall.divided(compose(["+pipeline=3stage"]).pipeline, 8)
+    assert [stage.keep_tok for stage in early.stages] == [4096, 1024, 256] and early.layers["early"].stages["2"].keep_tok == 512
