@@ -106,11 +106,13 @@ class ScoreRotation:
         return torch.where((token_SNC > first - near) | (last < self.trained_tok), token_SNC, grouped).clamp(min=0)
 
 
-def paired(x: Tensor, table: RopeTable) -> Tensor:
+def paired(x: Tensor, table: RopeTable, out: Tensor | None = None) -> Tensor:
     """``x`` ``[..., D]`` (fp32) as complex numbers ``[..., D/2]``: dimension ``t`` with the one it is rotated with, others two by two."""
     half = table.cos.shape[1]
+    if 2 * half == x.shape[-1]:
+        return torch.complex(x[..., :half], x[..., half:], out=out)
     z = torch.complex(x[..., :half], x[..., half : 2 * half])
-    return z if 2 * half == x.shape[-1] else torch.cat([z, torch.complex(x[..., 2 * half :: 2], x[..., 2 * half + 1 :: 2])], -1)
+    return torch.cat([z, torch.complex(x[..., 2 * half :: 2], x[..., 2 * half + 1 :: 2])], -1, out=out)
 
 
 def turn(z: Tensor, factor: Tensor, scratch: bool = False) -> Tensor:

@@ -1,33 +1,51 @@
-"""Keys or values of all heads as rows of one matrix, so that one ``index_select`` gathers for every head."""
+"""Keys or values of all heads as rows of one matrix, so that one ``index_select`` gathers for every head; memory for what is gathered."""
 
 from __future__ import annotations
+
+import threading
+from math import prod
 
 import torch
 from torch import Tensor
 
 from hipexp_kernels.rope import RopeTable, paired
 
+_HELD = threading.local()  # what each thread has
+
+
+def scratch(purpose: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Memory of ``shape`` that the next call for the same ``purpose`` uses again: new memory costs more than what is written into it.
+
+    On the device of ``like``, in its number format if ``dtype`` is None. As much as was ever asked for is held.
+    """
+    held: dict[tuple, Tensor] = _HELD.__dict__.setdefault("buffers", {})
+    key = purpose, dtype or like.dtype, like.device
+    if key not in held or held[key].numel() < prod(shape):
+        with torch.inference_mode(False):  # usable within and outside
+            held[key] = torch.empty(prod(shape), dtype=dtype or like.dtype, device=like.device)
+    return held[key][: prod(shape)].view(shape)
+
 
 class Rows:
-    """Tokens ``[K, T, D]`` as rows ``[*, D]``: a view, if every head's tokens lie one after the other."""
+    """Tokens ``[K, T, D]`` as rows ``[*, D]``: a view, if every head's tokens lie one after the other.
 
-    def __init__(self, x: Tensor):
+    ``purpose``: of the memory for what is gathered (see :func:`scratch`).
+    """
+
+    def __init__(self, x: Tensor, purpose: str):
         K, T, D = x.shape
         if x.stride(2) != 1 or x.stride(1) != D or x.stride(0) % D:
             x = x.contiguous()
         head = x.stride(0) // D
-        self.n_tok = T
+        self.n_tok, self.purpose = T, purpose
         self.rows = x.as_strided(((K - 1) * head + T, D), (D, 1))
         self.heads = head * torch.arange(K, device=x.device)  # the row of each head's first token
-        self.buffer = self.rows[:0]
 
     def gather(self, token: Tensor, heads: slice = slice(None)) -> Tensor:
         """Rows ``[K, ..., D]`` at ``token`` ``[K or 1, ...]``, in memory that the next call uses again."""
         row = token + self.heads[heads].view(-1, *[1] * (token.ndim - 1))
-        n_rows, width = row.numel(), self.rows.shape[1]
-        if len(self.buffer) < n_rows:
-            self.buffer = self.rows.new_empty(n_rows, width)
-        return torch.index_select(self.rows, 0, row.flatten(), out=self.buffer[:n_rows]).view(*row.shape, width)
+        out = scratch(self.purpose, (row.numel(), self.rows.shape[1]), self.rows)
+        return torch.index_select(self.rows, 0, row.flatten(), out=out).view(*row.shape, -1)
 
 
 class KeyRows(Rows):
@@ -36,9 +54,9 @@ class KeyRows(Rows):
     ``once``: all keys are converted now, otherwise each time what was gathered.
     """
 
-    def __init__(self, k: Tensor, table: RopeTable | None, once: bool):
+    def __init__(self, k: Tensor, table: RopeTable | None, once: bool, purpose: str):
         self.table, self.once = table, once
-        super().__init__(self.convert(k) if once else k)
+        super().__init__(self.convert(k) if once else k, purpose)
 
     def convert(self, x: Tensor) -> Tensor:
         """Any keys or queries ``[..., D]`` in that form."""
@@ -46,4 +64,7 @@ class KeyRows(Rows):
 
     def gather(self, token: Tensor, heads: slice = slice(None)) -> Tensor:
         keys = super().gather(token, heads)
-        return keys if self.once else self.convert(keys)
+        if self.once or self.table is None:
+            return keys if self.once else keys.float()
+        pairs = scratch(f"{self.purpose}, paired", (*keys.shape[:-1], keys.shape[-1] // 2), keys, torch.complex64)
+        return paired(keys.float(), self.table, out=pairs)

@@ -1,5 +1,7 @@
 """Attention over sinks, selected blocks and window: brute force, dense equality, partition, padding."""
 
+import importlib
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 import brute
 
 IMPLS = ("reference", "vectorized")
+VECTORIZED = importlib.import_module("hipexp_kernels.attend_blocks.vectorized")
 HEADS = [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (1, 4), (2, 4), (1, 8)]  # key/value heads, query heads of each
 MODES = (None, "streaming", "infllm", "native", "dynamic")
 
@@ -68,6 +71,17 @@ def test_brute_force(impl, mode, call, partial, trained, softcap):
     width = call["q"].shape[-1]
     options = dict(mode=mode, rotary=2 * max(1, width // 4) if partial else width, trained=trained, softcap=softcap)
     compare(call, run(impl, call, **options), brute.attend_blocks(**call, **options), atol=3e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@given(call=calls(), softcap=st.sampled_from([None, 2.0]), least=st.integers(1, 40))
+def test_any_cut_of_the_keys_of_a_single_query(mode, call, softcap, least):
+    call["q"] = call["q"][:, :, :1]
+    options = dict(mode=mode, rotary=call["q"].shape[-1] // 2 * 2, trained=64, softcap=softcap)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VECTORIZED, "LEAST_TOK", least)
+        patch.setattr(VECTORIZED, "FLOATS", 1)
+        compare(call, run("vectorized", call, **options), brute.attend_blocks(**call, **options), atol=3e-5)
 
 
 def prefill(D=32, H=4, K=2, T=300, Q=16, block=8, sink=16, window=64, keep=6, seed=0):

@@ -12,6 +12,9 @@ from hipexp_kernels.merge_lse.vectorized import merge_lse
 from hipexp_kernels.rope import AttendRotation, turn
 from hipexp_kernels.rows import KeyRows, Rows
 
+# Keys in flight for a single query: few enough that they are in the cache when they are used.
+FLOATS, LEAST_TOK = 1 << 19, 64
+
 
 def attend_blocks(
     q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, counts: Tensor, first: Tensor, exact: Tensor, *,
@@ -19,8 +22,13 @@ def attend_blocks(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     H, N, Q, D = q.shape
     (K, T, _), exact = k.shape, exact.bool()
-    keys = KeyRows(k, rotation.table if rotation else None, once=T <= N * (sink_tok + blocks.shape[2] * block_tok + window_tok))
-    values = Rows(v)
+    keys = KeyRows(
+        k,
+        rotation.table if rotation else None,
+        once=T <= N * (sink_tok + blocks.shape[2] * block_tok + window_tok),
+        purpose="attended keys",
+    )
+    values = Rows(v, purpose="attended values")
     q = keys.convert(q).view(K, H // K, N, Q, -1).transpose(1, 2)
     near = (first - window_tok + 1).clamp(min=0)  # where the window begins
     selected, n_selected = _selected(blocks, counts, near, block_tok)
@@ -29,20 +37,31 @@ def attend_blocks(
     out, lse = torch.zeros_like(rows), torch.full(rows.shape[:3], float("-inf"), device=q.device)
     alone = int(Q == 1)  # a single query attends to itself with the others: no causal part is left
     prefix = _true_keys(k, int((first[exact] + alone).amax()) if exact.any() else 0, keys)
+    tile = max(LEAST_TOK, FLOATS // (K * D)) if alone else 1 << 62  # many queries are worth a product over all keys
     lists = [slice(s, s + 1) for s in range(K)] if len(blocks) > 1 else [slice(0, K)]
     for n, (start, begin, is_exact) in enumerate(zip(first.tolist(), near.tolist(), exact.tolist(), strict=True)):
         end, last = start + alone, start + Q - 1
         for s, heads in enumerate(lists):
             if is_exact:
-                tile_k, tile_v = prefix[heads, :end], v[heads, :end]
-            else:
-                sinks, window = torch.arange(min(sink_tok, begin), device=k.device), torch.arange(begin, end, device=k.device)
-                token = torch.cat([sinks, selected[s, n, : n_selected[s, n]], window])
-                tile_k, tile_v = keys.gather(token[None], heads), values.gather(token[None], heads)
-                if rotation:
-                    tile_k = turn(tile_k, rotation.keys(token, start, last, int(n_far[s, n]), window_tok), scratch=True)
-            if tile_k.shape[1]:
-                out[heads, n], lse[heads, n] = attend_all(rows[heads, n], tile_k.to(v.dtype), tile_v, scale, softcap)
+                if end:
+                    out[heads, n], lse[heads, n] = attend_all(
+                        rows[heads, n], prefix[heads, :end].to(v.dtype), v[heads, :end], scale, softcap
+                    )
+                continue
+            sinks, window = torch.arange(min(sink_tok, begin), device=k.device), torch.arange(begin, end, device=k.device)
+            token = torch.cat([sinks, selected[s, n, : n_selected[s, n]], window])
+            angle = rotation.keys(token, start, last, int(n_far[s, n]), window_tok) if rotation else None
+            parts = []
+            for at in range(0, len(token), tile):
+                some = token[None, at : at + tile]
+                tile_k = keys.gather(some, heads)
+                if angle is not None:
+                    tile_k = turn(tile_k, angle[at : at + tile], scratch=True)
+                in_window = at >= len(token) - len(window)  # one after the other: they can stay where they are
+                tile_v = v[heads, int(some[0, 0]) :][:, : some.shape[1]] if in_window else values.gather(some, heads)
+                parts.append(attend_all(rows[heads, n], tile_k.to(v.dtype), tile_v, scale, softcap))
+            if parts:
+                out[heads, n], lse[heads, n] = merge_lse(*map(list, zip(*parts, strict=True))) if len(parts) > 1 else parts[0]
     if not alone:
         own_out, own_lse = _attend_own_block(q, keys, values, first, scale, softcap)
         out, lse = merge_lse([out, own_out.view(out.shape)], [lse, own_lse.view(lse.shape)])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hipexp_kernels.rope import ScoreRotation, rotate, turn
-from hipexp_kernels.rows import KeyRows
+from hipexp_kernels.rows import KeyRows, scratch
 from hipexp_kernels.score_chunks.probes import probe_step
 from hipexp_kernels.summarize import Summaries
 
@@ -30,10 +30,10 @@ def score_chunks(
     C, limits = starts.shape[2], limits.clamp(max=T)
     q_left, q_right = rotation.queries(q, counts) if rotation else (q, q)
     scores = torch.full((K, N, C), NONE, device=k.device)
-    keys = KeyRows(k, rotation.table if rotation and rotation.turns_keys else None, once=K * T <= H * N * C)
+    keys = KeyRows(k, rotation.table if rotation and rotation.turns_keys else None, once=K * T <= H * N * C, purpose="probed keys")
     width = max(64, FLOATS // (H * max(R, D)))  # chunks at a time
     step = max(1, min(N, width // max(1, C)))  # blocks at a time
-    products = torch.empty(H * step * R * min(width, C), device=k.device)
+    products = scratch("products", (H * step * R * min(width, C),), k, torch.float32)
     for n in range(0, N, step):
         part = slice(n, n + step)
         left = _Probe(q_left[:, part], keys, _of_blocks(rotation, part), products)
@@ -104,7 +104,7 @@ def _compare(
     each = 2 * chunk_tok // summaries.piece_tok  # landmarks of a chunk
     width = max(1, min(C, FLOATS // (K * each * max(H // K * R, D))))  # chunks at a time
     step = max(1, min(N, FLOATS // (H * R * width * each)))  # blocks at a time
-    products = torch.empty(H * step * R * width * each, device=q.device)
+    products = scratch("products", (H * step * R * width * each,), q)
     for c in range(0, int(counts.amax()) if C else 0, width):
         rank = torch.arange(c, min(c + width, C), device=q.device)
         landmarks = summaries.rows.flatten(1, 2)[:, c * each : (c + len(rank)) * each].float()
