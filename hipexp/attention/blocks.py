@@ -85,7 +85,7 @@ class QueryBlocks:
     @property
     def last(self) -> Tensor:
         """Last position of each block on the grid ``[N]``, whether a query exists there or not."""
-        return self.first + self.size - 1
+        return self.first + (self.size - 1) if self.size > 1 else self.first
 
     def within(self, length: int) -> int:
         """How many of the blocks, from the first on, end before position ``length``."""

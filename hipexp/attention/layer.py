@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from hipexp_kernels import attend_blocks
@@ -64,7 +65,9 @@ class LayerAttention:
                 f"a part of a prompt begins at token {begin} (left padding not counted), inside a query block; cut prompts, and pad rows, "
                 f"by multiples of {size} tokens, or use hipexp.hf.generate"
             )
-        queries = QueryBlocks.one(q, begin, step or self.step_at(begin, q.device)) if memory else QueryBlocks.cut(q, begin, size)
+        queries = (
+            QueryBlocks.one(q, begin, step or _shared_step(*self._numbers(begin), q.device)) if memory else QueryBlocks.cut(q, begin, size)
+        )
         attended = queries if memory or not stages else queries.split(stages[-1].query_block_tok)
         n_exact = 0 if step else attended.within(self._exact_tok(stages))  # the device knows, and a selection it does not need costs little
         selection = self._select(queries, attended, n_exact, k, memory, summaries)
@@ -80,11 +83,15 @@ class LayerAttention:
 
     def step_at(self, position: int, device: torch.device) -> Step:
         """The decode step of the token at ``position``, for layers whose plans have the same sinks, window and first decode stage."""
+        return Step.at(*self._numbers(position), device)
+
+    def _numbers(self, position: int) -> tuple[int, int, bool]:
+        """Position, number of first candidates, and whether everything is attended to, of a decode step."""
         stages, plan = self.plan.decode, self.plan
         n_candidates = (
             n_first_candidates(position, plan.sink_tok, plan.window_tok - stages[0].chunk_tok, stages[0].chunk_tok) if stages else 0
         )
-        return Step.at(position, n_candidates, position < self._exact_tok(stages), device)
+        return position, n_candidates, position < self._exact_tok(stages)
 
     def _exact_tok(self, stages: list[Stage]) -> int:
         """A block that ends before this position attends to all its keys: sinks, window and final budget hold them."""
@@ -119,6 +126,12 @@ class LayerAttention:
         if self.plan.attend in (AttendRope.native, AttendRope.dynamic):
             rows = max(rows, n_keys + queries.size)
         return AttendRotation(self.plan.attend.value, self.tables.upto(rows), self.tables.trained_tok)
+
+
+@lru_cache(maxsize=256)
+def _shared_step(position: int, n_candidates: int, exact: bool, device: torch.device) -> Step:
+    """A step that layers with the same numbers share, so that they cross over to the device once. Nobody writes into it."""
+    return Step.at(position, n_candidates, exact, device)
 
 
 def _no_rope(positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -164,6 +164,10 @@ class Pipeline:
         selected = {name: select_layers(group.range, n_layers, f"pipeline.layers.{name}.range") for name, group in self.layers.items()}
         return [self.plan_layer(layer, [n for n, chosen in selected.items() if layer in chosen]) for layer in range(n_layers)]
 
+    def plan_alone(self, layer: int | None) -> LayerPlan:
+        """The plan of a layer without a model: of a ``layer`` of 32 or more, or of one to which no group applies."""
+        return self.plan_layer(0, []) if layer is None else self.plan(max(32, layer + 1))[layer]
+
     def plan_layer(self, layer: int, groups: list[str]) -> LayerPlan:
         """The plan of one layer to which ``groups`` apply, in this order."""
         stages = [_with_rope(stage, self.rope.prune) for stage in self.stages]

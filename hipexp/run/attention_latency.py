@@ -34,7 +34,7 @@ ROPE_BASE, TRAINED_TOK = 500_000.0, 131_072  # of Llama 3.1, without its frequen
 
 def layer_attention(pipeline: Pipeline, geometry: Geometry, device: torch.device, layer: int | None = None) -> LayerAttention:
     """The attention of a ``layer`` of a model of 32 or more; of one to which no layer group applies, if it is None."""
-    plan = pipeline.plan_layer(0, []) if layer is None else pipeline.plan(max(32, layer + 1))[layer]
+    plan = pipeline.plan_alone(layer)
     inverse = ROPE_BASE ** (-torch.arange(0, geometry.head_dim, 2, device=device) / geometry.head_dim)
 
     def cos_sin(positions: Tensor) -> tuple[Tensor, Tensor]:

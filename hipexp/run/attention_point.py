@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from hipexp.config.schema import Experiment, Task, read_geometry
+from hipexp.config.schema import Experiment, Pipeline, Task, read_geometry
 from hipexp.report.tables import text_table
 from hipexp.run.job import Job
 from hipexp.run.ledger import Ledger
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from hipexp.attention.inputs import Inputs
 
 CONTEXT_TOK, PHASES = 131_072, ("decode", "prefill")
-LAYERS_OF_A_MODEL = 32  # of which ``task.layer`` is one
 DENSE_CALLS = 5  # of each dense contestant in a round
 GPU_LAYERS = 8  # their selected keys together exceed the cache; on a CPU the keys of one layer do
 
@@ -70,11 +69,7 @@ def measurements(task: Task) -> list[Measurement]:
 def job(experiment: Experiment) -> Job:
     """The run of an experiment whose task has a geometry."""
     experiment = dataclasses.replace(experiment, task=filled(experiment.task))
-    task, pipeline = experiment.task, experiment.pipeline
-    strategy = ["attention: dense, every token"]
-    if pipeline is not None:
-        plan = pipeline.plan_layer(0, []) if task.layer is None else pipeline.plan(max(LAYERS_OF_A_MODEL, task.layer + 1))[task.layer]
-        strategy = [f"attention: {pipeline.name or 'unnamed'} ({pipeline.method}), one layer", *describe_layers([plan])]
+    task = experiment.task
     card = ProtocolCard(
         suite="latency",
         protocol="hipexp",
@@ -92,13 +87,21 @@ def job(experiment: Experiment) -> Job:
         model={"geometry": task.geometry, "dtype": task.dtype, "layer": task.layer, "n_layers": 1},
     ).to_dict()
     todo = [(one.subtask, one.repeat) for one in measurements(task)]
-    return Job(todo, card | {"strategy": strategy}, partial(measure, experiment))
+    return Job(todo, card | {"strategy": strategy_of(experiment.pipeline, task.layer)}, partial(measure, experiment))
+
+
+def strategy_of(pipeline: Pipeline | None, layer: int | None) -> list[str]:
+    """What attention does in a ``layer``, or in one without layer groups, in words."""
+    if pipeline is None:
+        return ["attention: dense, every token"]
+    return [f"attention: {pipeline.name or 'unnamed'} ({pipeline.method}), one layer", *describe_layers([pipeline.plan_alone(layer)])]
 
 
 def measure(experiment: Experiment, ledger: Ledger, trackers: Trackers) -> dict[str, Any]:
     """Measure everything that is not in the ledger yet; returns the result part of the summary."""
     import torch
 
+    from hipexp.hf.memory import PeakMemory
     from hipexp.run.contestants import memory_bandwidth
     from hipexp.run.point import token_bar
 
@@ -112,8 +115,9 @@ def measure(experiment: Experiment, ledger: Ledger, trackers: Trackers) -> dict[
             if not made or made[0].keys.shape[1] != one.context_tok:
                 made.clear()  # before the next ones take as much memory
                 made += inputs(experiment, one.context_tok, device)
-            rows = measured(experiment, one, made)
-            row = line_of(one, rows)
+            memory = PeakMemory()
+            memory.start()
+            row = line_of(one, measured(experiment, one, made), memory.peak())
             ledger.append(row)
             trackers.log(row, {})
             bar.advance_to(one.context_tok)
@@ -166,13 +170,13 @@ def measured(experiment: Experiment, one: Measurement, layers: list[Inputs]) -> 
     return [row for part in parts for row in part()]
 
 
-def line_of(one: Measurement, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The line of ``samples.jsonl`` of a measurement; ``rows`` holds every contestant."""
+def line_of(one: Measurement, rows: list[dict[str, Any]], peak_bytes: int) -> dict[str, Any]:
+    """The line of ``samples.jsonl`` of a measurement; ``rows`` holds every contestant. ``peak_bytes``: of all, beside keys and values."""
     times = [row["mean_ms"] for row in rows if "mean_ms" in row]
     return {
         "subtask": one.subtask, "sample": one.repeat, "prediction": "", "references": [], "score": None, "context_tok": one.context_tok,
         "new_tok": 0, "removed_tok": 0, "prefill_ms": 0.0, "decode_ms": None, "status": "done", "length_tok": one.context_tok,
-        "impl": one.phase, "steps_ms": times, "peak_bytes": 0, "traffic": {}, "rows": rows,
+        "impl": one.phase, "steps_ms": times, "peak_bytes": peak_bytes, "traffic": {}, "rows": rows,
     }  # fmt: skip
 
 

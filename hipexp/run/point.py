@@ -59,6 +59,10 @@ def check_point(experiment: Experiment) -> None:
 
     For a model on a hub the run does it, once the files it needs are here. Raises ``ConfigError``.
     """
+    if experiment.task.name == "recall":
+        from hipexp.run import recall
+
+        recall.check_budgets(experiment)
     if experiment.task.geometry is not None:
         return
     facts, folder = check_model(experiment), model_folder(experiment.model)

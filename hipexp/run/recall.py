@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from hipexp.config.check import TEXTS
 from hipexp.config.schema import ConfigError, Experiment, LayerPlan, Pipeline, Task, read_geometry
 from hipexp.report.tables import text_table
+from hipexp.run import attention_point
 from hipexp.run.job import Job
 from hipexp.run.latency import quantile
 from hipexp.run.ledger import Ledger
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from hipexp.attention import LayerAttention
     from hipexp.hf import Loaded
 
-CONTEXT_TOK = 131_072
+CONTEXT_TOK, DIVISORS = 131_072, (1, 4, 8)
 ROWS = 4  # queries of a block by which it is judged
 VALUES = ("mass", "oracle_ratio", "top")
 
@@ -51,12 +52,10 @@ class Point:
 
 def filled(task: Task, trained_tok: int | None) -> Task:
     """The task with everything that it leaves open said. ``trained_tok`` None: without a model, with a geometry; imports torch then."""
-    task = dataclasses.replace(task, divisors=task.divisors or [1, 4, 8])
+    task = dataclasses.replace(task, divisors=task.divisors or list(DIVISORS))
     if task.geometry is None:
         sources = list(infbench.check_subtasks(task.subtasks or []))
         return dataclasses.replace(task, subtasks=sources, contexts_tok=task.contexts_tok or [trained_tok or 0])
-    from hipexp.run import attention_point
-
     sources = task.subtasks or list(TEXTS)
     return dataclasses.replace(attention_point.filled(task), phases=None, subtasks=sources, contexts_tok=task.contexts_tok or [CONTEXT_TOK])
 
@@ -106,18 +105,25 @@ def divided(pipeline: Pipeline, divisor: int) -> Pipeline:
 
 
 def check_lengths(experiment: Experiment, encode: Encode, trained_tok: int) -> None:
-    """Refuse lengths that hold no frame, and divisors that cut chunks. Raises ``ConfigError``."""
+    """Refuse lengths that hold no frame. Raises ``ConfigError``."""
     task = filled(experiment.task, trained_tok)
-    assert task.subtasks is not None and task.contexts_tok is not None and experiment.pipeline is not None
+    assert task.subtasks is not None and task.contexts_tok is not None
     for number, length_tok in enumerate(task.contexts_tok):
         for subtask in task.subtasks:
             infbench.check_length(subtask, length_tok, encode, task.wording, f"task.contexts_tok[{number}]")
-    for divisor in task.divisors or []:
+
+
+def check_budgets(experiment: Experiment) -> None:
+    """Refuse divisors that cut chunks. Needs no torch. Raises ``ConfigError``."""
+    assert experiment.pipeline is not None
+    for divisor in experiment.task.divisors or DIVISORS:
         divided(experiment.pipeline, divisor)
 
 
 def job(experiment: Experiment, loaded: Loaded | None) -> Job:
     """The run of a recall experiment; ``loaded`` None: of one with a geometry."""
+    from hipexp.run.point import card_of
+
     experiment = dataclasses.replace(experiment, task=filled(experiment.task, loaded.trained_tok if loaded else None))
     task, pipeline = experiment.task, experiment.pipeline
     assert pipeline is not None, "refused by the checks"
@@ -135,12 +141,14 @@ def job(experiment: Experiment, loaded: Loaded | None) -> Job:
         new_tok={},
         data=f"generated prompts, seed {experiment.seed}" if loaded else f"structured random keys and queries, seed {experiment.seed}",
         stops=[],
-        model={"trained_tok": loaded.trained_tok, "n_layers": loaded.n_layers}
-        if loaded
-        else {"geometry": task.geometry, "dtype": task.dtype},
-    ).to_dict()
-    strategy = describe(pipeline, loaded.n_layers if loaded else 1)
-    return Job([(one.subtask, one.block) for one in points(task)], card | {"strategy": strategy}, partial(measure, experiment, loaded))
+        model={"geometry": task.geometry, "dtype": task.dtype, "layer": task.layer},
+    )
+    todo = [(one.subtask, one.block) for one in points(task)]
+    if loaded is None:
+        full = card.to_dict() | {"strategy": attention_point.strategy_of(pipeline, task.layer)}
+    else:
+        full = card_of(experiment, card, loaded) | {"strategy": describe(pipeline, loaded.n_layers)}
+    return Job(todo, full, partial(measure, experiment, loaded))
 
 
 def measure(experiment: Experiment, loaded: Loaded | None, ledger: Ledger, trackers: Trackers) -> dict[str, Any]:
@@ -164,10 +172,10 @@ def measure(experiment: Experiment, loaded: Loaded | None, ledger: Ledger, track
     return result(ledger.rows)
 
 
-Stages = list[
-    dict[str, list[float]]
-]  # for each stage the values of every head: mass, oracle_ratio, top; the first one also holds ``fixed``
-Text = Callable[[int, int], dict[int, Stages]]  # divisor, number of the block -> layer -> stages
+# Of each stage the values of every head: mass, oracle_ratio, top, fixed.
+Stages = list[dict[str, list[float]]]
+# Divisor and number of the block -> layer -> stages.
+Text = Callable[[int, int], dict[int, Stages]]
 
 
 def text_of(experiment: Experiment, loaded: Loaded | None, source: str, context_tok: int) -> Text:
@@ -244,8 +252,8 @@ def exact_tok(plan: LayerPlan) -> int:
 def block_of(plan: LayerPlan, n_tok: int, number: int, task: Task) -> int:
     """Where the sampled query block ``number`` begins: they are spread over what is pruned, at most the second half, and end with it."""
     size = plan.stages[0].query_block_tok
-    exact = exact_tok(plan)
-    first, last = -(-max(exact, n_tok // 2) // size), n_tok // size - 1
+    exact, half = exact_tok(plan), n_tok - n_tok // 2 // size * size
+    first, last = -(-max(exact, half) // size), n_tok // size - 1
     if last < first:
         raise ConfigError(f"of {n_tok} tokens nothing is pruned: sinks, window and selection hold {exact}; use longer texts or keep less")
     return (first + (last - first) * (number + 1) // task.samples) * size

@@ -16,6 +16,7 @@ from hipexp_kernels.score_chunks.probes import probe_step
 from hipexp_kernels.summarize import Summaries
 
 FLOATS = 1 << 20  # of gathered keys or products in flight: 4 MiB, found best on two cores with 0.5 MiB of L2 each
+WHOLE_TOK = 8  # chunks no longer than this are multiplied as a whole in decode
 NONE = float("-inf")
 
 
@@ -33,11 +34,13 @@ def score_chunks(
     keys = KeyRows(k, rotation.table if rotation and rotation.turns_keys else None, once=K * T <= H * N * C, purpose="probed keys")
     width = max(64, FLOATS // (H * max(R, D)))  # chunks at a time
     step = max(1, min(N, width // max(1, C)))  # blocks at a time
-    products = scratch("products", (H * step * R * min(width, C),), k, torch.float32)
     for n in range(0, N, step):
         part = slice(n, n + step)
-        left = _Probe(q_left[:, part], keys, _of_blocks(rotation, part), products)
-        right = left if q_right is q_left else _Probe(q_right[:, part], keys, left.rotation, products)
+        of_part = _of_blocks(rotation, part)
+        right = _Probe(q_right[:, part], keys, of_part)
+        left = right if q_right is q_left else _Probe(q_left[:, part], keys, of_part)
+        at_once = representative == "descent" and R == 1 and 1 < chunk_tok <= WHOLE_TOK
+        both = _Probe(torch.cat([q_left[:, part], q_right[:, part]], 2), keys, of_part) if at_once and left is not right else right
         candidates = int(counts[:, part].amax())
         for c in range(0, candidates, width):
             rank = torch.arange(c, min(c + width, candidates), device=k.device)
@@ -45,17 +48,18 @@ def score_chunks(
             present = (rank < counts[:, part, None]) & (listed < limits[part, None])
             if not present.any():
                 continue
-            start, size = _bounds(listed, present, limits[part], chunk_tok, T)
-            best = (
-                _descend(left, right, start, size, rank, chunk_tok)
-                if representative == "descent"
-                else _scan(right, start, size, rank, chunk_tok, probe_step(representative, chunk_tok))
-            )
+            start, size = _extent(listed, present, limits[part], chunk_tok, T)
+            if representative != "descent":
+                best = _scan(right, start, size, rank, chunk_tok, probe_step(representative, chunk_tok))
+            elif at_once and isinstance(size, int):
+                best = _descend_at_once(both, start, rank, chunk_tok)
+            else:
+                best = _descend(left, right, start, size, rank, chunk_tok)
             scores[:, part, c : c + len(rank)] = best.amax(2).masked_fill_(~present, NONE)
     return scores
 
 
-def _bounds(starts: Tensor, present: Tensor, limits: Tensor, chunk_tok: int, n_keys: int) -> tuple[Tensor, Tensor | int]:
+def _extent(starts: Tensor, present: Tensor, limits: Tensor, chunk_tok: int, n_keys: int) -> tuple[Tensor, Tensor | int]:
     """First token ``[S, n or 1, 1, C]`` and size of every chunk: one number if no chunk is cut short. Absent ones become readable."""
     cut = present & (starts + chunk_tok > limits[:, None])
     if not cut.any():
@@ -82,6 +86,25 @@ def _descend(left: _Probe, right: _Probe, start: Tensor, size: Tensor | int, ran
         start = torch.where(go_left, start, start + half)
         size = torch.where(go_left, half, size - half) if isinstance(size, Tensor) else half
     return best
+
+
+def _descend_at_once(both: _Probe, start: Tensor, rank: Tensor, chunk_tok: int) -> Tensor:
+    """The same for whole chunks and one query row, left and right, with all keys of a chunk multiplied at once.
+
+    In short chunks they are fewer than the probes of all heads, and lie side by side.
+    """
+    token = (start[..., None] + torch.arange(chunk_tok, device=start.device)).flatten(-2)
+    products = both.products(token, rank.repeat_interleave(chunk_tok)).unflatten(-1, (len(rank), chunk_tok))
+    left, right = products[:, :, :, 0], products[:, :, :, -1]
+    low, best = torch.zeros(*left.shape[:-1], 1, dtype=torch.int64, device=start.device), None
+    for depth in range(chunk_tok.bit_length() - 1):
+        half = chunk_tok >> (depth + 1)
+        score_left, score_right = left.gather(-1, low + half // 2), right.gather(-1, low + half + half // 2)
+        better = torch.maximum(score_left, score_right)
+        best = better if best is None else torch.maximum(best, better)
+        low = torch.where(score_left > score_right, low, low + half)
+    assert best is not None
+    return best.squeeze(-1)
 
 
 def _scan(right: _Probe, start: Tensor, size: Tensor | int, rank: Tensor, chunk_tok: int, step: int) -> Tensor:
@@ -127,14 +150,18 @@ def _compare(
 class _Probe:
     """Scores of probed keys under the queries ``[H, n, R, D]`` of some blocks."""
 
-    def __init__(self, q: Tensor, keys: KeyRows, rotation: ScoreRotation | None, products: Tensor):
-        self.keys, self.rotation, self.products = keys, rotation if rotation and rotation.turns_keys else None, products
+    def __init__(self, q: Tensor, keys: KeyRows, rotation: ScoreRotation | None):
+        self.keys, self.rotation = keys, rotation if rotation and rotation.turns_keys else None
         q = keys.convert(q)
         q = torch.view_as_real(q).flatten(-2) if q.is_complex() else q
         self.q = q.unflatten(0, (len(keys.heads), -1)).transpose(1, 2).contiguous()
 
     def __call__(self, token: Tensor, rank: Tensor) -> Tensor:
         """Best product over the rows, ``[K, n, G, C]``, with the keys at ``token`` ``[K or 1, n or 1, G or 1, C]`` of chunks ``rank``."""
+        return self.products(token, rank).amax(3)
+
+    def products(self, token: Tensor, rank: Tensor) -> Tensor:
+        """All products ``[K, n, G, R, C]``, in memory that the next call uses again."""
         K, n, G, R, D = self.q.shape
         if self.rotation:
             at = rank if self.rotation.mode == "rank" else self.rotation.keys(token, rank)
@@ -146,9 +173,9 @@ class _Probe:
             keys = self.keys.gather(token)
         batch, C = keys.shape[:3].numel(), token.shape[3]
         rows = self.q.view(batch, -1, D)  # those that look at the same keys go into one product
-        products = self.products[: batch * rows.shape[1] * C].view(batch, -1, C)
+        products = scratch("products", (batch, rows.shape[1], C), rows)
         torch.bmm(rows, keys.view(batch, C, D).transpose(1, 2), out=products)
-        return products.view(-1, R, C).amax(1).view(K, n, G, C)
+        return products.view(K, n, G, R, C)
 
 
 def _of_blocks(rotation: ScoreRotation | None, part: slice) -> ScoreRotation | None:
