@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from hipexp.attention.inputs import Inputs
 
 CONTEXT_TOK, PHASES = 131_072, ("decode", "prefill")
-DENSE_CALLS = 5  # of each dense contestant in a round
+DENSE_CALLS, SLOWER = 5, 1.5  # calls of each dense contestant in a round; what is so much slower than the fastest is called in one only
 GPU_LAYERS = 8  # their selected keys together exceed the cache; on a CPU the keys of one layer do
 
 
@@ -117,7 +117,8 @@ def measure(experiment: Experiment, ledger: Ledger, trackers: Trackers) -> dict[
                 made += inputs(experiment, one.context_tok, device)
             memory = PeakMemory()
             memory.start()
-            row = line_of(one, measured(experiment, one, made), memory.peak())
+            rows = measured(experiment, one, made, too_slow(one, ledger.rows))
+            row = line_of(one, rows, memory.peak())
             ledger.append(row)
             trackers.log(row, {})
             bar.advance_to(one.context_tok)
@@ -143,8 +144,15 @@ def inputs(experiment: Experiment, n_tok: int, device: torch.device) -> list[Inp
     return [drifting(geometry, n_tok, seed=experiment.seed * 1000 + number, device=device) for number in range(n_layers)]
 
 
-def measured(experiment: Experiment, one: Measurement, layers: list[Inputs]) -> list[dict[str, Any]]:
-    """Rows of all contestants in one round: dense first in the first one, the pipeline in the next."""
+def too_slow(one: Measurement, lines: list[dict[str, Any]]) -> list[str]:
+    """Dense contestants that an earlier round of the same phase and length found ``SLOWER`` times as slow as the fastest: once is enough."""
+    found = [row for line in lines if line["subtask"] == one.subtask for row in line["rows"] if row["dense"] and "mean_ms" in row]
+    best = min((row["mean_ms"] for row in found), default=0.0)
+    return [row["impl"] for row in found if row["mean_ms"] > SLOWER * best]
+
+
+def measured(experiment: Experiment, one: Measurement, layers: list[Inputs], skip: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of all contestants in one round but those to ``skip``: dense first in the first round, the pipeline in the next."""
     from hipexp.run import attention_latency as alone
 
     task, name = experiment.task, "" if experiment.pipeline is None else experiment.pipeline.name or experiment.pipeline.method
@@ -152,7 +160,7 @@ def measured(experiment: Experiment, one: Measurement, layers: list[Inputs]) -> 
     if experiment.pipeline is not None:
         attention = alone.layer_attention(experiment.pipeline, layers[0].geometry, layers[0].keys.device, task.layer)
     if one.phase == "prefill":
-        return alone.prefill_rows(attention, layers[0], task.queries_tok, name, rounds=1)
+        return alone.prefill_rows(attention, layers[0], task.queries_tok, name, 1, skip)
 
     def pruned() -> list[dict[str, Any]]:
         if attention is None:
@@ -163,7 +171,7 @@ def measured(experiment: Experiment, one: Measurement, layers: list[Inputs]) -> 
         return [row | (alone.recall_of(attention, layers) if one.repeat == 0 else {})]
 
     def dense() -> list[dict[str, Any]]:
-        rows = alone.dense_decode_rows(layers, DENSE_CALLS)
+        rows = alone.dense_decode_rows(layers, DENSE_CALLS, skip)
         return [row | {"bytes": layers[0].keys.nbytes + layers[0].values.nbytes} for row in rows]
 
     parts: list[Callable[[], list[dict[str, Any]]]] = [dense, pruned] if one.repeat % 2 == 0 else [pruned, dense]

@@ -108,14 +108,16 @@ def step(attention, T, number, count):
 
 
 @needs_triton
-@pytest.mark.parametrize("heads", list(Heads))
-@pytest.mark.parametrize("first", ["descent", "exact", "grid", "bounds"])
+@pytest.mark.parametrize(
+    ("first", "heads"),
+    [("descent", Heads.shared), ("descent", Heads.per_kv), ("exact", Heads.shared), ("grid", Heads.shared), ("bounds", Heads.shared)],
+)
 def test_a_step_is_a_few_launches(monkeypatch, counted, heads, first):
     from hipexp.config.schema import Representative
 
     on("triton", monkeypatch)
     attention = layer(heads, representative=Representative(first))
-    cached, full = (step(attention, 2000, number, counted) for number in (CACHED, FULL))
+    cached, full = (step(attention, 900, number, counted) for number in (CACHED, FULL))
     assert (cached.launches, cached.operations) == (1, [])
     assert (full.launches, full.operations) == (7, [])  # two for every stage, and attention, whose last program merges
 
@@ -137,3 +139,14 @@ def test_nothing_grows_with_the_context_on_a_cpu(monkeypatch, counted):
     step(attention, 65536, FULL, counted)  # memory that is held is there
     short, long = (step(attention, T, CACHED, counted) for T in (8192, 65536))
     assert (short.bytes, short.operations) == (long.bytes, long.operations)
+
+
+def test_layers_at_one_place_share_their_numbers():
+    from hipexp.attention.layer import _shared_step
+
+    _shared_step.cache_clear()
+    q, k = torch.randn(H, 1, D), torch.randn(K, 700, D)
+    with torch.inference_mode():
+        for one in (layer(), layer(), layer(keep_tok=1024)):
+            one(q.to(DEVICE), k.to(DEVICE), k.to(DEVICE), 699, Memory())
+    assert _shared_step.cache_info().misses == 1
