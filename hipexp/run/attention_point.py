@@ -145,7 +145,7 @@ def inputs(experiment: Experiment, n_tok: int, device: torch.device) -> list[Inp
 
 
 def too_slow(one: Measurement, lines: list[dict[str, Any]]) -> list[str]:
-    """Dense contestants that an earlier round of the same phase and length found ``SLOWER`` times as slow as the fastest: once is enough."""
+    """Dense contestants that an earlier round of the same phase and length found ``SLOWER`` times as slow as the fastest."""
     found = [row for line in lines if line["subtask"] == one.subtask for row in line["rows"] if row["dense"] and "mean_ms" in row]
     best = min((row["mean_ms"] for row in found), default=0.0)
     return [row["impl"] for row in found if row["mean_ms"] > SLOWER * best]

@@ -23,6 +23,7 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setenv("HIPEXP_RUNS", str(tmp_path / "runs"))
     monkeypatch.setattr(contestants, "missing_compiler", lambda: "no C++ compiler")
     monkeypatch.setattr(contestants, "CPU_BYTES", 1 << 20)
+    monkeypatch.setattr(attention_point, "SLOWER", 1e9)
     real = contestants.decode_contestants
     monkeypatch.setattr(
         "hipexp.run.attention_latency.decode_contestants",
@@ -93,3 +94,11 @@ def test_the_layer_decides_which_groups_apply():
     early, late = (attention_point.job(compose(["+pipeline=3stage", *SMALL[:2], f"task.layer={n}"])).card["strategy"] for n in (1, 31))
     assert "5376 tokens" in early[1] and "layer 1 (early)" in early[1]
     assert "3328 tokens" in late[1] and "layer 31" in late[1]
+
+
+def test_what_is_far_behind_is_timed_once(monkeypatch):
+    monkeypatch.setattr(attention_point, "SLOWER", 1.5)
+    rows = [{"impl": name, "dense": name != "3stage", "mean_ms": ms} for name, ms in (("a", 9.0), ("b", 5.0), ("c", 7.5), ("3stage", 90.0))]
+    line = {"subtask": "decode@512", "rows": [*rows, {"impl": "d", "dense": True, "note": "not here"}]}
+    assert attention_point.too_slow(attention_point.Measurement(512, "decode", 1), [line]) == ["a"]
+    assert attention_point.too_slow(attention_point.Measurement(768, "decode", 0), [line]) == []
