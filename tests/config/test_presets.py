@@ -90,8 +90,8 @@ def test_the_methods_that_are_accepted_are_the_ones_there_are():
 @pytest.mark.parametrize("group", [group for group in OPTIONS if group != "pipeline"])
 def test_every_option_of_every_group_composes(group):
     for name in OPTIONS[group]:
-        path = ["++model.path='org/model'"] if name == "hf" else []
-        assert getattr(compose_point([f"{group}={name}", *path]), group).name == {"hf": "model"}.get(name, name)
+        needed = {"hf": ["++model.path='org/model'"], "recall": ["+pipeline=3stage"]}.get(name, [])
+        assert getattr(compose_point([f"{group}={name}", *needed]), group).name == {"hf": "model"}.get(name, name)
 
 
 def test_without_a_pipeline_attention_is_dense():

@@ -225,7 +225,7 @@ CASES = {
     "an unknown subtask": (["task.subtasks=[passkeys]"], "unknown subtask 'passkeys'; known: passkey, number_string, kv_retrieval"),
     "subtasks of a task without": (
         ["task=passkey", "task.subtasks=[kv_retrieval]"],
-        "task.subtasks=['kv_retrieval'] is for task=infbench; leave it out for task=passkey",
+        "task.subtasks=['kv_retrieval'] is for task=infbench or recall; leave it out for task=passkey",
     ),
     "official data": (["task.subtasks=[code_debug]"], "needs official data"),
     "protocol": (["task.protocol=official"], "task.protocol=official is unknown; use hipexp"),
