@@ -114,7 +114,7 @@ class LayerAttention:
         parts = queries.size // attended.size
         skipped = n_exact // parts
         select = METHODS[self.method]
-        tables = self.tables or RopeTables(_no_rope, 0)
+        tables = self.tables or RopeTables(no_rope, 0)
         chosen = select(self.plan, stages, queries.from_block(skipped), k, tables, memory, summaries)
         return chosen.after_none(skipped * parts)
 
@@ -134,5 +134,6 @@ def _shared_step(position: int, n_candidates: int, exact: bool, device: torch.de
     return Step.at(position, n_candidates, exact, device)
 
 
-def _no_rope(positions: Tensor) -> tuple[Tensor, Tensor]:
+def no_rope(positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Stands for the angles of a layer without RoPE."""
     raise AssertionError("a layer without RoPE has strategy none and asks for no table")

@@ -9,7 +9,7 @@ from hipexp_kernels.rope import RopeTable, rotate
 from torch import Tensor
 
 TOP = 64  # heaviest tokens of each head
-NOTHING = 1e-4  # added to both sides of a share: a head that puts less than this outside sinks and window has nothing to lose
+NOTHING = 1e-4  # a head that puts less than this outside sinks and window has nothing to lose
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class Mass:
 
     @property
     def recall(self) -> Tensor:
-        """What of the mass outside sinks and window is selected ``[H]``."""
-        return (self.selected + NOTHING) / (self.outside + NOTHING)
+        """What of the mass outside sinks and window is selected ``[H]``; all of it where there is nothing to lose."""
+        return torch.where(self.outside < NOTHING, 1.0, self.selected / self.outside.clamp(min=NOTHING))
 
     @property
     def oracle_ratio(self) -> Tensor:
-        """What is selected, in parts of what the oracle holds ``[H]``."""
-        return (self.selected + NOTHING) / (self.oracle + NOTHING)
+        """What is selected, in parts of what the oracle holds ``[H]``: 0 if nothing is selected, 1 where there is nothing to lose."""
+        return torch.where(self.outside < NOTHING, 1.0, self.selected / self.oracle.clamp(min=1e-30))
 
 
 def attention_mass(logits: Tensor, chosen: Tensor, fixed: Tensor) -> Mass:

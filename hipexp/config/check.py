@@ -34,7 +34,7 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 SAMPLED = ("samples", "length_tok", "truncate_tok", "protocol", "wording", "batch")
 ALONE = ("dtype", "contexts_tok", "phases", "queries_tok", "layer")  # of latency, with a geometry only
 WITH_A_MODEL = ("length_tok", "lengths_tok", "dense_max_tok")  # of latency, without one only
-PHASES = ("decode", "prefill")
+PHASES, CONTEXT_TOK, LEAST_CONTEXT_TOK, MOST_LAYERS = ("decode", "prefill"), 131_072, 64, 1024
 # The fields of ``Task`` that each task uses; a value for another one would be ignored and still change the run key.
 TASKS = {
     "infbench": ("subtasks", *SAMPLED),
@@ -72,6 +72,7 @@ def check_experiment(experiment: Experiment) -> None:
     if experiment.pipeline is not None:
         _check_pipeline(experiment.pipeline, experiment.model)
         _check_prefill_alone(experiment.task, experiment.pipeline)
+        _check_decode_alone(experiment.task, experiment.pipeline)
 
 
 def check_model(experiment: Experiment) -> ModelFacts | None:
@@ -162,27 +163,37 @@ def _check_attention_alone(task: Task) -> None:
     _one_of("task.dtype", task.dtype, DTYPES)
     _at_least("task.queries_tok", task.queries_tok, 1)
     if task.layer is not None:
-        _at_least("task.layer", task.layer, 0)
+        _check_layer(task.layer)
     for phase in task.phases or PHASES:
         _one_of("task.phases", phase, PHASES)
-    least = task.queries_tok if "prefill" in (task.phases or PHASES) else task.decode_steps
-    _all("task.contexts_tok", task.contexts_tok or [MOST], lambda n: least <= n <= MOST, f"hold numbers of keys from {least} to {MOST}")
+    least = max(LEAST_CONTEXT_TOK, task.queries_tok if "prefill" in (task.phases or PHASES) else 0)
+    in_range = f"hold numbers of keys from {least} to {MOST}"
+    _all("task.contexts_tok", task.contexts_tok or [CONTEXT_TOK], lambda n: least <= n <= MOST, in_range)
 
 
 def _check_recall(task: Task) -> None:
     from hipexp.suites import infbench
 
     _all("task.divisors", task.divisors or [1], lambda n: n >= 1, "hold whole numbers from 1; try [1,4,8]")
-    _all("task.contexts_tok", task.contexts_tok or [MOST], lambda n: 1 <= n <= MOST, f"hold numbers of tokens up to {MOST}")
+    in_range = f"hold numbers of tokens from {LEAST_CONTEXT_TOK} to {MOST}"
+    _all("task.contexts_tok", task.contexts_tok or [CONTEXT_TOK], lambda n: LEAST_CONTEXT_TOK <= n <= MOST, in_range)
     infbench.check_wording(task.wording)
     if task.geometry is None:
         _refuse_set(task, ("dtype", "layer"), "is for keys without a model; name a task.geometry, or leave it out")
         infbench.check_subtasks(task.subtasks or [])
         return
     read_geometry(task.geometry)
+    _refuse_set(task, ("wording",), "is for prompts of a model; leave it out, or task.geometry")
     _one_of("task.dtype", task.dtype, DTYPES)
+    if task.layer is not None:
+        _check_layer(task.layer)
     for text in task.subtasks or TEXTS:
         _one_of("task.subtasks", text, TEXTS)
+
+
+def _check_layer(layer: int) -> None:
+    if not 0 <= layer < MOST_LAYERS:
+        raise ConfigError(f"task.layer={layer} must be a layer from 0 to {MOST_LAYERS - 1}; try 0")
 
 
 def _check_prefill_alone(task: Task, pipeline: Pipeline) -> None:
@@ -190,12 +201,22 @@ def _check_prefill_alone(task: Task, pipeline: Pipeline) -> None:
     if task.name != "latency" or task.geometry is None or "prefill" not in (task.phases or PHASES) or not pipeline.stages:
         return
     block = pipeline.stages[0].query_block_tok
-    for number, context in enumerate(task.contexts_tok or []):
+    for number, context in enumerate(task.contexts_tok or [CONTEXT_TOK]):
         if (context - task.queries_tok) % block:
             raise ConfigError(
                 f"task.contexts_tok[{number}]={context} less task.queries_tok={task.queries_tok} must be a multiple of "
-                f"pipeline.stages[0].query_block_tok={block}; try {task.queries_tok + (context - task.queries_tok) // block * block}"
+                f"pipeline.stages[0].query_block_tok={block}; make both multiples of {block}"
             )
+
+
+def _check_decode_alone(task: Task, pipeline: Pipeline) -> None:
+    """There are as many tokens as steps, which are whole refresh periods."""
+    if task.name != "latency" or task.geometry is None or "decode" not in (task.phases or PHASES):
+        return
+    period = math.lcm(*(stage.refresh_steps for stage in pipeline.decode or pipeline.stages)) if pipeline.stages else 1
+    steps = -(-task.decode_steps // period) * period
+    in_range = f"hold at least as many keys as there are decode steps, {steps} in whole refresh periods"
+    _all("task.contexts_tok", task.contexts_tok or [CONTEXT_TOK], lambda n: n >= steps, in_range)
 
 
 def _refuse_set(task: Task, names: tuple[str, ...], words: str) -> None:

@@ -221,9 +221,9 @@ class Task:
     ``decode_steps`` decode steps timed by the latency task
     ``repeats``      rounds of the latency task
     ``dense_max_tok`` longest prompt that the latency task also times dense; None has no limit
-    ``geometry``     latency of attention alone, without a model: a name of ``GEOMETRIES``, or ``heads/key-value heads/dimension``
+    ``geometry``     latency or recall of attention alone, without a model: a name of ``GEOMETRIES``, or ``heads/key-value heads/dimension``
     ``dtype``        its number format; ``auto`` is bfloat16 on a GPU, float32 on a CPU
-    ``contexts_tok`` its numbers of keys; None is 131072
+    ``contexts_tok`` its numbers of keys; None is 131072. Recall with a model: lengths of prompts; None is the trained length
     ``phases``       ``decode`` and ``prefill`` (of the last ``queries_tok`` queries); None is both
     ``divisors``     of the recall task: every stage keeps so many times less; None is 1, 4 and 8
     ``layer``        the layer whose groups apply, in a model of 32 or more; None is a layer without any

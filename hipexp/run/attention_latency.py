@@ -14,9 +14,10 @@ from torch import Tensor
 
 from hipexp.attention import LayerAttention, Memory
 from hipexp.attention.inputs import Geometry, Inputs, drifting
+from hipexp.attention.methods.hip import piece_tok
 from hipexp.attention.recall import attention_mass, chosen_tokens, fixed_tokens, logits_at_one_distance
 from hipexp.attention.rope import RopeTables
-from hipexp.cache.summaries import PIECE_TOK
+from hipexp.cache import KeySummaries
 from hipexp.config.schema import LayerPlan, Pipeline, Representative, Stage
 from hipexp.run.contestants import (
     HEAD_START_CYCLES,
@@ -73,6 +74,7 @@ class DecodeRun:
         self.last = self.layers[0].keys.shape[1] - 1
         self.n_steps, self.device = len(self.queries), self.queries.device
         self.memories = [Memory() for _ in self.layers]
+        self.summaries = [KeySummaries() for _ in self.layers]
         self.now = torch.empty_like(self.queries[0])
         self.step = self.attention.step_at(self.last, self.device)
 
@@ -89,9 +91,9 @@ class DecodeRun:
         self.step.numbers.copy_(self.attention.step_at(self.last - self.n_steps + 1 + step, self.device).numbers)
 
     def _all_layers(self, step: int) -> None:
-        for layer, memory, q in zip(self.layers, self.memories, self.now, strict=True):
+        for layer, memory, summaries, q in zip(self.layers, self.memories, self.summaries, self.now, strict=True):
             memory.step = step
-            self.attention(q, layer.keys, layer.values, self.last, memory, self.step)
+            self.attention(q, layer.keys, layer.values, self.last, memory, self.step, summaries)
 
     def _captured(self, schedule: list[int]) -> dict[int, Callable[[], None]]:
         side = torch.cuda.Stream()
@@ -204,18 +206,18 @@ def decode_bytes(plan: LayerPlan, layer: Inputs) -> int:
     candidates = n_tok - plan.sink_tok - plan.window_tok
     for stage in plan.decode:
         chunks = max(0, candidates) // stage.chunk_tok
-        probes = chunks * probes_of(stage) * (geometry.heads if stage.representative is Representative.descent else geometry.kv_heads)
+        probes = chunks * probes_of(stage, plan) * (geometry.heads if stage.representative is Representative.descent else geometry.kv_heads)
         total += probes * size // stage.refresh_steps
         candidates = min(candidates, stage.keep_tok)
     return total
 
 
-def probes_of(stage: Stage) -> int:
+def probes_of(stage: Stage, plan: LayerPlan) -> int:
     """Rows that are read to score a chunk."""
     if stage.representative is Representative.descent:
         return max(1, 2 * (stage.chunk_tok.bit_length() - 1))
     if stage.representative is Representative.bounds:
-        return 2 * max(1, stage.chunk_tok // PIECE_TOK)
+        return 2 * stage.chunk_tok // piece_tok(plan)
     return stage.chunk_tok // probe_step(stage.representative.value, stage.chunk_tok)
 
 
@@ -226,9 +228,11 @@ def prefill_rows(
     device, n_tok = layer.keys.device, layer.keys.shape[1]
     q = layer.prefill_queries(n_queries)
 
+    summaries = KeySummaries()  # of the whole prompt once the first call is through: their making is not timed
+
     def pruned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         assert attention is not None
-        return attention(q, k, v, n_tok - n_queries)
+        return attention(q, k, v, n_tok - n_queries, summaries=summaries)
 
     own = [] if attention is None else [Contestant(name, pruned)]
     able, reasons = runnable([c for c in prefill_contestants(device) if c.name not in skip], (q, layer.keys, layer.values))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from hipexp.config.check import CONTEXT_TOK, PHASES
 from hipexp.config.schema import Experiment, Pipeline, Task, read_geometry
 from hipexp.report.tables import text_table
 from hipexp.run.job import Job
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
     from hipexp.attention.inputs import Inputs
 
-CONTEXT_TOK, PHASES = 131_072, ("decode", "prefill")
 DENSE_CALLS, SLOWER = 5, 1.5  # calls of each dense contestant in a round; what is so much slower than the fastest is called in one only
 GPU_LAYERS = 8  # their selected keys together exceed the cache; on a CPU the keys of one layer do
 
@@ -50,7 +50,7 @@ def filled(task: Task) -> Task:
     dtype = ("bfloat16" if torch.cuda.is_available() else "float32") if task.dtype == "auto" else task.dtype
     assert task.geometry is not None
     geometry = "/".join(map(str, read_geometry(task.geometry)))
-    contexts, phases = task.contexts_tok or [CONTEXT_TOK], task.phases or list(PHASES)
+    contexts, phases = sorted(task.contexts_tok or [CONTEXT_TOK]), sorted(task.phases or PHASES)
     return dataclasses.replace(task, geometry=geometry, dtype=dtype, contexts_tok=contexts, phases=phases)
 
 

@@ -45,15 +45,17 @@ def _key_without_a_model(experiment: Experiment) -> str:
     timed = experiment.task.name == "latency"
     task = attention_point.filled(experiment.task) if timed else recall.filled(experiment.task, None)
     alone = dataclasses.replace(experiment, model=Model(path=""), task=task)
-    return run_key(alone, model_revision="", extra={"machine": machine()} if timed else {})
+    return run_key(alone, model_revision="", extra={"machine": machine()} if timed else {"scorer": recall.SCORER})
 
 
 def data_identity(experiment: Experiment) -> dict[str, Any]:
     """The words and the scorer of generated samples; for latency the words and the machine."""
     if experiment.task.name == "latency":
         return {"machine": machine(), "template": infbench.template_id("passkey", "default")}
+    from hipexp.run import recall
+
     words = {name: infbench.template_id(name, experiment.task.wording) for name in infbench.SUBTASKS}
-    return {"template": words, "scorer": infbench.SCORER}
+    return {"template": words, "scorer": recall.SCORER if experiment.task.name == "recall" else infbench.SCORER}
 
 
 def machine() -> dict[str, Any]:

@@ -8,12 +8,13 @@ Selections are those of prefill, for sampled query blocks; each is judged by som
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from hipexp.config.check import TEXTS
+from hipexp.config.check import CONTEXT_TOK, TEXTS, check_experiment
 from hipexp.config.schema import ConfigError, Experiment, LayerPlan, Pipeline, Task, read_geometry
 from hipexp.report.tables import text_table
 from hipexp.run import attention_point
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
     from hipexp.attention import LayerAttention
     from hipexp.hf import Loaded
 
-CONTEXT_TOK, DIVISORS = 131_072, (1, 4, 8)
+DIVISORS = (1, 4, 8)
+SCORER = "hipexp-1"  # raise it when the same selection can get another value
 ROWS = 4  # queries of a block by which it is judged
 VALUES = ("mass", "oracle_ratio", "top")
 
@@ -52,12 +54,14 @@ class Point:
 
 def filled(task: Task, trained_tok: int | None) -> Task:
     """The task with everything that it leaves open said. ``trained_tok`` None: without a model, with a geometry; imports torch then."""
-    task = dataclasses.replace(task, divisors=task.divisors or list(DIVISORS))
+    task = dataclasses.replace(task, divisors=sorted(task.divisors or DIVISORS))
     if task.geometry is None:
         sources = list(infbench.check_subtasks(task.subtasks or []))
-        return dataclasses.replace(task, subtasks=sources, contexts_tok=task.contexts_tok or [trained_tok or 0])
+        return dataclasses.replace(task, subtasks=sources, contexts_tok=sorted(task.contexts_tok or [trained_tok or 0]))
     sources = task.subtasks or list(TEXTS)
-    return dataclasses.replace(attention_point.filled(task), phases=None, subtasks=sources, contexts_tok=task.contexts_tok or [CONTEXT_TOK])
+    return dataclasses.replace(
+        attention_point.filled(task), phases=None, subtasks=sources, contexts_tok=sorted(task.contexts_tok or [CONTEXT_TOK])
+    )
 
 
 def points(task: Task) -> list[Point]:
@@ -105,19 +109,45 @@ def divided(pipeline: Pipeline, divisor: int) -> Pipeline:
 
 
 def check_lengths(experiment: Experiment, encode: Encode, trained_tok: int) -> None:
-    """Refuse lengths that hold no frame. Raises ``ConfigError``."""
+    """Refuse lengths that hold no frame, or are beyond what dense attention can read. Raises ``ConfigError``."""
     task = filled(experiment.task, trained_tok)
     assert task.subtasks is not None and task.contexts_tok is not None
     for number, length_tok in enumerate(task.contexts_tok):
+        if length_tok > trained_tok:
+            raise ConfigError(
+                f"task.contexts_tok[{number}]={length_tok} must be at most the trained length {trained_tok}: beyond it dense attention "
+                f"is no measure; try {trained_tok}, or keys without a model: task.geometry=llama31_8b"
+            )
         for subtask in task.subtasks:
             infbench.check_length(subtask, length_tok, encode, task.wording, f"task.contexts_tok[{number}]")
 
 
 def check_budgets(experiment: Experiment) -> None:
-    """Refuse divisors that cut chunks. Needs no torch. Raises ``ConfigError``."""
+    """Refuse divisors that leave a pipeline which would itself be refused. Needs no torch. Raises ``ConfigError``."""
     assert experiment.pipeline is not None
     for divisor in experiment.task.divisors or DIVISORS:
-        divided(experiment.pipeline, divisor)
+        try:
+            check_experiment(dataclasses.replace(experiment, pipeline=divided(experiment.pipeline, divisor)))
+        except ConfigError as error:
+            raise ConfigError(f"task.divisors: {divisor} leaves too little ({error})") from error
+    if experiment.task.geometry is not None:
+        check_blocks(
+            experiment.task, experiment.task.contexts_tok or [CONTEXT_TOK], [experiment.pipeline.plan_alone(experiment.task.layer)]
+        )
+
+
+def check_blocks(task: Task, lengths_tok: list[int], plans: list[LayerPlan]) -> None:
+    """Refuse texts in which nothing is pruned, and more samples than there are query blocks. Raises ``ConfigError``."""
+    for number, length_tok in enumerate(lengths_tok):
+        first, last, _ = _range_of(plans, length_tok, task.divisors or list(DIVISORS))
+        if last < first:
+            raise ConfigError(
+                f"task.contexts_tok[{number}]={length_tok} is too short: nothing is pruned in it; use longer texts, or keep less"
+            )
+        if task.samples > last - first + 1:
+            raise ConfigError(
+                f"task.samples={task.samples} must be at most {last - first + 1}, the query blocks of {length_tok} tokens that are pruned"
+            )
 
 
 def job(experiment: Experiment, loaded: Loaded | None) -> Job:
@@ -135,7 +165,7 @@ def job(experiment: Experiment, loaded: Loaded | None) -> Job:
         template={name: infbench.template_id(name, task.wording) for name in task.subtasks or []} if loaded else {},
         wording=task.wording if loaded else "",
         metric={one.subtask: "mass_recall" for one in points(task)},
-        scorer="hipexp-1: share of the mass outside sinks and window that the last stage selects, mean over heads and layers",
+        scorer=f"{SCORER}: share of the mass outside sinks and window that the last stage selects, mean over heads and layers",
         length_tok={one.subtask: one.context_tok for one in points(task)},
         samples={one.subtask: task.samples for one in points(task)},
         new_tok={},
@@ -195,13 +225,13 @@ def text_of(experiment: Experiment, loaded: Loaded | None, source: str, context_
         with hf.install(loaded.model, pipeline, loaded.trained_tok) as installed:
             layers[divisor] = dict(installed.layers)
 
-    plans = [attention.plan for attention in layers[min(layers)].values()]
-    widest = max(plans, key=exact_tok)
+    plans = experiment.pipeline.plan(loaded.n_layers)
+    check_blocks(experiment.task, [len(sample.tokens)], plans)
 
     def text(divisor: int, block: int) -> dict[int, Stages]:
         out = {}
         for i, (q, k) in heard.items():
-            attention, begin = layers[divisor][i], block_of(widest, q.shape[1], block, experiment.task)
+            attention, begin = layers[divisor][i], block_of(plans, q.shape[1], block, experiment.task)
 
             def logits(query: Tensor, keys: Tensor, tables=attention.tables, scale=attention.scale) -> Tensor:
                 return logits_in_place(query, keys, scale, tables and tables.upto(keys.shape[1]))
@@ -226,13 +256,15 @@ def _generated(experiment: Experiment, pipelines: dict[int, Pipeline], source: s
     geometry = Geometry(*read_geometry(task.geometry), getattr(torch, task.dtype))
     made = GENERATORS[source](geometry, context_tok, seed=experiment.seed, device=device)
     layers = {divisor: layer_attention(pipeline, geometry, device, task.layer) for divisor, pipeline in pipelines.items()}
-    widest = layers[min(layers)].plan
-    size = widest.stages[0].query_block_tok
+    assert experiment.pipeline is not None
+    plans = [experiment.pipeline.plan_alone(task.layer)]
+    check_blocks(task, [context_tok], plans)
+    size = plans[0].stages[0].query_block_tok
     queries = made.prefill_queries(context_tok // 2 // size * size)
 
     def text(divisor: int, block: int) -> dict[int, Stages]:
         attention, plan = layers[divisor], layers[divisor].plan
-        distance, begin = max(0, plan.window_tok - plan.stages[0].chunk_tok), block_of(widest, context_tok, block, task)
+        distance, begin = max(0, plan.window_tok - plan.stages[0].chunk_tok), block_of(plans, context_tok, block, task)
 
         def logits(query: Tensor, keys: Tensor) -> Tensor:
             assert attention.tables is not None
@@ -244,18 +276,20 @@ def _generated(experiment: Experiment, pipelines: dict[int, Pipeline], source: s
     return text
 
 
-def exact_tok(plan: LayerPlan) -> int:
-    """How many tokens sinks, window and selection hold."""
-    return plan.sink_tok + plan.window_tok + plan.stages[-1].keep_tok
+def _range_of(plans: list[LayerPlan], n_tok: int, divisors: list[int]) -> tuple[int, int, int]:
+    """First and last block that may be sampled, and their size: the least that all layers have in common."""
+    size = math.lcm(*(plan.stages[0].query_block_tok for plan in plans))
+    exact = max(plan.sink_tok + plan.window_tok + plan.stages[-1].keep_tok // min(divisors) for plan in plans)
+    half = n_tok - n_tok // 2 // size * size
+    return -(-max(exact, half) // size), n_tok // size - 1, size
 
 
-def block_of(plan: LayerPlan, n_tok: int, number: int, task: Task) -> int:
-    """Where the sampled query block ``number`` begins: they are spread over what is pruned, at most the second half, and end with it."""
-    size = plan.stages[0].query_block_tok
-    exact, half = exact_tok(plan), n_tok - n_tok // 2 // size * size
-    first, last = -(-max(exact, half) // size), n_tok // size - 1
-    if last < first:
-        raise ConfigError(f"of {n_tok} tokens nothing is pruned: sinks, window and selection hold {exact}; use longer texts or keep less")
+def block_of(plans: list[LayerPlan], n_tok: int, number: int, task: Task) -> int:
+    """Where the sampled query block ``number`` begins: they are spread over what every layer prunes, at most the second half.
+
+    ``plans``: of the undivided pipeline. The last block is the last one of the text.
+    """
+    first, last, size = _range_of(plans, n_tok, task.divisors or list(DIVISORS))
     return (first + (last - first) * (number + 1) // task.samples) * size
 
 
@@ -268,13 +302,14 @@ def stages_of(attention: LayerAttention, own: Tensor, k: Tensor, begin: int, log
 
     from hipexp.attention import Memory
     from hipexp.attention.blocks import QueryBlocks
+    from hipexp.attention.layer import no_rope
     from hipexp.attention.methods import METHODS
     from hipexp.attention.recall import attention_mass, chosen_tokens, fixed_tokens
+    from hipexp.attention.rope import RopeTables
 
-    plan, tables = attention.plan, attention.tables
+    plan, tables = attention.plan, attention.tables or RopeTables(no_rope, 0)
     size = plan.stages[0].query_block_tok
     memory, blocks = Memory(), QueryBlocks.cut(own, begin, size)
-    assert tables is not None, "a layer without RoPE has no strategy to measure"
     METHODS[attention.method](plan, plan.stages, blocks, k[:, : begin + own.shape[1]], tables, memory)
     out: Stages = [{name: [] for name in (*VALUES, "fixed")} for _ in plan.stages]
     for row in range(own.shape[1] // (2 * ROWS), own.shape[1], max(1, own.shape[1] // ROWS)):

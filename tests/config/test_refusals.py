@@ -181,7 +181,7 @@ CASES = {
     ),
     "a prefill that begins inside a query block": (
         [S3, "task=latency", "task.geometry=needle", "task.contexts_tok=[10000]"],
-        "task.contexts_tok[0]=10000 less task.queries_tok=1024 must be a multiple of pipeline.stages[0].query_block_tok=64; try 9984",
+        "task.contexts_tok[0]=10000 less task.queries_tok=1024 must be a multiple of pipeline.stages[0].query_block_tok=64; make both multiples of 64",
     ),
     "a phase": (["task=latency", "task.geometry=needle", "task.phases=[decod]"], "task.phases=decod is unknown; use decode or prefill"),
     "no lengths": (["task=passkey", "task.lengths_tok=[]"], "task.lengths_tok=[] must hold a value or more; leave it out"),

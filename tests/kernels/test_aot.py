@@ -40,9 +40,9 @@ def test_what_is_worse_is_said():
     assert aot.faults(table, table) == []
     worse = {("bf16 d64 G4", "merge_lse"): {"sm_90": aot.Needs(111, 4, 1100), "sm_80": aot.Needs(99, 9, 1), "gfx942": aot.Needs(1, 0, 0)}}
     rare = {("fp32 d128 G4", "merge_lse"): {"sm_90": aot.Needs(100, 8, 1000)}}
-    assert aot.faults(rare, rare) == []
+    assert aot.faults(rare, rare) == aot.spills(rare) == aot.spills(table) == []
+    assert aot.spills(worse) == ["bf16 d64 G4, merge_lse, sm_90: 4 bytes of registers are spilled"]
     assert aot.faults(worse, table) == [
-        "bf16 d64 G4, merge_lse, sm_90: 4 bytes of registers are spilled",
         "bf16 d64 G4, merge_lse, sm_90: registers were 100, are 111",
         "bf16 d64 G4, merge_lse, sm_90: spilled were 0, are 4",
         "bf16 d64 G4, merge_lse, sm_80: spilled were 8, are 9",

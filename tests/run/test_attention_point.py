@@ -85,8 +85,8 @@ def test_counted_bytes():
     first, second = (768 - 32 - 64) // 32 * 10 * 4 * key, 128 // 8 * 6 * 4 * key
     assert decode_bytes(plan, layer) == 2 * 2 * key * (32 + 64 + 64) + first // 4 + second // 2
     for representative, probes in (("descent", 16), ("grid", 16), ("exact", 256), ("bounds", 8)):
-        stage = compose(["+pipeline=3stage", f"pipeline.stages.0.representative={representative}"]).pipeline.stages[0]
-        assert probes_of(stage) == probes
+        plan = compose(["+pipeline=3stage", f"pipeline.stages.0.representative={representative}"]).pipeline.plan_alone(None)
+        assert probes_of(plan.decode[0], plan) == probes
     assert GEOMETRIES["llama31_8b"] == Geometry(32, 8, 128)
 
 
@@ -102,3 +102,19 @@ def test_what_is_far_behind_is_timed_once(monkeypatch):
     line = {"subtask": "decode@512", "rows": [*rows, {"impl": "d", "dense": True, "note": "not here"}]}
     assert attention_point.too_slow(attention_point.Measurement(512, "decode", 1), [line]) == ["a"]
     assert attention_point.too_slow(attention_point.Measurement(768, "decode", 0), [line]) == []
+
+
+def test_keys_are_summarized_before_the_clock_runs(monkeypatch):
+    """Once for a layer in decode, once for a prompt in prefill, however many steps and rounds there are."""
+    from hipexp.attention.inputs import Geometry, drifting
+    from hipexp.cache import summaries
+    from hipexp.run import attention_latency as alone
+
+    calls, real = [], summaries.summarize
+    monkeypatch.setattr(summaries, "summarize", lambda k, **kwargs: calls.append(k.shape[1]) or real(k, **kwargs))
+    pipeline, layer = compose([*SMALL, "pipeline.stages.0.representative=bounds"]).pipeline, drifting(Geometry(4, 2, 16), 768)
+    attention = alone.layer_attention(pipeline, layer.geometry, layer.keys.device)
+    alone.decode_row(attention, [layer], 3, "small")
+    assert calls == [736]
+    alone.prefill_rows(attention, layer, 64, "small", 3, skip=("matmuls in tiles",))
+    assert calls == [736, 736]

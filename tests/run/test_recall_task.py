@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hipexp.config.compose import compose
-from hipexp.config.schema import ConfigError
+from hipexp.config.schema import ConfigError, LayerGroup, PruneRope, StageOverride
 from hipexp.run import recall
 from hipexp.run.identity import key_of
 from hipexp.run.ledger import read_json, read_rows
@@ -94,7 +94,7 @@ def test_against_a_sum_over_tokens():
             outside = range(32, first - 63)
             blocks = chosen.blocks[0, row // 32, : chosen.counts[0, row // 32]].tolist()
             inside = [t for start in blocks for t in range(start, start + 8) if t in outside]
-            shares.append(float((weights[inside].sum() + 1e-4) / (weights[list(outside)].sum() + 1e-4)))
+            shares.append(float(weights[inside].sum() / weights[list(outside)].sum()))
         assert stages[-1]["mass"][head] == pytest.approx(sum(shares) / 4, abs=1e-5)
 
 
@@ -118,3 +118,42 @@ def test_budgets_that_cannot_be_divided():
         check_point(compose([*SMALL, "task.divisors=[3]"]))
     early = recall.divided(compose(["+pipeline=3stage"]).pipeline, 8)
     assert [stage.keep_tok for stage in early.stages] == [4096, 1024, 256] and early.layers["early"].stages["2"].keep_tok == 512
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([*SMALL, "task.contexts_tok=[8192]"], r"task.contexts_tok\[0\]=8192 must be at most the trained length 6144"),
+        ([*ALONE[:-1], "task.contexts_tok=[128]"], r"task.contexts_tok\[0\]=128 is too short: nothing is pruned in it"),
+        ([*ALONE, "task.samples=90"], "task.samples=90 must be at most 8, the query blocks of 1024 tokens that are pruned"),
+        (
+            [*SMALL, "pipeline.layers.early={range: '0', stages: {'1': {chunk_tok: 32}}}", "task.divisors=[8]"],
+            "task.divisors: 8 leaves too little .pipeline.stages.1..keep_tok=16 must be a multiple of .*chunk_tok=32",
+        ),
+        ([*ALONE, "task.layer=100000000"], "task.layer=100000000 must be a layer from 0 to 1023"),
+        ([*ALONE, "task.wording=heldout"], "task.wording=heldout is for prompts of a model"),
+    ],
+)
+def test_refusals_before_anything_loads(monkeypatch, words, message):
+    monkeypatch.setattr("hipexp.run.point.load_model", lambda model: pytest.fail("loaded"))
+    with pytest.raises(ConfigError, match=message):
+        check_point(compose(words))
+
+
+def test_a_layer_without_rope_and_blocks_of_several_sizes():
+    """Nothing is rotated where there is no RoPE; layers with other query blocks are judged by the same ones."""
+    from hipexp.attention.inputs import Geometry, drifting
+    from hipexp.attention.recall import logits_in_place
+    from hipexp.run.attention_latency import layer_attention
+
+    pipeline, geometry = compose(SMALL).pipeline, Geometry(4, 2, 16)
+    attention, made = layer_attention(pipeline, geometry, torch.device("cpu")), drifting(geometry, 640)
+    for stage in attention.plan.stages:
+        stage.rope = PruneRope.none
+    attention.tables = None
+    stages = recall.stages_of(attention, made.prefill_queries(64), made.keys, 576, lambda q, k: logits_in_place(q, k, 0.25, None))
+    assert 0 < stages[-1]["mass"][0] <= 1
+    wide = compose(SMALL).pipeline
+    wide.layers["early"] = LayerGroup("0", stages={"0": StageOverride(query_block_tok=128)})
+    begins = [recall.block_of(wide.plan(5), 1024, number, compose([*SMALL, "task.samples=4"]).task) for number in range(4)]
+    assert begins == [512, 640, 768, 896]
