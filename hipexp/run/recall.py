@@ -126,8 +126,9 @@ def check_budgets(experiment: Experiment) -> None:
     """Refuse divisors that leave a pipeline which would itself be refused. Needs no torch. Raises ``ConfigError``."""
     assert experiment.pipeline is not None
     for divisor in experiment.task.divisors or DIVISORS:
+        less = divided(experiment.pipeline, divisor)
         try:
-            check_experiment(dataclasses.replace(experiment, pipeline=divided(experiment.pipeline, divisor)))
+            check_experiment(dataclasses.replace(experiment, pipeline=less))
         except ConfigError as error:
             raise ConfigError(f"task.divisors: {divisor} leaves too little ({error})") from error
     if experiment.task.geometry is not None:
