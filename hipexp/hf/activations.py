@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,16 +15,15 @@ from hipexp.hf.install import install
 from hipexp.hf.load import Loaded
 
 
-class _Listening:
+@dataclass
+class _Listening(LayerAttention):
     """A layer's attention that keeps what it was asked."""
 
-    def __init__(self, attention: LayerAttention):
-        self._attention, self.pruned_blocks = attention, 0
-        self.heard: tuple[Tensor, Tensor] | None = None
+    heard: tuple[Tensor, Tensor] | None = None
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *args, **kwargs) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.heard = q.clone(), k.clone()
-        return self._attention(q, k, v, *args, **kwargs)
+        return super().__call__(q, k, v, *args, **kwargs)
 
 
 @torch.inference_mode()
@@ -30,7 +31,7 @@ def activations(loaded: Loaded, tokens: Sequence[int]) -> dict[int, tuple[Tensor
     """Raw queries ``[H, T, D]`` and keys ``[K, T, D]`` of every attached layer of a model that reads ``tokens`` densely."""
     everything = Pipeline(method="streaming", window_tok=len(tokens) + 1)
     with install(loaded.model, everything, loaded.trained_tok) as installed:
-        listening = {i: _Listening(attention) for i, attention in installed.layers.items()}
-        installed.layers.update(listening)  # type: ignore[arg-type]
+        listening = {i: _Listening(**vars(attention)) for i, attention in installed.layers.items()}
+        installed.layers.update(listening)
         loaded.model(input_ids=torch.tensor([list(tokens)], device=loaded.model.device), use_cache=False, logits_to_keep=1)
     return {i: one.heard for i, one in listening.items() if one.heard is not None}
