@@ -2,9 +2,10 @@
 
 A plain Llama (GQA, RoPE base 1,000,000) learns to answer retrieval prompts of growing length. Beside the loss on the answers and
 a tenth of the language-model loss there is a *locality* loss: at the tokens that ask for a needle, attention logits should single out
-the needle's neighbourhood, not one token of it, in one head alone and in all heads and a block of queries together. Large language
-models have the first property (keys vary slowly along the text), and every method that judges a chunk by a few of its keys relies on
-it; methods that keep one list for a block of queries and all heads rely on the second.
+the needle's neighbourhood, not one token of it, in one head of every key/value head and in all heads and a block of queries together.
+Large language models have the first property (keys vary slowly along the text), and every method that judges a chunk by a few of its
+keys relies on it; methods that keep one list for a block of queries and all heads rely on the second. Large models also look a thing up
+in many heads and layers: here each of the two layers that do so has to do without the other in some steps.
 """
 
 from __future__ import annotations
@@ -45,8 +46,11 @@ LOCALITY_FROM_TOK = 192  # in shorter prompts there is no room between sinks and
 LOCALITY_FROM_LAYER = LAYERS - 2  # the last two do the looking up
 ASKING_ROWS, ASKING_BLOCKS, BLOCK_TOK, BLOCK_ROWS = 24, 4, 64, 16  # per prompt; a block is a 24th of a short prompt
 # In this share of the steps, and in all on short prompts, the layers before LOCALITY_FROM_LAYER see near tokens only, so that those
-# with the locality loss do the looking up. "Near": blocks of a sixth, an eighth or a twelfth of the prompt.
+# with the locality loss do the looking up; in half of these, short prompts left aside, one of those two layers does not see more either.
+# "Near": blocks of a sixth, an eighth or a twelfth of the prompt.
 NEAR_SHARE, NEAR_ALWAYS_TOK, NEAR_PARTS, NEAR_SINK_TOK = 0.7, 128, (6, 8, 12), 4
+NEAR_LAYERS = ((0, 1, 2), (0, 1, 2), (0, 1, 2, 3), (0, 1, 2, 4))  # one of these in a near step, the first on short prompts
+OWN_HEADS = (1, 3)  # query heads with a locality loss of their own: one of each key/value head
 BF16_FROM_TOK = 1536  # attention over longer sequences multiplies in bfloat16: twice as fast on processors that know it
 
 
@@ -87,13 +91,14 @@ class Asking:
 class Locality:
     """Collects the locality loss of one forward pass.
 
-    ``near_tok``: block size in tokens of the first layers' attention in this step, 0 for all tokens.
+    ``near_tok``: block size in tokens of the attention of ``near_layers`` in this step, 0 for all tokens.
     """
 
     def __init__(self):
         self.single: Asking | None = None
         self.blocks: Asking | None = None
         self.near_tok = 0
+        self.near_layers: tuple[int, ...] = ()
         self.own: list[torch.Tensor] = []
         self.shared: list[torch.Tensor] = []
 
@@ -104,7 +109,8 @@ class Locality:
         """
         T, device = k_BHTD.shape[2], k_BHTD.device
         k_BHTD = turn(k_BHTD, -torch.arange(T, device=device))
-        for heads, asking, losses in ((slice(-1, None), self.single, self.own), (slice(None), self.blocks, self.shared)):
+        own = [(slice(head, head + 1), self.single, self.own) for head in OWN_HEADS]
+        for heads, asking, losses in (*own, (slice(None), self.blocks, self.shared)):
             q, rows = q_BHTD[:, heads], asking.rows.flatten(1)
             q = q.gather(2, rows[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
             distance = torch.randint(T // 8, T * 2 // 3, asking.rows.shape[:2]).to(device)
@@ -134,7 +140,7 @@ def _attention(module, query, key, value, attention_mask, *, scaling, **_):
         LOCALITY.add(query, key, scaling)
     if key.shape[2] >= BF16_FROM_TOK:
         query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
-    if LOCALITY.near_tok and module.layer_idx < LOCALITY_FROM_LAYER:
+    if LOCALITY.near_tok and module.layer_idx in LOCALITY.near_layers:
         out = _attend_near(query, key, value, LOCALITY.near_tok, scaling)
     else:
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
@@ -267,6 +273,7 @@ def train(out: Path, minutes: float) -> bool:
         LOCALITY.own, LOCALITY.shared = [], []
         near = length <= NEAR_ALWAYS_TOK or rng.random() < NEAR_SHARE
         LOCALITY.near_tok = length // rng.choice(NEAR_PARTS) if near else 0
+        LOCALITY.near_layers = NEAR_LAYERS[0] if length <= NEAR_ALWAYS_TOK else rng.choice(NEAR_LAYERS)
         logits = model(ids, use_cache=False).logits[:, :-1]
         each = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(ids.shape[0], -1)
         answers, text = weight[:, 1:], (ids[:, 1:] != 0).float()

@@ -222,19 +222,17 @@ def probes_of(stage: Stage, plan: LayerPlan) -> int:
 
 
 def prefill_rows(
-    attention: LayerAttention | None, layer: Inputs, n_queries: int, name: str, rounds: int, skip: Sequence[str] = ()
+    pipelines: dict[str, LayerAttention], layer: Inputs, n_queries: int, rounds: int, skip: Sequence[str] = ()
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """The last ``n_queries`` of ``T`` tokens, dense contestants and the pipeline in turn."""
+    """The last ``n_queries`` of ``T`` tokens, dense contestants and the named pipelines in turn."""
     device, n_tok = layer.keys.device, layer.keys.shape[1]
     q = layer.prefill_queries(n_queries)
 
-    summaries = KeySummaries()  # of the whole prompt once the first call is through: their making is not timed
+    def contestant_of(name: str, attention: LayerAttention) -> Contestant:
+        summaries = KeySummaries()  # of the whole prompt once the first call is through: their making is not timed
+        return Contestant(name, lambda q, k, v: attention(q, k, v, n_tok - n_queries, summaries=summaries))
 
-    def pruned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        assert attention is not None
-        return attention(q, k, v, n_tok - n_queries, summaries=summaries)
-
-    own = [] if attention is None else [Contestant(name, pruned)]
+    own = [contestant_of(name, attention) for name, attention in pipelines.items()]
     able, reasons = runnable([c for c in prefill_contestants(device) if c.name not in skip], (q, layer.keys, layer.values))
     for contestant in own:  # the others ran once to see whether they can
         contestant.run(q, layer.keys, layer.values)

@@ -160,7 +160,7 @@ def measured(experiment: Experiment, one: Measurement, layers: list[Inputs], ski
     if experiment.pipeline is not None:
         attention = alone.layer_attention(experiment.pipeline, layers[0].geometry, layers[0].keys.device, task.layer)
     if one.phase == "prefill":
-        return alone.prefill_rows(attention, layers[0], task.queries_tok, name, 1, skip)
+        return alone.prefill_rows({} if attention is None else {name: attention}, layers[0], task.queries_tok, 1, skip)
 
     def pruned() -> list[dict[str, Any]]:
         if attention is None:

@@ -25,7 +25,8 @@ from hipexp.run import attention_latency as latency
 from hipexp.run.contestants import describe_machine, memory_bandwidth, write_rows
 
 K = 1024
-PRESETS = ("3stage", "3stage_fast", "3stage_flash", "5k")
+PRESETS = ("3stage", "3stage_fast", "3stage_flash", "3stage_scan", "5k")
+PREFILL_PRESETS = ("3stage", "3stage_scan")  # the others do in prefill what 3stage does, or keep more
 N_LAYERS = 8  # their selected keys together exceed the L2 cache
 PREFILL_TOK = 32 * K  # the last chunk of a prompt
 SLOW = ("sdpa efficient packed", "sdpa cudnn packed", "matmuls packed")  # many times the fastest at every length measured so far
@@ -71,9 +72,9 @@ def measure_decode(report: Report, layers: list[Inputs], presets: list[str], rou
 
 
 def measure_prefill(report: Report, layer: Inputs, skip: tuple[str, ...]) -> None:
-    """The last chunk of a prompt under ``3stage``, and dense."""
-    attention = latency.layer_attention(preset("3stage"), layer.geometry, layer.keys.device)
-    report.add("prefill", lambda: latency.prefill_rows(attention, layer, PREFILL_TOK, "3stage", 3, skip))
+    """The last chunk of a prompt: dense contestants and every one of ``PREFILL_PRESETS`` in turn."""
+    pipelines = {name: latency.layer_attention(preset(name), layer.geometry, layer.keys.device) for name in PREFILL_PRESETS}
+    report.add("prefill", lambda: latency.prefill_rows(pipelines, layer, PREFILL_TOK, 3, skip))
 
 
 def main() -> int:
@@ -82,7 +83,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of the results (default: %(default)s)")
     parser.add_argument("--lengths", type=int, nargs="+", default=[128 * K, 512 * K, 1024 * K], help="keys (default: %(default)s)")
     parser.add_argument("--geometry", choices=GEOMETRIES, default="llama31_8b", help="heads and sizes (default: %(default)s)")
-    parser.add_argument("--presets", nargs="+", default=list(PRESETS), help="pipelines (default: %(default)s)")
+    parser.add_argument("--presets", nargs="+", default=list(PRESETS), help="pipelines in decode (default: %(default)s)")
+    prefilled = f"the last {PREFILL_TOK} queries too, of {' and '.join(PREFILL_PRESETS)} (default: yes)"
+    parser.add_argument("--prefill", action=argparse.BooleanOptionalAction, default=True, help=prefilled)
     parser.add_argument("--rounds", type=int, default=30, help="of dense decode (default: %(default)s)")
     parser.add_argument("--flex", action="store_true", help="FlexAttention too: it compiles for every length")
     parser.add_argument("--all", action="store_true", help="the slow dense kernels too")
@@ -103,7 +106,8 @@ def main() -> int:
             layers = latency.make_layers(GEOMETRIES[args.geometry].as_dtype(torch.bfloat16), n_tok, N_LAYERS, device)
             measure_decode(report, layers, args.presets, args.rounds, skip)
             layers = layers[:1]
-            measure_prefill(report, layers[0], skip)
+            if args.prefill:
+                measure_prefill(report, layers[0], skip)
     print(f"{args.out / 'attention.md'}")
     return 1 if report.failed else 0
 

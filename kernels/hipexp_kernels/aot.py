@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 100)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
+SHARED = dict(sm_80=163 << 10, sm_89=99 << 10, sm_90=227 << 10, sm_100=227 << 10, gfx942=64 << 10)  # bytes a program may have
 OPS = ("attend_blocks", "keep_top", "merge_lse", "score_chunks", "summarize")
 RECORD = Path(__file__).parents[2] / "docs" / "kernels.md"
 BEGIN = "<!-- written by `python -m hipexp_kernels.aot --record` -->"
@@ -162,6 +163,12 @@ def spills(table: Table) -> list[str]:
     common = {str(geometry) for geometry in COMMON}
     found = [(*key, row["sm_90"].spilled) for key, row in table.items() if key[0] in common and "sm_90" in row]
     return [f"{geometry}, {name}, sm_90: {spilled} bytes of registers are spilled" for geometry, name, spilled in found if spilled]
+
+
+def too_large(table: Table) -> list[str]:
+    """Kernels that need more shared memory than a program may have."""
+    found = [(*key, target, row[target].shared) for key, row in table.items() for target in row if row[target].shared > SHARED[target]]
+    return [f"{geometry}, {name}, {target}: {n} bytes of shared memory, of {SHARED[target]}" for geometry, name, target, n in found]
 
 
 def faults(table: Table, record: Table) -> list[str]:

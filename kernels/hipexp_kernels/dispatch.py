@@ -29,6 +29,19 @@ def has_triton() -> bool:
     return find_spec("triton") is not None
 
 
+@cache
+def gpu(device: torch.device) -> tuple[int, bool]:
+    """How many multiprocessors, and whether they are NVIDIA's of Hopper's kind or newer: over 200 KB of shared memory for a program.
+
+    Graphics cards of newer generations have half as much.
+    """
+    if device.type != "cuda":
+        return 8, True  # the interpreter: a few splits
+    found = torch.cuda.get_device_properties(device)
+    roomy = torch.version.hip is None and found.major >= 9 and found.shared_memory_per_block_optin > 200 << 10
+    return found.multi_processor_count, roomy
+
+
 def lazy(op: str) -> Callable:
     """The Triton implementation of ``op``, imported when it is called: ``hipexp_kernels/<op>/triton.py``."""
 

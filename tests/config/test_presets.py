@@ -19,6 +19,7 @@ STAGES = {
     "3stage": THREE,
     "3stage_fast": [(256, 32768, 4, 32), (32, 8192, 4, 16), (8, 2048, 1, 8)],
     "3stage_flash": [(256, 32768, 4, 96), (32, 8192, 4, 24), (8, 2048, 1, 8)],
+    "3stage_scan": THREE,
     "5k": FIVE,
     "3k_5k": THREE,
     "16k_shallow": [(32, 16384, 1, 8)],
@@ -43,7 +44,16 @@ def test_preset_has_the_published_numbers(name):
     assert numbers(pipeline.stages) == STAGES[name]
     assert (pipeline.sink_tok, pipeline.window_tok, pipeline.heads) == (256, 1024, Heads.shared)
     assert (pipeline.rope.prune, pipeline.rope.attend) == (PruneRope.relative, AttendRope.streaming)
-    assert all(s.query_block_tok == 64 and s.representative is Representative.descent for s in pipeline.stages)
+    assert all(s.query_block_tok == 64 for s in pipeline.stages)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_only_3stage_scan_has_other_scores_than_descents(name):
+    for plan in compose([f"+pipeline={name}"]).pipeline.plan(5):
+        for stages in (plan.stages, plan.decode):
+            others = {0: Representative.bounds} if name == "3stage_scan" else {}
+            usual = Representative.exact if name == "3stage_scan" else Representative.descent
+            assert [stage.representative for stage in stages] == [others.get(i, usual) for i in range(len(stages))]
 
 
 @pytest.mark.parametrize("layers", [5, 32])
@@ -59,7 +69,7 @@ def test_preset_passes_the_checks_in_every_layer(name, layers):
         assert {s.rope for s in plan.stages + plan.decode} <= {PruneRope.chunk_indexed if early else PruneRope.relative}
 
 
-@pytest.mark.parametrize("name", ["3stage", "3stage_fast", "3stage_flash", "3k_5k"])
+@pytest.mark.parametrize("name", ["3stage", "3stage_fast", "3stage_flash", "3stage_scan", "3k_5k"])
 def test_the_first_layers_keep_twice_as_much(name):
     kept = [plan.stages[-1].keep_tok for plan in compose([f"+pipeline={name}"]).pipeline.plan(5)]
     assert kept == [4096, 4096, 4096, 2048, 2048]

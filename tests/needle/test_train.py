@@ -11,6 +11,7 @@ from hipexp.needle.tokenizer import train_tokenizer
 from hipexp.needle.train import (
     HEAD_DIM,
     NEAR_SINK_TOK,
+    OWN_HEADS,
     Asking,
     Locality,
     _attend_near,
@@ -64,7 +65,9 @@ def test_locality_compares_at_one_distance_and_pools_heads_and_queries(monkeypat
                 total -= float(target[b, 0, t] * (pooled[t] - pooled[rivals].logsumexp(0)))
         return total / B
 
-    assert float(locality.own[0]) == pytest.approx(expected(locality.single, [H - 1]), rel=1e-3)
+    assert len(locality.own) == len(OWN_HEADS)
+    for head, own in zip(OWN_HEADS, locality.own, strict=True):
+        assert float(own) == pytest.approx(expected(locality.single, [head]), rel=1e-3)
     assert float(locality.shared[0]) == pytest.approx(expected(locality.blocks, range(H)), rel=1e-3)
 
 

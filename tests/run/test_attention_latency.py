@@ -7,7 +7,7 @@ import torch
 
 from hipexp.attention import Memory
 from hipexp.attention.inputs import Geometry
-from hipexp.config.schema import Pipeline, Rope, Stage
+from hipexp.config.schema import Pipeline, Representative, Rope, Stage
 from hipexp.run import attention_latency as latency
 from hipexp.run import gpu
 from hipexp.run.gpu import PRESETS, preset
@@ -93,12 +93,25 @@ def test_the_speedup_is_over_the_fastest_dense_kernel():
 
 
 def test_prefill_and_dense_in_one_table(layers):
-    attention = latency.layer_attention(SMALL, GEOMETRY, CPU)
-    rows = latency.prefill_rows(attention, layers[0], 96, "small", rounds=2) + latency.dense_decode_rows(layers, 2, skip=("flex packed",))
+    bounds = dataclasses.replace(
+        SMALL, stages=[dataclasses.replace(SMALL.stages[0], representative=Representative.bounds), SMALL.stages[1]]
+    )
+    pipelines = {name: latency.layer_attention(pipeline, GEOMETRY, CPU) for name, pipeline in (("small", SMALL), ("bounds", bounds))}
+    rows = latency.prefill_rows(pipelines, layers[0], 96, rounds=2) + latency.dense_decode_rows(layers, 2, skip=("flex packed",))
     names = {row["impl"] for row in rows}
-    assert {"small", "flash, prefix + diagonal", "sdpa packed"} <= names
-    assert [row["impl"] for row in rows if not row["dense"]] == ["small"]
+    assert {"small", "bounds", "flash, prefix + diagonal", "sdpa packed"} <= names
+    assert [row["impl"] for row in rows if not row["dense"]] == ["small", "bounds"]
     assert all(row["mean_ms"] > 0 for row in rows if "note" not in row)
+
+
+def test_the_report_has_both_presets_in_prefill(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "PREFILL_TOK", 128)
+    report = gpu.Report(tmp_path, {"device": "cpu"})
+    gpu.measure_prefill(report, latency.make_layers(GEOMETRY, 2048, 1, CPU)[0], ("matmuls in tiles",))
+    rows = [row for row in report.rows if not row["dense"]]
+    assert [row["impl"] for row in rows] == ["3stage", "3stage_scan"] and not report.failed
+    assert all(row["phase"] == "prefill" and row["speedup"] > 0 for row in rows)
+    assert "3stage_scan" in (tmp_path / "attention.md").read_text()
 
 
 @pytest.mark.gpu

@@ -116,5 +116,7 @@ def test_keys_are_summarized_before_the_clock_runs(monkeypatch):
     attention = alone.layer_attention(pipeline, layer.geometry, layer.keys.device)
     alone.decode_row(attention, [layer], 3, "small")
     assert calls == [736]
-    alone.prefill_rows(attention, layer, 64, "small", 3, skip=("matmuls in tiles",))
+    alone.prefill_rows({"small": attention}, layer, 64, 3, skip=("matmuls in tiles",))
     assert calls == [736, 736]
+    alone.prefill_rows({"one": attention, "other": attention}, layer, 64, 3, skip=("matmuls in tiles",))
+    assert calls == [736] * 4

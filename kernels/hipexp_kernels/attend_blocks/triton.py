@@ -42,7 +42,7 @@ from hipexp_kernels.attend_blocks.triton_tile import (
     _update,
     padded,
 )
-from hipexp_kernels.dispatch import require, require_triton_can
+from hipexp_kernels.dispatch import gpu, require, require_triton_can
 from hipexp_kernels.rope import AttendRotation
 
 MODES = ("streaming", "infllm", "native", "dynamic")
@@ -151,7 +151,7 @@ def launch(
     """Tile sizes (constexprs) and compiler options for a call.
 
     ``n_groups``: query blocks times key/value heads; ``max_keys``: what a block attends to at most, exact blocks left aside;
-    ``itemsize``: bytes of a number; ``n_sm``: multiprocessors of the GPU; ``hopper``: it is of that generation or newer.
+    ``itemsize``: bytes of a number; ``n_sm``: multiprocessors of the GPU; ``hopper``: it is of that kind (:func:`dispatch.gpu`).
     """
     n_rows = G * Q
     if itemsize == 4:
@@ -196,15 +196,6 @@ def tickets(device: torch.device) -> Tensor:
         "attend_blocks: call it once before it is captured in a CUDA graph",
     )
     return torch.zeros(N_TICKETS, dtype=torch.int32, device=device)
-
-
-@cache
-def gpu(device: torch.device) -> tuple[int, bool]:
-    """How many multiprocessors, and whether they are NVIDIA's of Hopper's generation or newer."""
-    if device.type != "cuda":
-        return 8, True  # the interpreter: a few splits
-    found = torch.cuda.get_device_properties(device)
-    return found.multi_processor_count, torch.version.hip is None and found.major >= 9
 
 
 def attend_blocks(

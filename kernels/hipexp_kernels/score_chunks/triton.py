@@ -1,9 +1,9 @@
 """Chunk scores on a GPU: a program for each tile of chunks, key/value head and query block; pooling aside, everything in registers.
 
-Four kernels. Descents of one query row (decode) wait for keys, not for arithmetic: every query head of the group walks all chunks of the
+Three kernels. Descents of one query row (decode) wait for keys, not for arithmetic: every query head of the group walks all chunks of the
 tile at once, and products are sums on the ordinary cores. Descents of several rows (prefill) take the heads one after the other and
-multiply on the tensor cores. The scan (``exact``, ``grid``) reads every key that it probes once for all rows and heads of the group;
-``bounds`` reads landmarks in one stream.
+multiply on the tensor cores. The scan reads every key that it probes (``exact``, ``grid``), or every landmark (``bounds``), once for all
+rows and heads of the group.
 
 Dimensions are held as the first halves of the rotated pairs, their second halves, and the rest, each padded to a power of two.
 A NaN among the probed products of a chunk becomes its score.
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hipexp_kernels.dispatch import require_triton_can
+from hipexp_kernels.dispatch import gpu, require_triton_can
 from hipexp_kernels.rope import ScoreRotation
 from hipexp_kernels.score_chunks.probes import probe_step
 from hipexp_kernels.summarize import Summaries
@@ -29,9 +29,12 @@ from hipexp_kernels.summarize import Summaries
 ONE_ROW = dict(keys=64, warps=4, registers=128, registers_rotated=168, stages=1)  # keys: chunks times query heads
 FEW_ROWS = dict(keys=64, warps=4, registers=128, registers_rotated=255, stages=1)  # keys: chunks; up to 16 rows
 ROWS = FEW_ROWS | dict(registers=168)
-SCAN = dict(keys=64, warps=4, registers=168, registers_rotated=255, stages=1)  # keys: tokens
-BOUNDS = dict(keys=64, warps=4, registers=168, registers_rotated=255, stages=1)  # keys: landmarks
-MAX_COLUMNS = 64  # query rows that are multiplied at a time
+# The scan: rows of keys or landmarks that are multiplied at a time with ``columns`` query rows; ``tiles`` of them follow each other in a
+# program, which loads and rotates its queries once; so many ``stages`` are on their way while one is multiplied.
+ONE_ROW_OF_KEYS = dict(keys=64, warps=4, registers=255, registers_rotated=255, stages=1, tiles=1, columns=64)
+ONE_ROW_OF_LANDMARKS = ONE_ROW_OF_KEYS | dict(stages=3, tiles=8)
+SCAN = dict(keys=64, warps=4, registers=255, registers_rotated=255, stages=3, tiles=16, columns=256)
+SCAN_BEFORE_HOPPER = SCAN | dict(columns=64)
 # Where the heads of a group lie in tiles of one query row: in the dimension that Triton spreads over the lanes of a warp first, so that
 # heads which probe the same key ask for it once, and a thread holds one head's query. Triton 3.7 turned that order round.
 HEAD_AXIS = 0 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) else 1
@@ -60,8 +63,9 @@ def score_chunks(
     landmarks = 0
     if summaries is not None and representative == "bounds":
         k, landmarks = summaries.rows.flatten(1, 2), 2 * chunk_tok // summaries.piece_tok
-    kernel, constexprs, options = launch(mode, R, H // K, D, rotary, chunk_tok, representative, landmarks, k.element_size())
-    kernel[(N, K, triton.cdiv(C, constexprs["TILE"]))](
+    _, hopper = gpu(k.device)
+    kernel, constexprs, options = launch(mode, R, H // K, D, rotary, chunk_tok, representative, landmarks, k.element_size(), hopper)
+    kernel[(N, K, triton.cdiv(C, constexprs["TILE"] * constexprs.get("TILES", 1)))](
         q, k, starts, counts, limits, scores, *_rotation_arguments(rotation), k.stride(0), k.stride(1),
         starts.stride(0) if len(starts) > 1 else 0, starts.stride(1) if starts.shape[1] > 1 else 0, N if len(counts) > 1 else 0,
         N, C, T, **constexprs, **options,
@@ -78,11 +82,12 @@ def _rotation_arguments(rotation: ScoreRotation | None) -> tuple:
 
 
 def launch(
-    mode: str, rows: int, group: int, dim: int, rotary: int, chunk_tok: int, representative: str, landmarks: int, itemsize: int
-) -> tuple:
+    mode: str, rows: int, group: int, dim: int, rotary: int, chunk_tok: int, representative: str, landmarks: int, itemsize: int,
+    hopper: bool,
+) -> tuple:  # fmt: skip
     """The kernel for ``rows`` query rows a block, its constexpr arguments and the compiler options.
 
-    ``landmarks``: of a chunk; ``itemsize``: bytes of a number of the keys.
+    ``landmarks``: of a chunk; ``itemsize``: bytes of a number of the keys; ``hopper``: the GPU is of that kind (:func:`dispatch.gpu`).
     """
     constexprs = dict(MODE=mode, GROUP=group, HALF=rotary // 2, REST=dim - rotary, CHUNK=chunk_tok)
     padded = max(16, triton.next_power_of_2(rotary // 2)) + (max(16, triton.next_power_of_2(dim - rotary)) if dim > rotary else 0)
@@ -90,12 +95,16 @@ def launch(
     heavy = wide * (max(2, itemsize) // 2)  # and fewer that are multiplied in fp32,
     heavy *= 1 if heavy == 1 or mode in RAW_KEYS else 2  # above all if angles take registers too
     if representative in ("exact", "grid", "bounds"):
-        step = probe_step(representative, chunk_tok)
-        kernel, tuned, each = (_compare, BOUNDS, landmarks) if landmarks else (_scan, SCAN, chunk_tok // step)
+        step = 0 if landmarks else probe_step(representative, chunk_tok)
+        kernel, each, tuned = _scan, landmarks or chunk_tok // step, SCAN if hopper else SCAN_BEFORE_HOPPER
+        if rows == 1:
+            tuned = ONE_ROW_OF_LANDMARKS if landmarks else ONE_ROW_OF_KEYS
+        if mode not in RAW_KEYS:
+            tuned = tuned | dict(stages=1, columns=min(64, tuned["columns"]))  # angles take shared memory and registers too
         together = min(each, tuned["keys"] // heavy)
-        columns = min(max(16, triton.next_power_of_2(group * rows)), max(16, MAX_COLUMNS // heavy))
-        constexprs |= dict(ROWS=rows, COLUMNS=columns, TOGETHER=together, TILE=max(16 // together, tuned["keys"] // heavy // together, 1))
-        constexprs |= dict(EACH=landmarks) if landmarks else dict(STEP=step)
+        columns = min(max(16, triton.next_power_of_2(group * rows)), max(16, tuned["columns"] // heavy))
+        tile = max(16 // together, tuned["keys"] // heavy // together, 1)
+        constexprs |= dict(ROWS=rows, COLUMNS=columns, STEP=step, EACH=each, TOGETHER=together, TILE=tile, TILES=tuned["tiles"])
     elif rows == 1:
         kernel, tuned = _descend_one_row, ONE_ROW
         constexprs |= dict(TILE=max(1, tuned["keys"] // wide // triton.next_power_of_2(group)), HEAD_AXIS=HEAD_AXIS)
@@ -116,10 +125,11 @@ def aot_cases(dtype: str, dim: int, group: int, hopper: bool) -> Iterator[tuple[
         k_stride_h="i32:16", k_stride_t="i32:16",
     )  # fmt: skip
     modes = dict(descent=("relative", "rank", "dynamic"), grid=("relative",), exact=("relative",), bounds=("relative", "rank"))
-    for representative, mode, rows in ((r, mode, rows) for r in modes for mode in modes[r] for rows in (1, 16)):
+    rows_of = dict(exact=(1, 16, 64))
+    for representative, mode, rows in ((r, mode, rows) for r in modes for mode in modes[r] for rows in rows_of.get(r, (1, 16))):
         landmarks = 8 if representative == "bounds" else 0
         kernel, constants, options = launch(
-            mode, rows, group, dim, dim, 256 if landmarks else 32, representative, landmarks, 4 if dtype == "fp32" else 2
+            mode, rows, group, dim, dim, 256 if landmarks else 32, representative, landmarks, 4 if dtype == "fp32" else 2, hopper
         )
         yield f"{representative} {mode}, {rows} rows", kernel, dict.fromkeys(kernel.arg_names, "i32") | types, constants, options
 
@@ -291,7 +301,7 @@ def _descend_rows(
 @triton.jit(do_not_specialize=_PLAIN)
 def _scan(
     q_ptr,  # [H, N, ROWS, D]
-    k_ptr,  # [K, T, D]
+    k_ptr,  # [K, T, D], or [K, pieces * 2, D]: landmarks
     starts_ptr,  # [S or 1, N or 1, C]
     counts_ptr,  # [S, N]
     limits_ptr,  # [N]
@@ -319,101 +329,49 @@ def _scan(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
-    TOGETHER: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    n, kv, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    rank = tile * TILE + tl.arange(0, TILE)
-    scores_ptr += (kv * N + n).to(tl.int64) * C
-    count = tl.load(counts_ptr + kv * counts_stride_s + n)
-    if tile * TILE >= count:
-        tl.store(scores_ptr + rank, tl.full([TILE], float("-inf"), tl.float32), mask=rank < C)
-        return
-    starts_ptr += kv.to(tl.int64) * starts_stride_s + n.to(tl.int64) * starts_stride_n
-    # Every chunk once for each of its tokens that are multiplied together.
-    key = tl.arange(0, TILE * TOGETHER)
-    key_rank = tile * TILE + key // TOGETHER
-    start, length, present = _chunks(starts_ptr, limits_ptr, n, key_rank, count, T, CHUNK)
-    first, last = _block(first_ptr, last_ptr, n, MODE)
-    k_ptr += kv.to(tl.int64) * k_stride_h
-
-    best = tl.full([TILE * TOGETHER], float("-inf"), tl.float32)
-    for begin in range(0, GROUP * ROWS, COLUMNS):
-        column = tl.minimum(begin + tl.arange(0, COLUMNS), GROUP * ROWS - 1)  # padding repeats the last one
-        r = column % ROWS
-        row = (((kv * GROUP + column // ROWS) * N + n) * ROWS + r)[:, None]
-        at = _query_position(position_ptr, n, r, count, scan_window_tok, ROWS, MODE)
-        q1, q2, q3 = _query_in(k_ptr.dtype.element_ty, q_ptr, row, cos_ptr, sin_ptr, at, MODE, HALF, REST, 16)
-        for offset in range(STEP // 2, CHUNK, TOGETHER * STEP):
-            token = start + tl.minimum(offset + key % TOGETHER * STEP, length - 1)
-            k1, k2, k3 = _keys(k_ptr, token[:, None], k_stride_t, HALF, REST, 16)
-            at_key = _key_position(token, key_rank, count, first, last, trained_tok, MODE)
-            k1, k2 = _turned_keys(k1, k2, cos_ptr, sin_ptr, at_key[:, None], MODE, HALF, 16)
-            best = tl.maximum(best, _best_product(k1, k2, k3, q1, q2, q3, REST), propagate_nan=tl.PropagateNan.ALL)
-    best = tl.where(present, best, float("-inf"))
-    tl.store(scores_ptr + rank, _max(tl.reshape(best, (TILE, TOGETHER)), 1), mask=rank < C)
-
-
-@triton.jit(do_not_specialize=_PLAIN)
-def _compare(
-    q_ptr,  # [H, N, ROWS, D]
-    k_ptr,  # [K, pieces * 2, D]: landmarks
-    starts_ptr,  # [1, 1, C]
-    counts_ptr,  # [S, N]
-    limits_ptr,  # [N]
-    scores_ptr,  # [K, N, C] fp32
-    cos_ptr,  # [P, HALF] fp32
-    sin_ptr,
-    position_ptr,  # [N, ROWS]
-    first_ptr,  # [N]
-    last_ptr,  # [N]
-    trained_tok,
-    scan_window_tok,
-    k_stride_h,
-    k_stride_t,
-    starts_stride_s,
-    starts_stride_n,
-    counts_stride_s,
-    N,
-    C,
-    T,
-    MODE: tl.constexpr,
-    GROUP: tl.constexpr,
-    HALF: tl.constexpr,
-    REST: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
     EACH: tl.constexpr,
     TOGETHER: tl.constexpr,
     TILE: tl.constexpr,
+    TILES: tl.constexpr,
 ):
-    n, kv, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    rank = tile * TILE + tl.arange(0, TILE)
+    n, kv, begin = tl.program_id(0), tl.program_id(1), tl.program_id(2) * (TILE * TILES)
     scores_ptr += (kv * N + n).to(tl.int64) * C
     count = tl.load(counts_ptr + kv * counts_stride_s + n)
-    if tile * TILE >= count:
-        tl.store(scores_ptr + rank, tl.full([TILE], float("-inf"), tl.float32), mask=rank < C)
+    if begin >= count:
+        for i in range(TILES):
+            rank = begin + i * TILE + tl.arange(0, TILE)
+            tl.store(scores_ptr + rank, tl.full([TILE], float("-inf"), tl.float32), mask=rank < C)
         return
-    _, _, present = _chunks(starts_ptr, limits_ptr, n, rank, count, T, CHUNK)
-    key = tl.arange(0, TILE * TOGETHER)
-    key_rank = tl.minimum(tile * TILE + key // TOGETHER, C - 1)
+    starts_ptr += kv.to(tl.int64) * starts_stride_s + n.to(tl.int64) * starts_stride_n
+    first, last = _block(first_ptr, last_ptr, n, MODE)
     k_ptr += kv.to(tl.int64) * k_stride_h
+    key = tl.arange(0, TILE * TOGETHER)  # every chunk once for each of its keys that are multiplied together
 
-    best = tl.full([TILE * TOGETHER], float("-inf"), tl.float32)
-    for begin in range(0, GROUP * ROWS, COLUMNS):
-        column = tl.minimum(begin + tl.arange(0, COLUMNS), GROUP * ROWS - 1)  # padding repeats the last one
-        r = column % ROWS
-        row = (((kv * GROUP + column // ROWS) * N + n) * ROWS + r)[:, None]
+    for column in range(0, GROUP * ROWS, COLUMNS):
+        at_column = tl.minimum(column + tl.arange(0, COLUMNS), GROUP * ROWS - 1)  # padding repeats the last one
+        r = at_column % ROWS
+        row = (((kv * GROUP + at_column // ROWS) * N + n) * ROWS + r)[:, None]
         at = _query_position(position_ptr, n, r, count, scan_window_tok, ROWS, MODE)
         q1, q2, q3 = _query_in(k_ptr.dtype.element_ty, q_ptr, row, cos_ptr, sin_ptr, at, MODE, HALF, REST, 16)
-        for offset in range(0, EACH, TOGETHER):
-            k1, k2, k3 = _keys(k_ptr, (key_rank * EACH + offset + key % TOGETHER)[:, None], k_stride_t, HALF, REST, 16)
-            at_key = _key_position(key_rank, key_rank, count, 0, 0, trained_tok, MODE)
-            k1, k2 = _turned_keys(k1, k2, cos_ptr, sin_ptr, at_key[:, None], MODE, HALF, 16)
-            best = tl.maximum(best, _best_product(k1, k2, k3, q1, q2, q3, REST), propagate_nan=tl.PropagateNan.ALL)
-    best = _max(tl.reshape(best, (TILE, TOGETHER)), 1)
-    tl.store(scores_ptr + rank, tl.where(present, best, float("-inf")), mask=rank < C)
+        for i in range(TILES):
+            rank, key_rank = begin + i * TILE + tl.arange(0, TILE), begin + i * TILE + key // TOGETHER
+            best = tl.full([TILE * TOGETHER], float("-inf"), tl.float32)
+            for offset in range(0, EACH, TOGETHER):
+                probe = offset + key % TOGETHER
+                if STEP:
+                    start, length, _ = _chunks(starts_ptr, limits_ptr, n, key_rank, count, T, CHUNK)
+                    token = start + tl.minimum(STEP // 2 + probe * STEP, length - 1)
+                else:
+                    token = tl.minimum(key_rank, C - 1) * EACH + probe
+                k1, k2, k3 = _keys(k_ptr, token[:, None], k_stride_t, HALF, REST, 16)
+                at_key = _key_position(token, key_rank, count, first, last, trained_tok, MODE)
+                k1, k2 = _turned_keys(k1, k2, cos_ptr, sin_ptr, at_key[:, None], MODE, HALF, 16)
+                best = tl.maximum(best, _best_product(k1, k2, k3, q1, q2, q3, REST), propagate_nan=tl.PropagateNan.ALL)
+            _, _, present = _chunks(starts_ptr, limits_ptr, n, rank, count, T, CHUNK)
+            score = tl.where(present, _max(tl.reshape(best, (TILE, TOGETHER)), 1), float("-inf"))
+            if column > 0:
+                score = tl.maximum(score, tl.load(scores_ptr + rank, mask=rank < C), propagate_nan=tl.PropagateNan.ALL)
+            tl.store(scores_ptr + rank, score, mask=rank < C)
 
 
 @triton.constexpr_function

@@ -1,4 +1,4 @@
-"""All chunks of a few query blocks in lockstep: gather the probed keys, multiply, keep the better half.
+"""All chunks of a few query blocks at a time: gather probed keys, multiply; a descent keeps the better half and goes on.
 
 Blocks are taken in groups whose keys and products fit the processor's cache, in buffers that every probe uses again.
 """
@@ -32,7 +32,10 @@ def score_chunks(
     q_left, q_right = rotation.queries(q, counts) if rotation else (q, q)
     scores = torch.full((K, N, C), NONE, device=k.device)
     keys = KeyRows(k, rotation.table if rotation and rotation.turns_keys else None, once=K * T <= H * N * C, purpose="probed keys")
-    width = max(64, FLOATS // (H * max(R, D)))  # chunks at a time
+    step_tok = 0 if representative == "descent" else probe_step(representative, chunk_tok)
+    offsets = torch.arange(step_tok // 2, chunk_tok, step_tok, device=k.device) if step_tok else None
+    # chunks at a time: a descent probes a key for every head, a scan many for all heads of a group
+    width = max(64, FLOATS // (H * max(R, D))) if offsets is None else max(1, FLOATS // (len(offsets) * max(H * R, K * D)))
     step = max(1, min(N, width // max(1, C)))  # blocks at a time
     for n in range(0, N, step):
         part = slice(n, n + step)
@@ -49,8 +52,8 @@ def score_chunks(
             if not present.any():
                 continue
             start, size = _extent(listed, present, limits[part], chunk_tok, T)
-            if representative != "descent":
-                best = _scan(right, start, size, rank, chunk_tok, probe_step(representative, chunk_tok))
+            if offsets is not None:
+                best = _scan(right, start, size, rank, offsets)
             elif at_once and isinstance(size, int):
                 best = _descend_at_once(both, start, rank, chunk_tok)
             else:
@@ -107,14 +110,12 @@ def _descend_at_once(both: _Probe, start: Tensor, rank: Tensor, chunk_tok: int) 
     return best.squeeze(-1)
 
 
-def _scan(right: _Probe, start: Tensor, size: Tensor | int, rank: Tensor, chunk_tok: int, step: int) -> Tensor:
-    best = None
-    for offset in range(step // 2, chunk_tok, step):
-        inside = torch.clamp(size - 1, max=offset) if isinstance(size, Tensor) else offset
-        score = right(start + inside, rank)
-        best = score if best is None else torch.maximum(best, score)
-    assert best is not None
-    return best
+def _scan(right: _Probe, start: Tensor, size: Tensor | int, rank: Tensor, offsets: Tensor) -> Tensor:
+    """All probed keys of the chunks, which lie side by side or not far apart, in one product."""
+    inside = torch.minimum(offsets, size[..., None] - 1) if isinstance(size, Tensor) else offsets
+    token = (start[..., None] + inside).flatten(-2)
+    best = right(token, rank.repeat_interleave(len(offsets)))
+    return best.unflatten(-1, (len(rank), -1)).amax(-1)
 
 
 def _compare(
