@@ -44,7 +44,7 @@ def score_chunks(
     ``bounds``: the best landmark of ``summaries`` (see :func:`hipexp_kernels.summarize`) in the chunk, probed as a right half; no key is
     read. The chunks follow each other without gaps from the summaries' first token on, ``starts`` is ``[1, 1, C]``, and none is cut short.
     Strategies that give the tokens of a chunk different positions are refused.
-    Products are in fp32; on a GPU those of several rows are in the number format of ``k``, summed in fp32.
+    Products are in fp32; on a GPU all but those of a descent of one row are in the number format of ``k``, summed in fp32.
     ``chunk_tok`` is a power of two. Raises ``ValueError`` if it is not, and on shapes that do not match.
     """
     H, N, _, D = q.shape

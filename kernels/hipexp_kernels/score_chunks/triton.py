@@ -47,8 +47,8 @@ def score_chunks(
 ) -> Tensor:  # fmt: skip
     """See :func:`hipexp_kernels.score_chunks.score_chunks`. Nothing waits for the device.
 
-    One query row is multiplied in fp32; several in the dtype of the keys (fp32 without TF32), to which rotated queries and keys are
-    rounded, and summed in fp32.
+    A descent of one query row multiplies in fp32; all else in the dtype of the keys (fp32 without TF32), to which rotated queries and keys
+    are rounded, and sums in fp32.
     """
     require_triton_can("score_chunks", k)
     (H, N, R, D), (K, T, _), C = q.shape, k.shape, starts.shape[2]
