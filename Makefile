@@ -47,9 +47,9 @@ needle-table: $(CORE) ## the long form of the demo: accuracy and time by length 
 aot: $(DEV) ## compile every kernel for five kinds of GPU, without one: registers, spills, shared memory against the record
 	$(RUN) -m hipexp_kernels.aot
 
-bench-cpu: $(CORE) ## attention alone on this CPU: 3stage against torch's fastest dense path, with recall (about 10 minutes)
-	$(RUN) -m hipexp +pipeline=3stage $(ALONE) 'task.phases=[prefill]'
-	$(RUN) -m hipexp +pipeline=3stage $(ALONE) 'task.contexts_tok=[131072,524288,1048576]' 'task.phases=[decode]'
+bench-cpu: $(CORE) ## attention alone on this CPU: 3stage and 3stage_scan against torch's fastest dense path, with recall (about 10 minutes)
+	$(RUN) -m hipexp -m +pipeline=3stage,3stage_scan $(ALONE) 'task.phases=[prefill]'
+	$(RUN) -m hipexp -m +pipeline=3stage,3stage_scan $(ALONE) 'task.contexts_tok=[131072,524288,1048576]' 'task.phases=[decode]'
 
 gpu: $(CORE) ## attention alone on a GPU: pipelines against every dense kernel, with recall (minutes)
 	$(RUN) -m hipexp.run.gpu

@@ -26,10 +26,7 @@ if TYPE_CHECKING:
 
 DIGITS, PAIRS = ("passkey", "number_string"), ("kv_retrieval",)
 LATENCY = (((65536, 131072), 3), ((262144,), 1))  # (lengths, rounds): the longest takes dense attention many minutes
-STAGES = range(3)
 NO_GROUP = ("+pipeline=3stage", "pipeline.layers.early.range=''")
-EVERY_STEP = ("+pipeline=3stage", *(f"pipeline.stages.{i}.refresh_steps=1" for i in STAGES))
-EXACT_SCORES = ("+pipeline=3stage", *(f"pipeline.stages.{i}.representative=exact" for i in STAGES))
 HELDOUT = "task.wording=heldout"
 
 
@@ -55,7 +52,6 @@ SPECS = (
     *(Spec("3stage", 8, (name,), 40, HIP) for name in SUBTASKS),
     Spec("dense", 8, SUBTASKS, 5),
     Spec("3stage", 32, ("passkey",), 15, HIP),
-    *(Spec("3stage", 8, PAIRS, 10, words) for words in (EVERY_STEP, EXACT_SCORES)),
     Spec("dense", 1, SUBTASKS, 20, (HELDOUT,)),
     Spec("3stage", 8, SUBTASKS, 5, (*HIP, HELDOUT)),
     Spec("3stage_scan", 8, SUBTASKS, 5, ("+pipeline=3stage_scan",)),
@@ -72,12 +68,6 @@ GOALS = (
     ("3stage", 8, "kv_retrieval", 50),
     ("3stage", 32, "passkey", 90),
 )
-VARIANT = {EVERY_STEP: "3stage, refresh_steps=1", EXACT_SCORES: "3stage, representative=exact"}
-
-
-def method_of(spec: Spec) -> str:
-    """What the table calls a run."""
-    return VARIANT.get(spec.words, spec.method)
 
 
 def accuracy_points(overrides: Sequence[str]) -> dict[Spec, Named]:
@@ -88,7 +78,7 @@ def accuracy_points(overrides: Sequence[str]) -> dict[Spec, Named]:
         subtasks = f"task.subtasks=[{','.join(spec.subtasks)}]"
         words = [f"task.length_tok={spec.times * trained_tok}", f"task.samples={spec.samples}", subtasks]
         what = f"{spec.times} × the trained length, {spec.samples} samples, {spec.wording} wording"
-        name = f"{method_of(spec)}, {' '.join(spec.subtasks)}, {what}"
+        name = f"{spec.method}, {' '.join(spec.subtasks)}, {what}"
         found[spec] = Named(name, compose(["task=infbench", *words, *spec.words, *overrides]))
     return found
 
@@ -171,9 +161,8 @@ Results = dict[Spec, dict[str, Any]]
 def score_of(results: Results, subtask: str, **wanted: Any) -> tuple[float, int] | None:
     """Score and number of samples of a subtask in the first run whose spec has the ``wanted`` values."""
     for spec, summary in results.items():
-        have = {"method": method_of(spec), "times": spec.times, "wording": spec.wording}
         cell = summary.get("scores", {}).get(subtask)
-        if cell and all(have[name] == value for name, value in wanted.items()):
+        if cell and all(getattr(spec, name) == value for name, value in wanted.items()):
             return cell["score"], cell["n"]
     return None
 
@@ -182,7 +171,7 @@ def accuracy_table(results: Results, trained_tok: int) -> str:
     """Scores with their number of samples, by wording, length and method."""
     ordered = sorted(results, key=lambda spec: (spec.wording, spec.times))
     rows = []
-    for wording, times, method in dict.fromkeys((spec.wording, spec.times, method_of(spec)) for spec in ordered):
+    for wording, times, method in dict.fromkeys((spec.wording, spec.times, spec.method) for spec in ordered):
         cells = [score_of(results, name, method=method, times=times, wording=wording) for name in SUBTASKS]
         texts = [f"{cell[0]:.1f} ({cell[1]})" if cell else None for cell in cells]
         rows.append([method, wording, f"{times}× ({times * trained_tok})", *texts])
