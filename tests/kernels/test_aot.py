@@ -23,7 +23,7 @@ def compiled(*words):
 def test_common_geometries(target):
     code, table, said = compiled("--common", target)
     assert code == 0, said
-    assert table.count("| bf16 d64 G4 | ") == table.count("| bf16 d128 G4 | ") - 7 == 6 + 14 + 1 + 1  # keep_top is the same for both
+    assert table.count("| bf16 d64 G4 | ") == table.count("| bf16 d128 G4 | ") - 7 == 6 + 15 + 1 + 1  # keep_top is the same for both
 
 
 @pytest.mark.slow
@@ -41,6 +41,9 @@ def test_what_is_worse_is_said():
     worse = {("bf16 d64 G4", "merge_lse"): {"sm_90": aot.Needs(111, 4, 1100), "sm_80": aot.Needs(99, 9, 1), "gfx942": aot.Needs(1, 0, 0)}}
     rare = {("fp32 d128 G4", "merge_lse"): {"sm_90": aot.Needs(100, 8, 1000)}}
     assert aot.faults(rare, rare) == aot.spills(rare) == aot.spills(table) == []
+    assert aot.too_large(worse) == []
+    large = {("fp32 d128 G4", "merge_lse"): {"sm_89": aot.Needs(1, 0, (99 << 10) + 1), "sm_90": aot.Needs(1, 0, (99 << 10) + 1)}}
+    assert aot.too_large(large) == ["fp32 d128 G4, merge_lse, sm_89: 101377 bytes of shared memory, of 101376"]
     assert aot.spills(worse) == ["bf16 d64 G4, merge_lse, sm_90: 4 bytes of registers are spilled"]
     assert aot.faults(worse, table) == [
         "bf16 d64 G4, merge_lse, sm_90: registers were 100, are 111",

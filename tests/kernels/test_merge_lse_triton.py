@@ -1,5 +1,7 @@
 """The Triton merge against the reference: empty parts, any number of them, every type."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hipexp_kernels import dispatch, merge_lse
@@ -63,6 +65,13 @@ def test_views():
         merge_lse(*[[x.to(DEVICE) for x in part] for part in swapped], impl="triton"), merge_lse(outs, lses), strict=True
     ):
         torch.testing.assert_close(mine.cpu(), theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("major", "shared", "hopper"), [(9, 227 << 10, True), (12, 99 << 10, False), (8, 163 << 10, False)])
+def test_which_gpus_are_of_hoppers_kind(monkeypatch, major, shared, hopper):
+    found = SimpleNamespace(multi_processor_count=84, major=major, shared_memory_per_block_optin=shared)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    assert dispatch.gpu.__wrapped__(torch.device("cuda")) == (84, hopper)
 
 
 def test_which_implementation_runs(monkeypatch):

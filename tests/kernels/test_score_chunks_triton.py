@@ -220,3 +220,48 @@ def test_bounds_reads_landmarks_alone():
     rows[:, 3] = torch.nan
     broken = score_chunks(**on_device(call) | dict(summaries=Summaries(on_device(rows), 8)), impl="triton")
     assert broken.isnan().tolist() == [[[False, True, False]]] * 2
+
+
+@pytest.mark.parametrize("hopper", [True, False])
+@pytest.mark.parametrize("representative", ["exact", "grid", "bounds"])
+def test_a_scan_of_several_tiles_passes_and_programs(monkeypatch, representative, hopper):
+    """Three tiles to a program, whose last one has none left to do; heads and rows in several passes; a key that is NaN; cut chunks."""
+    from hipexp_kernels.score_chunks import triton as kernels
+
+    few = dict(keys=16, tiles=3, columns=16)
+    for name in ("SCAN", "SCAN_BEFORE_HOPPER", "ONE_ROW_OF_KEYS", "ONE_ROW_OF_LANDMARKS"):
+        monkeypatch.setattr(kernels, name, getattr(kernels, name) | few)
+    monkeypatch.setattr(kernels, "gpu", lambda device: (1, hopper))
+    monkeypatch.setattr(kernels, "PROGRAMS_PER_SM", 1)
+    for rows, chunk, C in ((1, 8, 13), (9, 8, 13), (9, 2, 50)):
+        call = make(K=2, G=4, N=2, R=rows, T=140, C=C, chunk=chunk, shared=True, representative=representative)
+        call["counts"] = torch.tensor([[C, C // 2]])
+        call["k"][1, 9] = float("nan")
+        if representative == "bounds":
+            call["starts"], call["limits"] = 7 + chunk * torch.arange(C)[None, None], torch.tensor([7 + chunk * C, 7 + chunk * (C // 2)])
+            call["summaries"] = Summaries(summarize(call["k"][:, 7 : 7 + chunk * C], piece_tok=2), 2)
+        else:
+            call["starts"][0, 0, 0] = 9 - chunk // 2
+        turn = rotation(call, "relative")
+        wanted = score_chunks(**call, rotation=turn, impl="vectorized")
+        on, turn = moved(call, turn)
+        if representative == "bounds":
+            on["summaries"] = Summaries(on_device(on["summaries"].rows), 2)
+        got = score_chunks(**on, rotation=turn, impl="triton").cpu()
+        assert wanted.isnan().any() and torch.equal(got.isnan(), wanted.isnan())
+        assert torch.allclose(got, wanted, atol=2e-5, equal_nan=True)
+
+
+def test_sizes_of_tiles_are_powers_of_two():
+    from hipexp_kernels.score_chunks import triton as kernels
+
+    for dim, rotary in ((32, 32), (80, 80), (96, 96), (128, 64), (160, 80), (192, 96), (224, 128), (256, 128), (256, 256)):
+        for representative, chunk, landmarks in (("descent", 32, 0), ("exact", 8, 0), ("grid", 256, 0), ("bounds", 256, 8)):
+            for mode, rows, group, itemsize, hopper in (
+                ("relative", 1, 4, 2, True),
+                ("rank", 16, 3, 4, True),
+                ("relative", 64, 16, 2, False),
+            ):
+                _, _, sizes, _ = kernels.launch(mode, rows, group, dim, rotary, chunk, representative, landmarks, itemsize, hopper)
+                for name in {"TILE", "TOGETHER", "COLUMNS"} & set(sizes):
+                    assert sizes[name] & (sizes[name] - 1) == 0, (dim, rotary, representative, name, sizes[name])

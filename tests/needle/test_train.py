@@ -1,5 +1,7 @@
 """The training's own attention and its locality loss."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,6 +30,17 @@ def test_near_attention_is_a_masked_attention(tokens, near_tok):
     mask = (column <= row) & ((column < NEAR_SINK_TOK) | (column // near_tok >= row // near_tok - 1))
     expected = F.scaled_dot_product_attention(q, k, v, mask, scale=0.2)
     assert torch.allclose(_attend_near(q, k, v, near_tok, 0.2), expected, atol=1e-5)
+
+
+def test_only_the_layers_of_a_near_step_see_near_tokens_only(monkeypatch):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 4, 64, HEAD_DIM), torch.randn(1, 2, 64, HEAD_DIM), torch.randn(1, 2, 64, HEAD_DIM)
+    monkeypatch.setattr(train, "LOCALITY", Locality())
+    train.LOCALITY.near_tok, train.LOCALITY.near_layers = 8, (0, 1, 3)
+    everything = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.2, enable_gqa=True).transpose(1, 2)
+    for layer in range(train.LAYERS):
+        out, _ = train._attention(SimpleNamespace(layer_idx=layer), q, k, v, None, scaling=0.2)
+        assert torch.allclose(out, everything, atol=1e-5) == (layer not in (0, 1, 3))
 
 
 def test_turning_is_the_rotary_embedding_of_the_model():

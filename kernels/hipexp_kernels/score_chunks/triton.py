@@ -6,7 +6,7 @@ multiply on the tensor cores. The scan reads every key that it probes (``exact``
 rows and heads of the group.
 
 Dimensions are held as the first halves of the rotated pairs, their second halves, and the rest, each padded to a power of two.
-A NaN among the probed products of a chunk becomes its score.
+A NaN among the probed keys of a chunk becomes its score.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ from hipexp_kernels.summarize import Summaries
 ONE_ROW = dict(keys=64, warps=4, registers=128, registers_rotated=168, stages=1)  # keys: chunks times query heads
 FEW_ROWS = dict(keys=64, warps=4, registers=128, registers_rotated=255, stages=1)  # keys: chunks; up to 16 rows
 ROWS = FEW_ROWS | dict(registers=168)
-# The scan: rows of keys or landmarks that are multiplied at a time with ``columns`` query rows; ``tiles`` of them follow each other in a
-# program, which loads and rotates its queries once; so many ``stages`` are on their way while one is multiplied.
+# The scan: rows of keys or landmarks that are multiplied at a time with ``columns`` query rows. Up to so many ``tiles`` of them follow each
+# other in a program, which loads and rotates its queries once, the next ones on their way (in ``stages``) while one is multiplied.
 ONE_ROW_OF_KEYS = dict(keys=64, warps=4, registers=255, registers_rotated=255, stages=1, tiles=1, columns=64)
 ONE_ROW_OF_LANDMARKS = ONE_ROW_OF_KEYS | dict(stages=3, tiles=8)
 SCAN = dict(keys=64, warps=4, registers=255, registers_rotated=255, stages=3, tiles=16, columns=256)
 SCAN_BEFORE_HOPPER = SCAN | dict(columns=64)
+PROGRAMS_PER_SM = 4  # so many there shall be before one gets a second tile
 # Where the heads of a group lie in tiles of one query row: in the dimension that Triton spreads over the lanes of a warp first, so that
 # heads which probe the same key ask for it once, and a thread holds one head's query. Triton 3.7 turned that order round.
 HEAD_AXIS = 0 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) else 1
@@ -63,12 +64,16 @@ def score_chunks(
     landmarks = 0
     if summaries is not None and representative == "bounds":
         k, landmarks = summaries.rows.flatten(1, 2), 2 * chunk_tok // summaries.piece_tok
-    _, hopper = gpu(k.device)
-    kernel, constexprs, options = launch(mode, R, H // K, D, rotary, chunk_tok, representative, landmarks, k.element_size(), hopper)
-    kernel[(N, K, triton.cdiv(C, constexprs["TILE"] * constexprs.get("TILES", 1)))](
+    n_sm, hopper = gpu(k.device)
+    kernel, tuned, constexprs, options = launch(mode, R, H // K, D, rotary, chunk_tok, representative, landmarks, k.element_size(), hopper)
+    n_tiles, more = triton.cdiv(C, constexprs["TILE"]), {}
+    if kernel is _scan:
+        more["tiles"] = tiles = max(1, min(tuned["tiles"], N * K * n_tiles // (PROGRAMS_PER_SM * n_sm)))
+        n_tiles = triton.cdiv(n_tiles, tiles)
+    kernel[(N, K, n_tiles)](
         q, k, starts, counts, limits, scores, *_rotation_arguments(rotation), k.stride(0), k.stride(1),
         starts.stride(0) if len(starts) > 1 else 0, starts.stride(1) if starts.shape[1] > 1 else 0, N if len(counts) > 1 else 0,
-        N, C, T, **constexprs, **options,
+        N, C, T, **more, **constexprs, **options,
     )  # fmt: skip
     return scores
 
@@ -85,13 +90,13 @@ def launch(
     mode: str, rows: int, group: int, dim: int, rotary: int, chunk_tok: int, representative: str, landmarks: int, itemsize: int,
     hopper: bool,
 ) -> tuple:  # fmt: skip
-    """The kernel for ``rows`` query rows a block, its constexpr arguments and the compiler options.
+    """The kernel for ``rows`` query rows a block, what it was tuned to, its constexpr arguments and the compiler options.
 
     ``landmarks``: of a chunk; ``itemsize``: bytes of a number of the keys; ``hopper``: the GPU is of that kind (:func:`dispatch.gpu`).
     """
     constexprs = dict(MODE=mode, GROUP=group, HALF=rotary // 2, REST=dim - rotary, CHUNK=chunk_tok)
     padded = max(16, triton.next_power_of_2(rotary // 2)) + (max(16, triton.next_power_of_2(dim - rotary)) if dim > rotary else 0)
-    wide = max(1, padded // 64)  # the registers hold fewer rows of more than 128 dimensions
+    wide = triton.next_power_of_2(max(1, padded // 64))  # the registers hold fewer rows of more than 128 dimensions
     heavy = wide * (max(2, itemsize) // 2)  # and fewer that are multiplied in fp32,
     heavy *= 1 if heavy == 1 or mode in RAW_KEYS else 2  # above all if angles take registers too
     if representative in ("exact", "grid", "bounds"):
@@ -102,9 +107,10 @@ def launch(
         if mode not in RAW_KEYS:
             tuned = tuned | dict(stages=1, columns=min(64, tuned["columns"]))  # angles take shared memory and registers too
         together = min(each, tuned["keys"] // heavy)
-        columns = min(max(16, triton.next_power_of_2(group * rows)), max(16, tuned["columns"] // heavy))
+        whole = itemsize == 2 and padded == dim  # products of tiles with padding, and of fp32, take more registers
+        columns = min(max(16, triton.next_power_of_2(group * rows)), max(16, min(tuned["columns"], 256 if whole else 128) // heavy))
         tile = max(16 // together, tuned["keys"] // heavy // together, 1)
-        constexprs |= dict(ROWS=rows, COLUMNS=columns, STEP=step, EACH=each, TOGETHER=together, TILE=tile, TILES=tuned["tiles"])
+        constexprs |= dict(ROWS=rows, COLUMNS=columns, STEP=step, EACH=each, TOGETHER=together, TILE=tile)
     elif rows == 1:
         kernel, tuned = _descend_one_row, ONE_ROW
         constexprs |= dict(TILE=max(1, tuned["keys"] // wide // triton.next_power_of_2(group)), HEAD_AXIS=HEAD_AXIS)
@@ -114,7 +120,7 @@ def launch(
     options = dict(num_warps=tuned["warps"] * (2 if rows > 1 and heavy > 2 else 1), num_stages=tuned["stages"])
     if torch.version.hip is None:
         options["maxnreg"] = tuned["registers" if mode in RAW_KEYS else "registers_rotated"]
-    return kernel, constexprs, options
+    return kernel, tuned, constexprs, options
 
 
 def aot_cases(dtype: str, dim: int, group: int, hopper: bool) -> Iterator[tuple[str, triton.JITFunction, dict, dict, dict]]:
@@ -128,7 +134,7 @@ def aot_cases(dtype: str, dim: int, group: int, hopper: bool) -> Iterator[tuple[
     rows_of = dict(exact=(1, 16, 64))
     for representative, mode, rows in ((r, mode, rows) for r in modes for mode in modes[r] for rows in rows_of.get(r, (1, 16))):
         landmarks = 8 if representative == "bounds" else 0
-        kernel, constants, options = launch(
+        kernel, _, constants, options = launch(
             mode, rows, group, dim, dim, 256 if landmarks else 32, representative, landmarks, 4 if dtype == "fp32" else 2, hopper
         )
         yield f"{representative} {mode}, {rows} rows", kernel, dict.fromkeys(kernel.arg_names, "i32") | types, constants, options
@@ -177,7 +183,7 @@ def _descend_one_row(
         tl.store(scores_ptr + rank, tl.full([TILE], float("-inf"), tl.float32), mask=rank < C)
         return
     starts_ptr += kv.to(tl.int64) * starts_stride_s + n.to(tl.int64) * starts_stride_n
-    low, size, present = _chunks(starts_ptr, limits_ptr, n, rank, count, T, CHUNK)
+    low, size, present = _chunks(starts_ptr, rank, count, _limit(limits_ptr, n, T), CHUNK)
     first, last = _block(first_ptr, last_ptr, n, MODE)
     k_ptr += kv.to(tl.int64) * k_stride_h
 
@@ -256,7 +262,7 @@ def _descend_rows(
         tl.store(scores_ptr + rank, tl.full([TILE], float("-inf"), tl.float32), mask=rank < C)
         return
     starts_ptr += kv.to(tl.int64) * starts_stride_s + n.to(tl.int64) * starts_stride_n
-    start, length, present = _chunks(starts_ptr, limits_ptr, n, rank, count, T, CHUNK)
+    start, length, present = _chunks(starts_ptr, rank, count, _limit(limits_ptr, n, T), CHUNK)
     first, last = _block(first_ptr, last_ptr, n, MODE)
     k_ptr += kv.to(tl.int64) * k_stride_h
 
@@ -298,7 +304,7 @@ def _descend_rows(
     tl.store(scores_ptr + rank, best, mask=rank < C)
 
 
-@triton.jit(do_not_specialize=_PLAIN)
+@triton.jit(do_not_specialize=[*_PLAIN, "tiles"])
 def _scan(
     q_ptr,  # [H, N, ROWS, D]
     k_ptr,  # [K, T, D], or [K, pieces * 2, D]: landmarks
@@ -321,6 +327,7 @@ def _scan(
     N,
     C,
     T,
+    tiles,
     MODE: tl.constexpr,
     GROUP: tl.constexpr,
     HALF: tl.constexpr,
@@ -332,34 +339,37 @@ def _scan(
     EACH: tl.constexpr,
     TOGETHER: tl.constexpr,
     TILE: tl.constexpr,
-    TILES: tl.constexpr,
 ):
-    n, kv, begin = tl.program_id(0), tl.program_id(1), tl.program_id(2) * (TILE * TILES)
+    n, kv, begin = tl.program_id(0), tl.program_id(1), tl.program_id(2) * tiles * TILE
     scores_ptr += (kv * N + n).to(tl.int64) * C
-    count = tl.load(counts_ptr + kv * counts_stride_s + n)
-    if begin >= count:
-        for i in range(TILES):
-            rank = begin + i * TILE + tl.arange(0, TILE)
-            tl.store(scores_ptr + rank, tl.full([TILE], float("-inf"), tl.float32), mask=rank < C)
+    count = tl.load(counts_ptr + kv * counts_stride_s + n).to(tl.int32)
+    live = tl.minimum(tl.maximum(count - begin + TILE - 1, 0) // TILE, tiles)  # tiles with chunks
+    for i in range(live, tiles):
+        rank = begin + i * TILE + tl.arange(0, TILE)
+        tl.store(scores_ptr + rank, tl.full([TILE], float("-inf"), tl.float32), mask=rank < C)
+    if live == 0:
         return
     starts_ptr += kv.to(tl.int64) * starts_stride_s + n.to(tl.int64) * starts_stride_n
+    limit = _limit(limits_ptr, n, T)
     first, last = _block(first_ptr, last_ptr, n, MODE)
     k_ptr += kv.to(tl.int64) * k_stride_h
     key = tl.arange(0, TILE * TOGETHER)  # every chunk once for each of its keys that are multiplied together
 
     for column in range(0, GROUP * ROWS, COLUMNS):
+        if GROUP * ROWS > COLUMNS:
+            tl.debug_barrier()  # scores of the pass before are read again, by other threads
         at_column = tl.minimum(column + tl.arange(0, COLUMNS), GROUP * ROWS - 1)  # padding repeats the last one
         r = at_column % ROWS
         row = (((kv * GROUP + at_column // ROWS) * N + n) * ROWS + r)[:, None]
         at = _query_position(position_ptr, n, r, count, scan_window_tok, ROWS, MODE)
         q1, q2, q3 = _query_in(k_ptr.dtype.element_ty, q_ptr, row, cos_ptr, sin_ptr, at, MODE, HALF, REST, 16)
-        for i in range(TILES):
-            rank, key_rank = begin + i * TILE + tl.arange(0, TILE), begin + i * TILE + key // TOGETHER
+        for i in range(live):
+            key_rank = begin + i * TILE + key // TOGETHER
+            start, length, present = _chunks(starts_ptr, key_rank, count, limit, CHUNK)
             best = tl.full([TILE * TOGETHER], float("-inf"), tl.float32)
             for offset in range(0, EACH, TOGETHER):
                 probe = offset + key % TOGETHER
                 if STEP:
-                    start, length, _ = _chunks(starts_ptr, limits_ptr, n, key_rank, count, T, CHUNK)
                     token = start + tl.minimum(STEP // 2 + probe * STEP, length - 1)
                 else:
                     token = tl.minimum(key_rank, C - 1) * EACH + probe
@@ -367,8 +377,8 @@ def _scan(
                 at_key = _key_position(token, key_rank, count, first, last, trained_tok, MODE)
                 k1, k2 = _turned_keys(k1, k2, cos_ptr, sin_ptr, at_key[:, None], MODE, HALF, 16)
                 best = tl.maximum(best, _best_product(k1, k2, k3, q1, q2, q3, REST), propagate_nan=tl.PropagateNan.ALL)
-            _, _, present = _chunks(starts_ptr, limits_ptr, n, rank, count, T, CHUNK)
-            score = tl.where(present, _max(tl.reshape(best, (TILE, TOGETHER)), 1), float("-inf"))
+            score = _max(tl.reshape(tl.where(present, best, float("-inf")), (TILE, TOGETHER)), 1)
+            rank = begin + i * TILE + tl.arange(0, TILE)
             if column > 0:
                 score = tl.maximum(score, tl.load(scores_ptr + rank, mask=rank < C), propagate_nan=tl.PropagateNan.ALL)
             tl.store(scores_ptr + rank, score, mask=rank < C)
@@ -381,12 +391,16 @@ def _depth(chunk):
 
 
 @triton.jit
-def _chunks(starts_ptr, limits_ptr, n, rank, count, T, CHUNK: tl.constexpr):
-    """First token and number of tokens of the chunks at ``rank``, and which of them there are.
+def _limit(limits_ptr, n, T):
+    return tl.minimum(tl.load(limits_ptr + n), T)
+
+
+@triton.jit
+def _chunks(starts_ptr, rank, count, limit, CHUNK: tl.constexpr):
+    """First token and number of tokens, below ``limit``, of the chunks at ``rank``, and which of them there are.
 
     The others get token 0, to be read and forgotten: ptxas spreads loads that have a condition, so that each is waited for.
     """
-    limit = tl.minimum(tl.load(limits_ptr + n), T)
     start = tl.load(starts_ptr + rank, mask=rank < count, other=0)
     present = (rank < count) & (start < limit)
     size = tl.where(present, tl.minimum(limit - start, CHUNK), 1)

@@ -5,6 +5,7 @@ Blocks are taken in groups whose keys and products fit the processor's cache, in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -33,9 +34,11 @@ def score_chunks(
     scores = torch.full((K, N, C), NONE, device=k.device)
     keys = KeyRows(k, rotation.table if rotation and rotation.turns_keys else None, once=K * T <= H * N * C, purpose="probed keys")
     step_tok = 0 if representative == "descent" else probe_step(representative, chunk_tok)
-    offsets = torch.arange(step_tok // 2, chunk_tok, step_tok, device=k.device) if step_tok else None
-    # chunks at a time: a descent probes a key for every head, a scan many for all heads of a group
-    width = max(64, FLOATS // (H * max(R, D))) if offsets is None else max(1, FLOATS // (len(offsets) * max(H * R, K * D)))
+    if step_tok:  # a scan: all probes of a chunk, for all heads of a group
+        offsets = torch.arange(step_tok // 2, chunk_tok, step_tok, device=k.device).split(max(1, FLOATS // max(H * R, K * D)))
+        width = max(1, FLOATS // (chunk_tok // step_tok * max(H * R, K * D)))  # chunks at a time
+    else:  # one key for every head
+        offsets, width = (), max(64, FLOATS // (H * max(R, D)))
     step = max(1, min(N, width // max(1, C)))  # blocks at a time
     for n in range(0, N, step):
         part = slice(n, n + step)
@@ -52,7 +55,7 @@ def score_chunks(
             if not present.any():
                 continue
             start, size = _extent(listed, present, limits[part], chunk_tok, T)
-            if offsets is not None:
+            if offsets:
                 best = _scan(right, start, size, rank, offsets)
             elif at_once and isinstance(size, int):
                 best = _descend_at_once(both, start, rank, chunk_tok)
@@ -110,12 +113,16 @@ def _descend_at_once(both: _Probe, start: Tensor, rank: Tensor, chunk_tok: int) 
     return best.squeeze(-1)
 
 
-def _scan(right: _Probe, start: Tensor, size: Tensor | int, rank: Tensor, offsets: Tensor) -> Tensor:
-    """All probed keys of the chunks, which lie side by side or not far apart, in one product."""
-    inside = torch.minimum(offsets, size[..., None] - 1) if isinstance(size, Tensor) else offsets
-    token = (start[..., None] + inside).flatten(-2)
-    best = right(token, rank.repeat_interleave(len(offsets)))
-    return best.unflatten(-1, (len(rank), -1)).amax(-1)
+def _scan(right: _Probe, start: Tensor, size: Tensor | int, rank: Tensor, offsets: Sequence[Tensor]) -> Tensor:
+    """All probed keys of the chunks, which lie side by side or not far apart, in one product, or in a few for very long chunks."""
+    best = None
+    for some in offsets:
+        inside = torch.minimum(some, size[..., None] - 1) if isinstance(size, Tensor) else some
+        token = (start[..., None] + inside).flatten(-2)
+        score = right(token, rank.repeat_interleave(len(some))).unflatten(-1, (len(rank), -1)).amax(-1)
+        best = score if best is None else torch.maximum(best, score)
+    assert best is not None
+    return best
 
 
 def _compare(
