@@ -54,7 +54,6 @@ SPECS = (
     Spec("3stage", 32, ("passkey",), 15, HIP),
     Spec("dense", 1, SUBTASKS, 20, (HELDOUT,)),
     Spec("3stage", 8, SUBTASKS, 5, (*HIP, HELDOUT)),
-    Spec("3stage_scan", 8, SUBTASKS, 5, ("+pipeline=3stage_scan",)),
     Spec("3stage without its layer group", 8, SUBTASKS, 5, NO_GROUP),
     *(Spec("3stage", times, SUBTASKS, 5, HIP) for times in (1, 2, 4)),
     *(Spec("3stage without its layer group", times, SUBTASKS, 5, NO_GROUP) for times in (1, 2, 4)),

@@ -174,7 +174,7 @@ def launch(
     tile = dict(
         LIST_TILE=min(512, padded(M)), SHIFT=shift, ROWS=rows, KEYS=tuning.keys, SPLITS=splits, AT_ONCE=at_once,
     )  # fmt: skip
-    stages = tuning.num_stages if hopper else min(3, tuning.num_stages)
+    stages = tuning.num_stages if hopper else min(3 if D <= 128 else 2, tuning.num_stages)  # what shared memory holds
     if half > 0 and not shift:  # the angles of the keys need shared memory too
         stages = min(3, stages) if hopper and D <= 128 else 1
     return tile, dict(num_warps=tuning.num_warps, num_stages=stages)

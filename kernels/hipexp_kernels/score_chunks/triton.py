@@ -107,7 +107,7 @@ def launch(
         if mode not in RAW_KEYS:
             tuned = tuned | dict(stages=1, columns=min(64, tuned["columns"]))  # angles take shared memory and registers too
         together = min(each, tuned["keys"] // heavy)
-        whole = itemsize == 2 and padded == dim  # products of tiles with padding, and of fp32, take more registers
+        whole = itemsize == 2 and 2 * padded == rotary == dim  # products of tiles with padding, and of fp32, take more registers
         columns = min(max(16, triton.next_power_of_2(group * rows)), max(16, min(tuned["columns"], 256 if whole else 128) // heavy))
         tile = max(16 // together, tuned["keys"] // heavy // together, 1)
         constexprs |= dict(ROWS=rows, COLUMNS=columns, STEP=step, EACH=each, TOGETHER=together, TILE=tile)
