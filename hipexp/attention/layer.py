@@ -77,7 +77,7 @@ class LayerAttention:
             attended.q, k, v, selection.blocks, selection.counts, attended.first,
             queries.step.exact if queries.step else torch.arange(len(attended), device=k.device) < n_exact,
             block_tok=block_tok, sink_tok=self.plan.sink_tok, window_tok=self.plan.window_tok, scale=self.scale,
-            rotation=self._attend_rotation(k.shape[1], queries), softcap=self.softcap,
+            rotation=self._attend_rotation(k.shape[1], queries), softcap=self.softcap, held=memory.held if memory else None,
         )  # fmt: skip
         return attended.rows(out)
 

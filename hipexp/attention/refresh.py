@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from hipexp_kernels import Held
 from torch import Tensor
 
 from hipexp.config.schema import Stage
@@ -16,11 +17,12 @@ class Memory:
     """Refresh state of one sequence in one layer: decode steps done, and what each stage was given by the one before.
 
     ``lists[i]``: the candidates of stage ``i`` (those of the first are not kept); ``lists[len(stages)]``: the final selection. A stage
-    that runs again writes over its last result where that has the right size.
+    that runs again writes over its last result where that has the right size. ``held``: what attention made of the final selection.
     """
 
     step: int = 0
     lists: dict[int, Candidates] = field(default_factory=dict)
+    held: Held = field(default_factory=Held)
 
     def first_stage_due(self, stages: list[Stage]) -> int:
         """The first stage that this decode step runs again (later ones follow); ``len(stages)`` if the selection is reused.

@@ -89,5 +89,5 @@ class SequenceCache(Cache):
 
     @property
     def bytes(self) -> int:
-        """Bytes of keys and values, and of what summarizes the keys."""
-        return sum(row.store.bytes + row.summaries.bytes for layer in self.layers for row in layer.rows)
+        """Bytes of keys and values, of what summarizes the keys, and of what decode steps hold ready."""
+        return sum(row.store.bytes + row.summaries.bytes + row.memory.held.bytes for layer in self.layers for row in layer.rows)

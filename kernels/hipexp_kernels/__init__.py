@@ -5,10 +5,10 @@ Shape letters: ``H`` query heads, ``K`` key/value heads, ``G = H/K``, ``N`` quer
 list, ``K`` if every key/value head has its own). All operations work on one sequence.
 """
 
-from hipexp_kernels.attend_blocks import attend_blocks
+from hipexp_kernels.attend_blocks import Held, attend_blocks
 from hipexp_kernels.keep_top import keep_top
 from hipexp_kernels.merge_lse import merge_lse
 from hipexp_kernels.score_chunks import score_chunks
 from hipexp_kernels.summarize import Summaries, summarize
 
-__all__ = ["Summaries", "attend_blocks", "keep_top", "merge_lse", "score_chunks", "summarize"]
+__all__ = ["Held", "Summaries", "attend_blocks", "keep_top", "merge_lse", "score_chunks", "summarize"]

@@ -58,13 +58,13 @@ class KeyRows(Rows):
         self.table, self.once = table, once
         super().__init__(self.convert(k) if once else k, purpose)
 
-    def convert(self, x: Tensor) -> Tensor:
-        """Any keys or queries ``[..., D]`` in that form."""
-        return x.float() if self.table is None else paired(x.float(), self.table)
+    def convert(self, x: Tensor, reuse: bool = False) -> Tensor:
+        """Any keys or queries ``[..., D]`` in that form; ``reuse``: complex numbers in memory that the next such call uses again."""
+        if self.table is None:
+            return x.float()
+        shape = (*x.shape[:-1], x.shape[-1] // 2)
+        return paired(x.float(), self.table, out=scratch(f"{self.purpose}, paired", shape, x, torch.complex64) if reuse else None)
 
     def gather(self, token: Tensor, heads: slice = slice(None)) -> Tensor:
         keys = super().gather(token, heads)
-        if self.once or self.table is None:
-            return keys if self.once else keys.float()
-        pairs = scratch(f"{self.purpose}, paired", (*keys.shape[:-1], keys.shape[-1] // 2), keys, torch.complex64)
-        return paired(keys.float(), self.table, out=pairs)
+        return keys if self.once else self.convert(keys, reuse=True)

@@ -127,12 +127,13 @@ def test_what_is_measured(loaded, pipeline, tokens):
     assert result.exact and result.cache_bytes == 4 * 2 * 2 * 205 * 16 * 4
 
 
-def test_summaries_are_counted(loaded, pipeline, tokens):
+def test_summaries_and_what_decode_holds_are_counted(loaded, pipeline, tokens):
     pipeline.stages[0].representative = Representative.bounds
     with install(loaded.model, pipeline):
         result = run(loaded, [tokens[:1000]], 8192, n=5)[0]
     pieces = (1000 - 16) // 64
-    assert result.cache_bytes == 4 * 2 * (2 * 1005 + 2 * pieces) * 16 * 4
+    held = 16 + 128  # sinks and final selection
+    assert result.cache_bytes == 4 * 2 * (2 * 1005 + 2 * pieces + 2 * held) * 16 * 4
 
 
 def test_logits_that_are_not_finite_are_an_error(loaded, pipeline, tokens):

@@ -5,7 +5,7 @@ import importlib
 import numpy as np
 import pytest
 import torch
-from hipexp_kernels import attend_blocks
+from hipexp_kernels import Held, attend_blocks
 from hipexp_kernels.rope import AttendRotation
 from hypothesis import given
 from hypothesis import strategies as st
@@ -199,6 +199,42 @@ def test_what_is_not_attended_is_not_read(impl, mode, call, noise):
     call["q"] = np.where(valid_rows(call)[..., None], call["q"], np.nan)
     call["blocks"] = np.where(np.arange(call["blocks"].shape[-1]) < call["counts"][..., None], call["blocks"], noise)
     compare(call, run(impl, call, **options), clean)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("lists", "mode"), [(1, "streaming"), (2, "streaming"), (1, None), (1, "native")])
+def test_what_is_held_is_what_would_be_made_again(lists, mode, dtype):
+    """Steps over which the window leaves a selected block behind, then another selection in the same memory."""
+    make = torch.Generator().manual_seed(lists)
+    k, v = (torch.randn(2, 120, 8, generator=make).to(dtype) for _ in range(2))
+    rotation = mode and AttendRotation(mode, brute.rope_table(200, 8), 64)
+    held = Held()
+    for begin, blocks in ((70, [[8, 24, 48, 56], [4, 8, 16, 52]]), (90, [[12, 40, 72, 76], [8, 16, 24, 32]])):
+        held.clear()
+        for first in range(begin, begin + 14):
+            call = dict(
+                q=torch.randn(4, 1, 1, 8, generator=make).to(dtype), k=k, v=v, blocks=torch.tensor(blocks)[:lists, None],
+                counts=torch.full((lists, 1), 4), first=torch.tensor([first]), exact=torch.tensor([False]),
+                block_tok=4, sink_tok=4, window_tok=16, scale=0.5, rotation=rotation,
+            )  # fmt: skip
+            wanted = attend_blocks(**call, impl="reference")
+            for mine, theirs in zip(attend_blocks(**call, held=held, impl="vectorized"), wanted, strict=True):
+                torch.testing.assert_close(mine, theirs, atol=1e-5 if dtype == torch.float32 else 3e-2, rtol=1e-2)
+        size = k.element_size() * 2 * 8
+        assert held.bytes == (0 if mode == "native" else 2 * (4 + 4 * 4) * size)  # the sinks and the longest list, once
+
+
+def test_rows_that_are_held_are_not_read_again():
+    make = torch.Generator().manual_seed(0)
+    k, v, held = torch.randn(1, 60, 8, generator=make), torch.randn(1, 60, 8, generator=make), Held()
+    call = dict(
+        q=torch.randn(1, 1, 1, 8, generator=make), blocks=torch.tensor([[[8, 12]]]), counts=torch.tensor([[2]]), first=torch.tensor([50]),
+        exact=torch.tensor([False]), block_tok=4, sink_tok=4, window_tok=16, scale=0.5, impl="vectorized",
+    )  # fmt: skip
+    wanted, _ = attend_blocks(k=k, v=v, held=held, **call)
+    k[:, :30] = v[:, :30] = float("nan")
+    again, _ = attend_blocks(k=k, v=v, held=held, **call)
+    assert torch.equal(again, wanted)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -38,6 +38,8 @@ def select(
     due = memory.first_stage_due(stages) if memory else 0
     if memory and due == len(stages):
         return Selection(*memory.lists[due])
+    if memory:
+        memory.held.clear()
     scan_window_tok = max(0, plan.window_tok - stages[0].chunk_tok)
     lists = keys.shape[0] if plan.heads is Heads.per_kv else 1
     if memory and due:

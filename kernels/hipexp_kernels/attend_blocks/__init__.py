@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from hipexp_kernels.attend_blocks.held import Held
 from hipexp_kernels.attend_blocks.reference import attend_blocks as reference
 from hipexp_kernels.attend_blocks.vectorized import attend_blocks as vectorized
 from hipexp_kernels.dispatch import choose, lazy, require
@@ -25,6 +26,7 @@ def attend_blocks(
     scale: float,
     rotation: AttendRotation | None = None,
     softcap: float | None = None,
+    held: Held | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Return the output ``[H, N, Q, D]`` and its log-sum-exp ``[H, N, Q]`` (fp32).
@@ -36,7 +38,8 @@ def attend_blocks(
     ``i < sink_tok, i <= edge``, the selected tokens ``i <= edge`` and the window ``edge < i <= p``: every key once.
     Blocks with ``exact[n]`` (bools, or ints) attend to all keys ``i <= p`` at their true positions instead.
     ``rotation`` says how positions become angles; None leaves queries and keys as they are (layers without RoPE).
-    ``softcap`` bounds the logits to ``softcap * tanh(logit / softcap)``. Raises ``ValueError`` on shapes that do not match.
+    ``softcap`` bounds the logits to ``softcap * tanh(logit / softcap)``. ``held`` (one block of one query): what the step before made of
+    the same selection, which a CPU need not make again. Raises ``ValueError`` on shapes that do not match.
     """
     H, N, _, D = q.shape
     S = blocks.shape[0]
@@ -51,4 +54,5 @@ def attend_blocks(
     require(first.shape == exact.shape == (N,), f"attend_blocks: first {tuple(first.shape)} and exact {tuple(exact.shape)} must be {(N,)}")
     run = choose(impl, {"reference": reference, "vectorized": vectorized, "triton": lazy("attend_blocks")}, q.device)
     sizes = dict(block_tok=block_tok, sink_tok=sink_tok, window_tok=window_tok)
-    return run(q, k, v, blocks, counts, first, exact, **sizes, scale=scale, rotation=rotation, softcap=softcap)
+    more = dict(held=held) if run is vectorized else {}
+    return run(q, k, v, blocks, counts, first, exact, **sizes, **more, scale=scale, rotation=rotation, softcap=softcap)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hipexp_kernels.attend_blocks.held import Held
 from hipexp_kernels.merge_lse.vectorized import merge_lse
 from hipexp_kernels.rope import AttendRotation, turn
 from hipexp_kernels.rows import KeyRows, Rows
@@ -19,6 +20,7 @@ FLOATS, LEAST_TOK = 1 << 19, 64
 def attend_blocks(
     q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, counts: Tensor, first: Tensor, exact: Tensor, *,
     block_tok: int, sink_tok: int, window_tok: int, scale: float, rotation: AttendRotation | None, softcap: float | None,
+    held: Held | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     H, N, Q, D = q.shape
     (K, T, _), exact = k.shape, exact.bool()
@@ -38,6 +40,7 @@ def attend_blocks(
     alone = int(Q == 1)  # a single query attends to itself with the others: no causal part is left
     prefix = _true_keys(k, int((first[exact] + alone).amax()) if exact.any() else 0, keys)
     tile = max(LEAST_TOK, FLOATS // (K * D)) if alone else 1 << 62  # many queries are worth a product over all keys
+    held = held if alone and N == 1 and (rotation is None or rotation.mode == "streaming") else None
     lists = [slice(s, s + 1) for s in range(K)] if len(blocks) > 1 else [slice(0, K)]
     for n, (start, begin, is_exact) in enumerate(zip(first.tolist(), near.tolist(), exact.tolist(), strict=True)):
         end, last = start + alone, start + Q - 1
@@ -51,15 +54,23 @@ def attend_blocks(
             sinks, window = torch.arange(min(sink_tok, begin), device=k.device), torch.arange(begin, end, device=k.device)
             token = torch.cat([sinks, selected[s, n, : n_selected[s, n]], window])
             angle = rotation.keys(token, start, last, int(n_far[s, n]), window_tok) if rotation else None
-            parts = []
-            for at in range(0, len(token), tile):
-                some = token[None, at : at + tile]
-                tile_k = keys.gather(some, heads)
-                if angle is not None:
-                    tile_k = turn(tile_k, angle[at : at + tile], scratch=True)
-                in_window = at >= len(token) - len(window)  # one after the other: they can stay where they are
-                tile_v = v[heads, int(some[0, 0]) :][:, : some.shape[1]] if in_window else values.gather(some, heads)
-                parts.append(attend_all(rows[heads, n], tile_k.to(v.dtype), tile_v, scale, softcap))
+            parts, far = [], int(n_far[s, n])
+            if held is not None and len(sinks) == sink_tok and far:  # from there on sinks and selected tokens keep their places
+                missing = slice(held.count(s), far)
+                if missing.start < far:
+                    turned = _turned(keys.gather(token[None, missing], heads), angle, missing)
+                    held.add(s, turned.to(v.dtype), values.gather(token[None, missing], heads), sink_tok + selected.shape[2])
+                parts.append(attend_all(rows[heads, n], *held.rows(s, far), scale, softcap))
+            for at in range(far if parts else 0, len(token), tile):
+                part = slice(at, at + tile)
+                some = token[None, part]
+                if at >= len(token) - len(window):  # one after the other: they can stay where they are
+                    run = slice(int(some[0, 0]), int(some[0, 0]) + some.shape[1])
+                    tile_k = keys.gather(some, heads) if keys.once else keys.convert(k[heads, run], reuse=True)
+                    tile_v = v[heads, run]
+                else:
+                    tile_k, tile_v = keys.gather(some, heads), values.gather(some, heads)
+                parts.append(attend_all(rows[heads, n], _turned(tile_k, angle, part).to(v.dtype), tile_v, scale, softcap))
             if parts:
                 out[heads, n], lse[heads, n] = merge_lse(*map(list, zip(*parts, strict=True))) if len(parts) > 1 else parts[0]
     if not alone:
@@ -100,6 +111,11 @@ def _queries(
     position = (first[:, None] + torch.arange(q.shape[3], device=q.device)).clamp(max=n_keys - 1)
     at = torch.where(exact[:, None], position, rotation.query(position, first[:, None], n_far[..., None], n_near[:, None]))
     return turn(q, rotation.table.factor[at].unsqueeze(-3))
+
+
+def _turned(keys: Tensor, angle: Tensor | None, part: slice) -> Tensor:
+    """Converted keys, which are overwritten, turned by their part of the angles."""
+    return keys if angle is None else turn(keys, angle[part], scratch=True)
 
 
 def _true_keys(k: Tensor, length: int, keys: KeyRows) -> Tensor:
