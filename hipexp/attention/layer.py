@@ -77,7 +77,8 @@ class LayerAttention:
             attended.q, k, v, selection.blocks, selection.counts, attended.first,
             queries.step.exact if queries.step else torch.arange(len(attended), device=k.device) < n_exact,
             block_tok=block_tok, sink_tok=self.plan.sink_tok, window_tok=self.plan.window_tok, scale=self.scale,
-            rotation=self._attend_rotation(k.shape[1], queries), softcap=self.softcap, held=memory.held if memory else None,
+            rotation=self._attend_rotation(k.shape[1], queries), softcap=self.softcap,
+            held=memory.held if memory and not (stages and stages[-1].refresh_steps == 1) else None,  # for once it is not worth it
         )  # fmt: skip
         return attended.rows(out)
 

@@ -17,12 +17,19 @@ class Memory:
     """Refresh state of one sequence in one layer: decode steps done, and what each stage was given by the one before.
 
     ``lists[i]``: the candidates of stage ``i`` (those of the first are not kept); ``lists[len(stages)]``: the final selection. A stage
-    that runs again writes over its last result where that has the right size. ``held``: what attention made of the final selection.
+    that runs again writes over its last result where that has the right size. ``held``: what attention made of the final
+    selection, for the steps that reuse it; None if there will be none.
     """
 
     step: int = 0
     lists: dict[int, Candidates] = field(default_factory=dict)
-    held: Held = field(default_factory=Held)
+    held: Held | None = field(default_factory=Held, compare=False)
+
+    def remember(self, stage: int, candidates: Candidates) -> None:
+        """Keep what stage ``stage`` is given; a selection that was made from other candidates is not the last one any more."""
+        self.lists[stage] = candidates
+        if self.held:
+            self.held.clear()
 
     def first_stage_due(self, stages: list[Stage]) -> int:
         """The first stage that this decode step runs again (later ones follow); ``len(stages)`` if the selection is reused.

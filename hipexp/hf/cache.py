@@ -90,4 +90,8 @@ class SequenceCache(Cache):
     @property
     def bytes(self) -> int:
         """Bytes of keys and values, of what summarizes the keys, and of what decode steps hold ready."""
-        return sum(row.store.bytes + row.summaries.bytes + row.memory.held.bytes for layer in self.layers for row in layer.rows)
+        return sum(
+            row.store.bytes + row.summaries.bytes + (row.memory.held.bytes if row.memory.held else 0)
+            for layer in self.layers
+            for row in layer.rows
+        )

@@ -169,7 +169,7 @@ def _attend_batch(
         if mask is not None:
             padding = int((mask[b].long().cumsum(0) == 0).sum())
             if padding != state.padding:  # the sequence begins elsewhere
-                state.padding, state.summaries = padding, KeySummaries()
+                state.padding, state.summaries, state.memory = padding, KeySummaries(), Memory()
             if not bool(mask[b, state.padding :].all()):
                 raise ValueError(f"attention_mask[{b}] masks tokens after the first real one; only padding on the left is supported")
         k, v = (x[:, state.padding :] for x in state.store.view())
@@ -206,7 +206,7 @@ def _check_positions(positions: Tensor, begin: int, padding: int) -> None:
 
 
 def _states_of(key: Tensor, value: Tensor) -> list[SequenceState]:
-    states = [SequenceState(memory=Memory()) for _ in range(key.shape[0])]
+    states = [SequenceState(memory=Memory(held=None)) for _ in range(key.shape[0])]  # of this call only
     for state, k, v in zip(states, key, value, strict=True):
         state.store.append(k, v)
     return states

@@ -276,6 +276,19 @@ def test_chunks_in_which_a_row_is_all_padding(loaded, any_pipeline, tokens, make
             assert torch.allclose(mine, logits(loaded.model, prompt)[-1], atol=1e-4)
 
 
+def test_a_sequence_that_begins_elsewhere_forgets_what_was_selected(loaded, pipeline, tokens):
+    with install(loaded.model, pipeline), torch.inference_mode():
+        cache = SequenceCache(loaded.n_layers)
+        loaded.model(torch.tensor([tokens[:600]]), past_key_values=cache)
+        loaded.model(torch.tensor([tokens[600:601]]), past_key_values=cache)
+        before = [layer.rows[0].memory for layer in cache.layers]
+        assert all(memory.step == 1 and memory.held.bytes > 0 for memory in before)
+        mask = torch.ones(1, 602, dtype=torch.long)
+        mask[0, :5] = 0
+        loaded.model(torch.tensor([tokens[601:602]]), attention_mask=mask, past_key_values=cache)
+        assert not any(layer.rows[0].memory is memory for layer, memory in zip(cache.layers, before, strict=True))
+
+
 def test_our_cache_only_grows():
     cache = SequenceCache(2)
     cache.update(torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5, 4), 0)

@@ -234,7 +234,18 @@ def test_rows_that_are_held_are_not_read_again():
     wanted, _ = attend_blocks(k=k, v=v, held=held, **call)
     k[:, :30] = v[:, :30] = float("nan")
     again, _ = attend_blocks(k=k, v=v, held=held, **call)
-    assert torch.equal(again, wanted)
+    torch.testing.assert_close(again, wanted)
+
+
+def test_what_is_held_has_room_for_one_selection():
+    held, few, many = Held(), torch.ones(2, 3, 4), torch.ones(2, 6, 4)
+    held.add(0, few, few, room=4)
+    with pytest.raises(ValueError, match="9 rows of a list are more than the 4 there was room for"):
+        held.add(0, many, many, room=9)
+    for rows in (many, torch.ones(1, 6, 4), torch.ones(2, 6, 4, dtype=torch.bfloat16)):  # longer, of one head, in another format
+        held.clear()
+        held.add(0, rows, 2 * rows, room=9)
+        assert [x.tolist() for x in held.rows(0, 6)] == [rows.tolist(), (2 * rows).tolist()] and held.count(0) == 6
 
 
 @pytest.mark.parametrize("impl", IMPLS)

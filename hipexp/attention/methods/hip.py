@@ -38,8 +38,6 @@ def select(
     due = memory.first_stage_due(stages) if memory else 0
     if memory and due == len(stages):
         return Selection(*memory.lists[due])
-    if memory:
-        memory.held.clear()
     scan_window_tok = max(0, plan.window_tok - stages[0].chunk_tok)
     lists = keys.shape[0] if plan.heads is Heads.per_kv else 1
     if memory and due:
@@ -62,7 +60,7 @@ def select(
             chunk_tok=stage.chunk_tok, next_tok=following.chunk_tok, out=memory.lists.get(i + 1) if memory else None,
         )  # fmt: skip
         if memory:
-            memory.lists[i + 1] = starts, counts
+            memory.remember(i + 1, (starts, counts))
     return Selection(starts, counts)
 
 

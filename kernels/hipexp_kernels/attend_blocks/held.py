@@ -28,13 +28,22 @@ class Held:
     def add(self, number: int, keys: Tensor, values: Tensor, room: int) -> None:
         """Hold ``keys`` and ``values`` ``[K, n, D]`` behind those that are held, of which there will never be more than ``room``."""
         begin = self.count(number)
-        end = begin + keys.shape[1]
-        if number not in self._rows or self._rows[number][0].shape[1] < end:
+        end, pair = begin + keys.shape[1], (keys, values)
+        if begin == 0 and not self._fits(number, pair, room):
             with torch.inference_mode(False):  # usable within and outside
-                self._rows[number] = [x.new_empty(x.shape[0], room, x.shape[2]) for x in (keys, values)]
-        for held, new in zip(self._rows[number], (keys, values), strict=True):
+                self._rows[number] = [torch.empty(x.shape[0], room, x.shape[2], dtype=x.dtype, device=x.device) for x in pair]
+        if end > self._rows[number][0].shape[1]:
+            raise ValueError(f"{end} rows of a list are more than the {self._rows[number][0].shape[1]} there was room for; clear it first")
+        for held, new in zip(self._rows[number], pair, strict=True):
             held[:, begin:end] = new
         self._counts[number] = end
+
+    def _fits(self, number: int, pair: tuple[Tensor, Tensor], room: int) -> bool:
+        held = self._rows.get(number, ())
+        return bool(held) and all(
+            (x.shape[0], x.shape[2], x.dtype, x.device) == (h.shape[0], h.shape[2], h.dtype, h.device) and h.shape[1] >= room
+            for x, h in zip(pair, held, strict=True)
+        )
 
     def rows(self, number: int, n: int) -> tuple[Tensor, Tensor]:
         """The first ``n`` keys and values of a list."""

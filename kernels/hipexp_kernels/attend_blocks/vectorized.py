@@ -39,7 +39,7 @@ def attend_blocks(
     out, lse = torch.zeros_like(rows), torch.full(rows.shape[:3], float("-inf"), device=q.device)
     alone = int(Q == 1)  # a single query attends to itself with the others: no causal part is left
     prefix = _true_keys(k, int((first[exact] + alone).amax()) if exact.any() else 0, keys)
-    tile = max(LEAST_TOK, FLOATS // (K * D)) if alone else 1 << 62  # many queries are worth a product over all keys
+    tile = max(LEAST_TOK, FLOATS // (K * D))  # for a single query; many are worth a product over all keys
     held = held if alone and N == 1 and (rotation is None or rotation.mode == "streaming") else None
     lists = [slice(s, s + 1) for s in range(K)] if len(blocks) > 1 else [slice(0, K)]
     for n, (start, begin, is_exact) in enumerate(zip(first.tolist(), near.tolist(), exact.tolist(), strict=True)):
@@ -54,23 +54,23 @@ def attend_blocks(
             sinks, window = torch.arange(min(sink_tok, begin), device=k.device), torch.arange(begin, end, device=k.device)
             token = torch.cat([sinks, selected[s, n, : n_selected[s, n]], window])
             angle = rotation.keys(token, start, last, int(n_far[s, n]), window_tok) if rotation else None
-            parts, far = [], int(n_far[s, n])
-            if held is not None and len(sinks) == sink_tok and far:  # from there on sinks and selected tokens keep their places
-                missing = slice(held.count(s), far)
-                if missing.start < far:
-                    turned = _turned(keys.gather(token[None, missing], heads), angle, missing)
-                    held.add(s, turned.to(v.dtype), values.gather(token[None, missing], heads), sink_tok + selected.shape[2])
-                parts.append(attend_all(rows[heads, n], *held.rows(s, far), scale, softcap))
-            for at in range(far if parts else 0, len(token), tile):
-                part = slice(at, at + tile)
+            far, n_keys = int(n_far[s, n]), len(token)
+            kept = held if len(sinks) == sink_tok else None  # from there on sinks and selected tokens keep their places
+            have = kept.count(s) if kept is not None else 0
+            parts = [attend_all(rows[heads, n], *kept.rows(s, have), scale, softcap)] if kept is not None and have else []
+            cuts = [*_cut(have, far, tile), *_cut(far, n_keys, tile)] if alone else _cut(0, n_keys, n_keys)
+            for part in cuts:
                 some = token[None, part]
-                if at >= len(token) - len(window):  # one after the other: they can stay where they are
+                if part.start >= far:  # window, one after the other: they can stay where they are
                     run = slice(int(some[0, 0]), int(some[0, 0]) + some.shape[1])
                     tile_k = keys.gather(some, heads) if keys.once else keys.convert(k[heads, run], reuse=True)
                     tile_v = v[heads, run]
                 else:
                     tile_k, tile_v = keys.gather(some, heads), values.gather(some, heads)
-                parts.append(attend_all(rows[heads, n], _turned(tile_k, angle, part).to(v.dtype), tile_v, scale, softcap))
+                tile_k = (tile_k if angle is None else turn(tile_k, angle[part], scratch=True)).to(v.dtype)
+                if kept is not None and part.start < far:
+                    kept.add(s, tile_k, tile_v, sink_tok + selected.shape[2])
+                parts.append(attend_all(rows[heads, n], tile_k, tile_v, scale, softcap))
             if parts:
                 out[heads, n], lse[heads, n] = merge_lse(*map(list, zip(*parts, strict=True))) if len(parts) > 1 else parts[0]
     if not alone:
@@ -113,9 +113,9 @@ def _queries(
     return turn(q, rotation.table.factor[at].unsqueeze(-3))
 
 
-def _turned(keys: Tensor, angle: Tensor | None, part: slice) -> Tensor:
-    """Converted keys, which are overwritten, turned by their part of the angles."""
-    return keys if angle is None else turn(keys, angle[part], scratch=True)
+def _cut(begin: int, end: int, size: int) -> list[slice]:
+    """Parts of ``size`` from ``begin`` to ``end``, the last one shorter."""
+    return [slice(at, min(at + size, end)) for at in range(begin, end, size)] if begin < end else []
 
 
 def _true_keys(k: Tensor, length: int, keys: KeyRows) -> Tensor:
