@@ -27,7 +27,7 @@ from triton.compiler import ASTSource
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 100)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
 SHARED = dict(sm_80=163 << 10, sm_89=99 << 10, sm_90=227 << 10, sm_100=227 << 10, gfx942=64 << 10)  # bytes a program may have
-OPS = ("attend_blocks", "keep_top", "merge_lse", "score_chunks", "summarize")
+OPS = ("attend_blocks", "gather_kv", "keep_top", "merge_lse", "score_chunks", "summarize")
 RECORD = Path(__file__).parents[2] / "docs" / "kernels.md"
 BEGIN = "<!-- written by `python -m hipexp_kernels.aot --record` -->"
 SLACK = 1.1  # of what is recorded
