@@ -19,16 +19,9 @@ from hipexp.attention.recall import attention_mass, chosen_tokens, fixed_tokens,
 from hipexp.attention.rope import RopeTables
 from hipexp.cache import KeySummaries
 from hipexp.config.schema import LayerPlan, Pipeline, Representative, Stage
-from hipexp.run.contestants import (
-    HEAD_START_CYCLES,
-    Contestant,
-    decode_contestants,
-    fastest,
-    prefill_contestants,
-    runnable,
-    time_alternating,
-)
+from hipexp.run.contestants import decode_contestants, prefill_contestants
 from hipexp.run.latency import quantile
+from hipexp.run.timing import HEAD_START_CYCLES, Contestant, fastest, runnable, time_alternating
 
 ROPE_BASE, TRAINED_TOK = 500_000.0, 131_072  # of Llama 3.1, without its frequency scaling
 

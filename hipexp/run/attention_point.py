@@ -102,8 +102,8 @@ def measure(experiment: Experiment, ledger: Ledger, trackers: Trackers) -> dict[
     import torch
 
     from hipexp.hf.memory import PeakMemory
-    from hipexp.run.contestants import memory_bandwidth
     from hipexp.run.point import token_bar
+    from hipexp.run.timing import memory_bandwidth
 
     task = experiment.task
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -1,6 +1,5 @@
 """Blocks out of pages: brute force, every implementation, pages that do not lie together, what is refused."""
 
-import numpy as np
 import pytest
 import torch
 from hipexp_kernels import gather_kv

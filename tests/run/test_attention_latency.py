@@ -9,8 +9,7 @@ from hipexp.attention import Memory
 from hipexp.attention.inputs import Geometry
 from hipexp.config.schema import Pipeline, Representative, Rope, Stage
 from hipexp.run import attention_latency as latency
-from hipexp.run import gpu
-from hipexp.run.gpu import PRESETS, preset
+from hipexp.run.gpu import preset
 
 GEOMETRY, CPU, T = Geometry(4, 2, 16), torch.device("cpu"), 608
 SMALL = Pipeline(
@@ -26,13 +25,6 @@ SMALL = Pipeline(
 @pytest.fixture(scope="module")
 def layers():
     return latency.make_layers(GEOMETRY, T, 2, CPU)
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_without_hydra(name):
-    plan = latency.layer_attention(preset(name), GEOMETRY, CPU).plan
-    assert [stage.keep_tok for stage in plan.stages][-1] == (4096 if name == "5k" else 2048)
-    assert plan.groups == []
 
 
 def test_which_stage_each_step_runs_again():
@@ -104,16 +96,6 @@ def test_prefill_and_dense_in_one_table(layers):
     assert all(row["mean_ms"] > 0 for row in rows if "note" not in row)
 
 
-def test_the_report_has_both_presets_in_prefill(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu, "PREFILL_TOK", 128)
-    report = gpu.Report(tmp_path, {"device": "cpu"})
-    gpu.measure_prefill(report, latency.make_layers(GEOMETRY, 2048, 1, CPU)[0], ("matmuls in tiles",))
-    rows = [row for row in report.rows if not row["dense"]]
-    assert [row["impl"] for row in rows] == ["3stage", "3stage_scan"] and not report.failed
-    assert all(row["phase"] == "prefill" and row["speedup"] > 0 for row in rows)
-    assert "3stage_scan" in (tmp_path / "attention.md").read_text()
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_replayed_steps_are_those_of_decode():
@@ -136,10 +118,3 @@ def test_replayed_steps_are_those_of_decode():
         end = T - 8 + step + 1
         expected = plain(queries[step, 0], made[0].keys[:, :end], made[0].values[:, :end], end - 1, memory)
         torch.testing.assert_close(outputs[due], expected, rtol=1e-3, atol=1e-3)
-
-
-def test_without_a_gpu_it_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("sys.argv", ["gpu"])
-    assert gpu.main() == 2
-    assert capsys.readouterr().err.startswith("error: no GPU")

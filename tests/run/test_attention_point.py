@@ -18,17 +18,17 @@ SMALL = [
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
-    from hipexp.run import contestants
+    from hipexp.run import contestants, timing
 
     monkeypatch.setenv("HIPEXP_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setattr(contestants, "missing_compiler", lambda: "no C++ compiler")
-    monkeypatch.setattr(contestants, "CPU_BYTES", 1 << 20)
+    monkeypatch.setattr(timing, "missing_compiler", lambda: "no C++ compiler")
+    monkeypatch.setattr(timing, "CPU_BYTES", 1 << 20)
     monkeypatch.setattr(attention_point, "SLOWER", 1e9)
     real = contestants.decode_contestants
     monkeypatch.setattr(
         "hipexp.run.attention_latency.decode_contestants",
         lambda device: [
-            c if c.name != "flex packed" else contestants.Contestant(c.name, c.run, lambda: "no C++ compiler") for c in real(device)
+            c if c.name != "flex packed" else timing.Contestant(c.name, c.run, lambda: "no C++ compiler") for c in real(device)
         ],
     )
 

@@ -1,6 +1,5 @@
 """The dense contestants compute attention, and the timers count as they say. No test looks at a time."""
 
-import json
 import os
 import subprocess
 import sys
@@ -10,7 +9,9 @@ import pytest
 import torch
 
 from hipexp.run import contestants as c
-from hipexp.run.contestants import Contestant, decode_contestants, prefill_contestants, runnable
+from hipexp.run import timing
+from hipexp.run.contestants import decode_contestants, prefill_contestants
+from hipexp.run.timing import Contestant, runnable
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda")
@@ -67,7 +68,7 @@ def test_decode_on_a_cpu(contestant, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(bool(c.missing_compiler()), reason="no C++ compiler")
+@pytest.mark.skipif(bool(timing.missing_compiler()), reason="no C++ compiler")
 def test_compiled_decode_on_a_cpu():
     (flex,) = [x for x in decode_contestants(CPU) if "flex" in x.name]
     check_decode(flex, torch.float32, CPU, DECODE_SHAPES[:1])  # each one is compiled anew
@@ -101,7 +102,7 @@ def test_graphs_give_what_calls_give():
     outs = [torch.empty_like(q) for q, _, _ in layers]
     able, _ = runnable(decode_contestants(GPU), layers[0])
     for contestant in able:
-        call, graph = c._captured(Contestant("x", lambda q, k, v, out, run=contestant.run: out.copy_(run(q, k, v))), [
+        call, graph = timing._captured(Contestant("x", lambda q, k, v, out, run=contestant.run: out.copy_(run(q, k, v))), [
             (*layer, out) for layer, out in zip(layers, outs, strict=True)
         ])  # fmt: skip
         for out in outs:
@@ -117,9 +118,9 @@ def test_graphs_give_what_calls_give():
 def test_what_cannot_be_captured_is_timed_without_a_graph():
     layers = [(torch.ones(8, device=GPU),)] * 2
     able = Contestant("able", lambda x: x + 1)
-    rows = c.time_alternating([Contestant("reads back", lambda x: x * x.sum().item()), able], layers, rounds=3)
+    rows = timing.time_alternating([Contestant("reads back", lambda x: x * x.sum().item()), able], layers, rounds=3)
     assert [row["graph"] for row in rows] == [False, True]
-    assert not c.time_alternating([able], layers, rounds=3, graphs=False)[0]["graph"]
+    assert not timing.time_alternating([able], layers, rounds=3, graphs=False)[0]["graph"]
 
 
 def test_our_own_operation_without_pruning():
@@ -148,7 +149,7 @@ def test_who_cannot_run_is_named_with_the_reason(monkeypatch):
     def fails(*_):
         raise RuntimeError("No available kernel.\nmore")
 
-    monkeypatch.setattr(c.shutil, "which", lambda _: None)
+    monkeypatch.setattr(timing.shutil, "which", lambda _: None)
     able, reasons = runnable([*decode_contestants(CPU), Contestant("odd", fails)], (torch.ones(2, 4), *[torch.ones(1, 8, 4)] * 2))
     assert [x.name for x in able] == ["sdpa packed", "matmuls packed"]
     assert reasons == {"flex packed": "no C++ compiler", "odd": "RuntimeError: No available kernel."}
@@ -157,7 +158,7 @@ def test_who_cannot_run_is_named_with_the_reason(monkeypatch):
 def test_contestants_take_turns_over_all_layers():
     seen = []
     players = [Contestant(name, lambda x, name=name: seen.append((name, int(x)))) for name in "ab"]
-    rows = c.time_alternating(players, [(torch.tensor(i),) for i in range(3)], rounds=4, warmup=1)
+    rows = timing.time_alternating(players, [(torch.tensor(i),) for i in range(3)], rounds=4, warmup=1)
     assert [name for name, _ in seen] == ["a", "b"] * 5
     assert [layer for _, layer in seen] == [i % 3 for i in range(10)]
     assert [(row["name"], row["rounds"], row["layers"], row["graph"]) for row in rows] == [("a", 4, 3, False), ("b", 4, 3, False)]
@@ -165,24 +166,16 @@ def test_contestants_take_turns_over_all_layers():
 
 
 def test_fastest():
-    assert c.fastest([{"name": "a", "mean_ms": 2.0}, {"name": "b", "mean_ms": 1.0}])["name"] == "b"
+    assert timing.fastest([{"name": "a", "mean_ms": 2.0}, {"name": "b", "mean_ms": 1.0}])["name"] == "b"
 
 
 def test_bandwidth_and_machine():
-    rates = c.memory_bandwidth(CPU, n_bytes=1 << 20, repeats=2)
+    rates = timing.memory_bandwidth(CPU, n_bytes=1 << 20, repeats=2)
     assert set(rates) == {"read", "copy"} and min(rates.values()) > 0
-    assert {"packages", "device", "threads", "load"} <= set(c.describe_machine(CPU))
-
-
-def test_rows_are_written_twice(tmp_path):
-    rows = [{"name": "a", "median_ms": 0.012345, "graph": True}, {"name": "b", "median_ms": 1234.5, "x": None}]
-    c.write_rows(tmp_path / "new" / "decode.128k", rows, {"seed": 1})
-    assert json.loads((tmp_path / "new" / "decode.128k.json").read_text()) == {"about": {"seed": 1}, "rows": rows}
-    text = (tmp_path / "new" / "decode.128k.md").read_text()
-    assert "| a | 0.01235 | True | – |" in text and "| b | 1234 | – | – |" in text
+    assert {"packages", "device", "threads", "load"} <= set(timing.describe_machine(CPU))
 
 
 def test_it_loads_without_the_framework():
     blocked = ["hydra", "omegaconf", "transformers", "matplotlib", "datasets", "wandb", "pyarrow"]
-    code = f"import sys; sys.modules.update(dict.fromkeys({blocked})); import hipexp.run.contestants, hipexp.attention.inputs"
+    code = f"import sys; sys.modules.update(dict.fromkeys({blocked})); import hipexp.run.gpu, hipexp.run.probes, hipexp.run.selected"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})

@@ -23,18 +23,19 @@ def gather_kv(
     """Return the keys and values ``[K, M * block_tok, D]`` of the blocks at ``starts``, one block after the other, on its device.
 
     ``k_pages``, ``v_pages`` ``[P, K, page_tok, D]``: a head's tokens of one page lie one after the other. Token ``t`` stands in row
-    ``t % page_tok`` of page ``table[t // page_tok]``, ``table`` ``[pages of the sequence]``. Pages may lie in pinned host memory while all else
-    is on a GPU: ``triton`` reads them there, across the link, without a copy before. ``starts`` ``[S, M]`` (``S`` is 1 if all heads share
-    one list, or K): the first ``counts[s]`` of them count (all of them, if there are no more), and are multiples of ``block_tok``, which
-    divides ``page_tok``, so that no block lies in two pages. In place of the others stands 0. ``out``: written over and returned.
+    ``t % page_tok`` of page ``table[t // page_tok]``, ``table`` ``[pages of the sequence]``. Pages may lie in pinned host memory while
+    all else is on a GPU: ``triton`` reads them there, across the link, without a copy before. ``starts`` ``[S, M]`` (``S`` is 1 if all
+    heads share one list, or K): the first ``counts[s]`` of them count (all of them, if there are no more), and are multiples of
+    ``block_tok``, which divides ``page_tok``, so that no block lies in two pages. In place of the others stands 0. ``out``: written over
+    and returned.
 
     Raises ``ValueError`` on shapes that do not match; on a GPU nothing waits to look whether starts and pages exist.
     """
     P, K, page_tok, D = k_pages.shape if k_pages.ndim == 4 else (0, 0, 0, 0)
     require(
         k_pages.ndim == 4 and v_pages.shape == k_pages.shape and v_pages.dtype == k_pages.dtype,
-        f"gather_kv: k_pages {tuple(k_pages.shape)} and v_pages {tuple(v_pages.shape)} must both be [pages, key/value heads, tokens of a page, "
-        "dimension], of one number format",
+        f"gather_kv: k_pages {tuple(k_pages.shape)} and v_pages {tuple(v_pages.shape)} must both be "
+        "[pages, key/value heads, tokens of a page, dimension], of one number format",
     )
     require(block_tok > 0 and page_tok % block_tok == 0, f"gather_kv: block_tok={block_tok} must divide the {page_tok} tokens of a page")
     require(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -76,8 +75,8 @@ def gather_kv(
     constexprs, options = launch(block_tok, D, page_tok, k_pages.element_size())
     programs = programs or (PROGRAMS_ON_A_LINK if on_link else PROGRAMS_PER_SM * gpu(starts.device)[0])
     _gather[(min(K * M, programs),)](
-        k_pages, v_pages, table, starts, counts, *out, K * M, M, M if S > 1 else 0, int(S > 1), *k_pages.stride()[:2], *v_pages.stride()[:2],
-        **constexprs, **options,
+        k_pages, v_pages, table, starts, counts, *out, K * M, M, M if S > 1 else 0, int(S > 1),
+        *k_pages.stride()[:2], *v_pages.stride()[:2], **constexprs, **options,
     )  # fmt: skip
 
 

@@ -1,0 +1,87 @@
+"""The report of a GPU run, on a CPU with little to do: parts, what fails, what the time does not allow. No test looks at a time."""
+
+import json
+import subprocess
+
+import pytest
+import torch
+
+from hipexp.attention.inputs import Geometry
+from hipexp.run import attention_latency as latency
+from hipexp.run import gpu
+from hipexp.run.gpu import NATIVE, PRESETS, Report, preset
+
+GEOMETRY, CPU = Geometry(4, 2, 16), torch.device("cpu")
+SKIP = ("matmuls in tiles", *gpu.FLEX)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_without_hydra(name):
+    plan = latency.layer_attention(preset(name), GEOMETRY, CPU).plan
+    assert (plan.attend.value == "native") == name.endswith(NATIVE) == (plan.stages[0].rope.value == "native")
+    assert [stage.keep_tok for stage in plan.stages][-1] == (4096 if name == "5k" else 2048)
+    assert plan.groups == []
+
+
+def test_parts_of_a_report(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "PREFILL_TOK", 128)
+    report = Report(tmp_path / "new", {"device": "cpu"}, limit_s=1e9)
+    report.probe("a rate", lambda: [{"what": "copied", "value": 12.345678, "unit": "GB/s"}])
+    layers = latency.make_layers(GEOMETRY, 4096, 2, CPU)
+    gpu.measure_decode(report, layers, ["3stage"], 2, SKIP)
+    gpu.measure_prefill(report, layers[0], ["3stage", f"3stage{NATIVE}"], SKIP)
+    assert not report.left_out
+    rows = {(row["phase"], row["impl"]): row for row in report.rows if "note" not in row}
+    for key in (("decode", "3stage"), ("prefill", "3stage"), ("prefill", f"3stage{NATIVE}"), ("selected", "attend_blocks")):
+        assert rows[key]["speedup"] > 0 and rows[key]["context_tok"] == 4096
+    assert 0 < rows["decode", "3stage"]["recall"] <= 1
+    written = json.loads((tmp_path / "new" / "gpu.json").read_text())
+    assert written == {"about": report.about, "probes": report.probes, "rows": report.rows, "left_out": []}
+    text = (tmp_path / "new" / "gpu.md").read_text()
+    assert "* device: cpu" in text and "| copied | 12.35 | GB/s |" in text and "| selected | 4096 |" in text
+
+
+def test_what_fails_or_comes_too_late_is_told(tmp_path, capsys):
+    report = Report(tmp_path, {}, limit_s=1e9)
+    report.add("first", lambda: [{"phase": "decode", "context_tok": 8, "dense": True, "impl": "a", "mean_ms": 2.0}])
+    report.add("second", lambda: [][1])
+    report.limit_s = -1
+    report.add("third", lambda: pytest.fail("not to be begun"))
+    assert report.left_out == ["second: failed: IndexError", "third: not begun within -1 s (--seconds)"]
+    assert [row["impl"] for row in report.rows] == ["a"]
+    assert "* left out: third: not begun" in (tmp_path / "gpu.md").read_text()
+    assert "second is left out: failed: IndexError" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "told"),
+    [(0, "..\n8 passed, 3 deselected in 9 s", "8 passed, 3 deselected in 9 s"), (1, "F\n1 failed in 9 s", "1 failed in 9 s")],
+)
+def test_the_tests_marked_gpu(code, said, told, monkeypatch, capsys):
+    seen = []
+
+    def run(command, **_):
+        seen.extend(command)
+        return subprocess.CompletedProcess(command, code, said, "")
+
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    assert gpu.run_tests() == told
+    assert any(path.endswith("test_attend_blocks_triton.py") for path in seen) and "test_brute.py" not in seen
+    assert ("F\n1 failed" in capsys.readouterr().out) == bool(code)
+
+
+def test_tests_that_cannot_run(monkeypatch):
+    def late(command, timeout, **_):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(gpu.subprocess, "run", late)
+    assert gpu.run_tests(5) == "not finished in 5 s"
+    monkeypatch.setattr(gpu, "missing", lambda package: f"{package} is not installed")
+    assert gpu.run_tests() == "not run: pytest is not installed, hypothesis is not installed"
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["gpu"])
+    assert gpu.main() == 2
+    assert capsys.readouterr().err.startswith("error: no GPU")
