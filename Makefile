@@ -51,7 +51,7 @@ bench-cpu: $(CORE) ## attention alone on this CPU: 3stage and 3stage_scan agains
 	$(RUN) -m hipexp -m +pipeline=3stage,3stage_scan $(ALONE) 'task.phases=[prefill]'
 	$(RUN) -m hipexp -m +pipeline=3stage,3stage_scan $(ALONE) 'task.contexts_tok=[131072,524288,1048576]' 'task.phases=[decode]'
 
-gpu: $(DEV) ## a GPU: its tests, what it can do, attention alone against every dense kernel, with recall (at most 8 minutes)
+gpu: $(CORE) ## a GPU: its tests, what it can do, attention alone against every dense kernel, with recall (at most 8 minutes)
 	$(RUN) -m hipexp.run.gpu
 
 repro-table2: $(CORE) ## the paper's table 2 beside ours: make repro-table2 SIZE=needle

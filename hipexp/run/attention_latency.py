@@ -15,10 +15,10 @@ from torch import Tensor
 from hipexp.attention import LayerAttention, Memory
 from hipexp.attention.inputs import Geometry, Inputs, drifting
 from hipexp.attention.methods.hip import piece_tok
-from hipexp.attention.recall import attention_mass, chosen_tokens, fixed_tokens, logits_at_one_distance
+from hipexp.attention.recall import attention_mass, chosen_tokens, fixed_tokens, logits_at_one_distance, logits_in_place
 from hipexp.attention.rope import RopeTables
 from hipexp.cache import KeySummaries
-from hipexp.config.schema import LayerPlan, Pipeline, Representative, Stage
+from hipexp.config.schema import LayerPlan, Pipeline, PruneRope, Representative, Stage
 from hipexp.run.contestants import decode_contestants, prefill_contestants
 from hipexp.run.latency import quantile
 from hipexp.run.timing import HEAD_START_CYCLES, Contestant, fastest, runnable, time_alternating
@@ -152,7 +152,8 @@ def recall_of(attention: LayerAttention, layers: list[Inputs], step: int = 0) ->
     """What a full refresh selects at a decode step, over all heads of all layers: the mass that is always attended to (``fixed``), the
     share of the rest that is selected (``recall``, mean and 5th percentile), and that in parts of the best possible (``oracle_ratio``).
 
-    Measured at the distance at which the stages score. Empty for a pipeline that selects nothing, and where nothing has to be left out.
+    Measured at the distance at which the stages score, or at true positions where they do. Empty for a pipeline that selects nothing, and
+    where nothing has to be left out.
     """
     plan, found = attention.plan, []
     if not plan.decode:
@@ -166,7 +167,10 @@ def recall_of(attention: LayerAttention, layers: list[Inputs], step: int = 0) ->
         starts, counts = memory.lists[len(plan.decode)]
         chosen = chosen_tokens(starts[:, 0], counts[:, 0], plan.decode[-1].chunk_tok, n_tok)
         assert attention.tables is not None
-        logits = logits_at_one_distance(q, layer.keys, attention.scale, attention.tables.upto(distance + 1), distance)
+        if plan.decode[0].rope is PruneRope.native:
+            logits = logits_in_place(q, layer.keys, attention.scale, attention.tables.upto(n_tok))
+        else:
+            logits = logits_at_one_distance(q, layer.keys, attention.scale, attention.tables.upto(distance + 1), distance)
         found.append(attention_mass(logits, chosen, fixed_tokens(n_tok, plan.sink_tok, max(0, n_tok - plan.window_tok), q.device)))
     recall = torch.cat([mass.recall for mass in found])
     return {
@@ -181,7 +185,7 @@ def dense_decode_rows(layers: list[Inputs], rounds: int, skip: Sequence[str] = (
     """Every dense contestant that runs here, on the same keys."""
     device, n_tok = layers[0].keys.device, layers[0].keys.shape[1]
     inputs = [(layer.queries(0), layer.keys, layer.values) for layer in layers]
-    able, reasons = runnable([c for c in decode_contestants(device) if c.name not in skip], inputs[0])
+    able, reasons = runnable([c for c in decode_contestants(device) if c.name not in skip], inputs)
     rows = time_alternating(able, inputs, rounds=rounds)
     common = {"phase": "decode", "context_tok": n_tok, "dense": True}
     return [{**common, "impl": row.pop("name"), **row} for row in rows] + _left_out(common, reasons)
@@ -226,7 +230,7 @@ def prefill_rows(
         return Contestant(name, lambda q, k, v: attention(q, k, v, n_tok - n_queries, summaries=summaries))
 
     own = [contestant_of(name, attention) for name, attention in pipelines.items()]
-    able, reasons = runnable([c for c in prefill_contestants(device) if c.name not in skip], (q, layer.keys, layer.values))
+    able, reasons = runnable([c for c in prefill_contestants(device) if c.name not in skip], [(q, layer.keys, layer.values)])
     for contestant in own:  # the others ran once to see whether they can
         contestant.run(q, layer.keys, layer.values)
     rows = time_alternating([*able, *own], [(q, layer.keys, layer.values)], rounds=rounds, warmup=0, graphs=False)

@@ -1,8 +1,8 @@
 """``make gpu``: what this GPU can do, and latency of attention alone on it, pipelines against every dense kernel there is, with recall.
 
-Needs torch, Triton and PyYAML only. First the tests marked ``gpu`` (where pytest is installed), then probes of the machine, then for every
-length decode, attention to what a decode step selects, and prefill. Writes ``gpu.json`` and ``gpu.md``; a part that fails, or that the
-time does not allow, is told and left out. Pipelines are measured in a layer without overrides.
+Needs torch, Triton and PyYAML only. First the tests marked ``gpu`` or ``device`` (where pytest is installed), then probes of the machine,
+then for every length decode, attention to what a decode step selects, and prefill. Writes ``gpu.json`` and ``gpu.md``; a part that fails,
+or that the time does not allow, is told and left out. Pipelines are measured in a layer without overrides.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 import yaml
 
-from hipexp.attention.inputs import GEOMETRIES, Inputs
+from hipexp.attention.inputs import GEOMETRIES, Geometry, Inputs
 from hipexp.config.convert import to_schema
 from hipexp.config.overrides import conf_dir
 from hipexp.config.schema import AttendRope, Pipeline, PruneRope, Rope
@@ -36,6 +37,7 @@ NATIVE = " (native RoPE)"  # behind the name of a preset: with true positions, w
 PRESETS = ("3stage", "3stage_fast", "3stage_flash", "3stage_scan", "5k", f"3stage{NATIVE}")
 PREFILL_PRESETS = ("3stage", "3stage_scan", f"3stage{NATIVE}")  # the others do in prefill what 3stage does, or keep more
 SELECTED_BY = "3stage"  # whose selection the others attend to
+MARKED = re.compile(r"pytest\.mark\.(gpu|device)\b")
 N_LAYERS = 8  # their selected keys together exceed the L2 cache
 PREFILL_TOK = 32 * K  # the last chunk of a prompt
 FLEX = ("flex packed", "flex, lower right", "flex, our mask")
@@ -67,23 +69,31 @@ def shown(value: Any) -> Any:
 class Report:
     """Rows as they are measured; what fails is told and left out, and so is what would begin after ``limit_s``. ``about``: the machine."""
 
-    def __init__(self, out: Path, about: dict[str, Any], limit_s: float):
-        self.out, self.about, self.limit_s, self.begun = out, about, limit_s, time.monotonic()
+    def __init__(self, out: Path, limit_s: float):
+        self.out, self.limit_s, self.begun = out, limit_s, time.monotonic()
+        self.about: dict[str, Any] = {}
         self.probes: list[dict[str, Any]] = []
         self.rows: list[dict[str, Any]] = []
         self.left_out: list[str] = []
+        self.failed = False
+
+    @property
+    def late(self) -> bool:
+        """Whether the time is over."""
+        return time.monotonic() - self.begun > self.limit_s
 
     def measured(self, what: str, measure: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
         """What was measured, after printing it; nothing if it failed, or if the time is over."""
-        if time.monotonic() - self.begun > self.limit_s:
+        if self.late:
             return self._leave_out(what, f"not begun within {self.limit_s:.0f} s (--seconds)")
         try:
             found = measure()
         except Exception as error:  # of any kind: the other parts are worth having
             traceback.print_exc()
+            self.failed = True
             return self._leave_out(what, f"failed: {type(error).__name__}")
         for row in found:
-            self._say(" ".join(f"{key}={shown(value)}" for key, value in row.items()))
+            self.say(" ".join(f"{key}={shown(value)}" for key, value in row.items()))
         return found
 
     def probe(self, what: str, measure: Callable[[], list[dict[str, Any]]]) -> None:
@@ -107,27 +117,39 @@ class Report:
 
     def _leave_out(self, what: str, why: str) -> list[dict[str, Any]]:
         self.left_out.append(f"{what}: {why}")
-        self._say(f"{what} is left out: {why}")
+        self.say(f"{what} is left out: {why}")
         return []
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
         print(f"[{time.monotonic() - self.begun:4.0f} s] {text}", flush=True)
 
 
-def run_tests(limit_s: float = 150) -> str:
-    """How the tests marked ``gpu`` ended, or why they were not run."""
+def run_tests(limit_s: float = 120) -> tuple[bool, str]:
+    """Whether the tests marked ``gpu`` or ``device`` passed, if they can be run here, and how they ended, or why they were not run."""
     root = Path(__file__).parents[2]
-    marked = [str(path) for path in sorted((root / "tests").rglob("test_*.py")) if "pytest.mark.gpu" in path.read_text(encoding="utf-8")]
+    marked = [str(path) for path in sorted((root / "tests").rglob("test_*.py")) if MARKED.search(path.read_text(encoding="utf-8"))]
     if reasons := [reason for reason in (missing("pytest"), missing("hypothesis"), None if marked else "no tests are here") if reason]:
-        return f"not run: {', '.join(reasons)}"
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *marked]
+        return True, f"not run: {', '.join(reasons)}"
+    command = [sys.executable, "-m", "pytest", "-m", "gpu or device", *marked]
     try:
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=limit_s)
     except subprocess.TimeoutExpired:
-        return f"not finished in {limit_s:.0f} s"
+        return False, f"not finished in {limit_s:.0f} s"
     if done.returncode:
         print(done.stdout, done.stderr, sep="\n", flush=True)
-    return (done.stdout.strip() or done.stderr.strip() or "no word").splitlines()[-1]
+    return not done.returncode, (done.stdout.strip() or done.stderr.strip() or f"ended with {done.returncode}").splitlines()[-1]
+
+
+def made(report: Report, geometry: Geometry, n_tok: int, device: torch.device) -> list[Inputs]:
+    """The layers of a length; none if the time is over or there is no room for them."""
+    layers: list[Inputs] = []
+
+    def make() -> list[dict[str, Any]]:
+        layers.extend(latency.make_layers(geometry, n_tok, N_LAYERS, device))
+        return []
+
+    report.measured(f"everything at {n_tok}", make)
+    return layers
 
 
 def measure_decode(report: Report, layers: list[Inputs], presets: list[str], rounds: int, skip: tuple[str, ...]) -> None:
@@ -160,8 +182,8 @@ def main() -> int:
     parser.add_argument("--presets", nargs="+", default=list(PRESETS), help="pipelines in decode (default: %(default)s)")
     parser.add_argument("--prefill", nargs="*", default=list(PREFILL_PRESETS), help="pipelines in prefill (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=30, help="of dense decode (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=440, help="no part begins later (default: %(default)s)")
-    parser.add_argument("--tests", action=argparse.BooleanOptionalAction, default=True, help="the tests marked gpu too (default: yes)")
+    parser.add_argument("--seconds", type=float, default=400, help="no part begins later (default: %(default)s)")
+    parser.add_argument("--tests", action=argparse.BooleanOptionalAction, default=True, help="the tests on this GPU too (default: yes)")
     parser.add_argument("--probes", action=argparse.BooleanOptionalAction, default=True, help="probes of the machine too (default: yes)")
     parser.add_argument("--flex", action="store_true", help="FlexAttention at every length (compiled each time), not at the shortest only")
     parser.add_argument("--all", action="store_true", help="the slow dense kernels too")
@@ -176,11 +198,11 @@ def main() -> int:
         print(f"error: preset {unknown[0]!r} is unknown; use {', '.join(known_presets())}, or one of them and {NATIVE!r}", file=sys.stderr)
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
-    about = describe_machine(device) | {"bandwidth_gb_s": memory_bandwidth(device), "geometry": args.geometry}
-    report = Report(args.out, about, args.seconds)
-    print(about, flush=True)
-    about["tests"] = run_tests() if args.tests else "not asked for"
-    print(f"tests: {about['tests']}", flush=True)
+    report = Report(args.out, args.seconds)
+    report.about |= describe_machine(device) | {"bandwidth_gb_s": memory_bandwidth(device), "geometry": args.geometry}
+    report.say(str(report.about))
+    passed, report.about["tests"] = run_tests() if args.tests else (True, "not asked for")
+    report.say(f"tests: {report.about['tests']}")
     if args.probes:
         from hipexp.run.probes import PROBES
 
@@ -189,14 +211,14 @@ def main() -> int:
     with torch.inference_mode():
         for number, n_tok in enumerate(sorted(args.lengths)):
             skip = (*(() if args.all else SLOW), *(() if args.flex or number == 0 else FLEX))
-            layers = latency.make_layers(GEOMETRIES[args.geometry].as_dtype(torch.bfloat16), n_tok, N_LAYERS, device)
-            measure_decode(report, layers, args.presets, args.rounds, skip)
-            layers = layers[:1]
-            if args.prefill:
+            layers = made(report, GEOMETRIES[args.geometry].as_dtype(torch.bfloat16), n_tok, device)
+            if layers:
+                measure_decode(report, layers, args.presets, args.rounds, skip)
+                del layers[1:]
+            if layers and args.prefill:
                 measure_prefill(report, layers[0], args.prefill, skip)
     print(f"{args.out / 'gpu.md'}")
-    wrong = ("failed", "error", "not finished")
-    return int(any(word in text for word in wrong for text in (*report.left_out, about["tests"])))
+    return int(report.failed or not passed)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from hipexp.run.contestants import FLEX_BLOCK_TOK, compiled_flex, packed
 from hipexp.run.timing import Contestant, fastest, missing, missing_compiler, runnable, time_alternating
 
 OWN = "attend_blocks"
+MOST_ERROR = 0.02  # of bf16
 WORKSPACE_BYTES = 128 << 20  # that FlashInfer asks for
 
 
@@ -67,6 +68,7 @@ def selected_contestants(rotation: AttendRotation) -> list[Contestant]:
         Contestant(OWN, _own),
         Contestant(f"{OWN}, rotating", partial(_own, rotation=rotation)),
         Contestant("gather, then sdpa", _gather_sdpa),
+        Contestant("sdpa, gathered before", _gathered_sdpa),
         Contestant("flex, our mask", _flex, missing_compiler),
         Contestant("flashinfer, a block a page", _flashinfer, partial(missing, "flashinfer")),
     ]
@@ -75,16 +77,18 @@ def selected_contestants(rotation: AttendRotation) -> list[Contestant]:
 def selected_rows(attention: LayerAttention, layers: list[Inputs], rounds: int, skip: Sequence[str] = ()) -> list[dict[str, Any]]:
     """One row per contestant, with what a full refresh of ``attention`` selects in every layer.
 
-    ``tokens``: attended to, of the first layer. ``error``: relative distance from the result in fp64, of the first layer; ``speedup`` of
-    ours: over the fastest of the others.
+    ``tokens``: attended to, of the first layer. ``error``: relative distance from the result in fp64, of the first layer; who is further
+    away than ``MOST_ERROR`` is left out. ``speedup`` of ours: over the fastest of the others.
     """
     assert attention.tables is not None and attention.plan.decode
     n_tok, tables = layers[0].keys.shape[1], attention.tables
     inputs = [(layer.queries(0), layer.keys, layer.values, chosen_by(attention, layer)) for layer in layers]
-    rotation = AttendRotation("streaming", tables.upto(len(inputs[0][3].tokens)), tables.trained_tok)
-    able, reasons = runnable([c for c in selected_contestants(rotation) if c.name not in skip], inputs[0])
+    rotation = AttendRotation("streaming", tables.upto(max(len(chosen.tokens) for *_, chosen in inputs)), tables.trained_tok)
+    able, reasons = runnable([c for c in selected_contestants(rotation) if c.name not in skip], inputs)
     common = {"phase": "selected", "context_tok": n_tok, "dense": False, "tokens": len(inputs[0][3].tokens)}
     errors = {c.name: None if "rotating" in c.name else relative_error(c.run(*inputs[0]), *inputs[0]) for c in able}
+    wrong = {name: f"wrong: {error:.2g} from the result" for name, error in errors.items() if error is not None and not error < MOST_ERROR}
+    able, reasons = [c for c in able if c.name not in wrong], reasons | wrong
     rows = [{**common, "impl": row["name"], "error": errors[row.pop("name")], **row} for row in time_alternating(able, inputs, rounds)]
     if others := [row for row in rows if not row["impl"].startswith(OWN)]:
         best = fastest(others)
@@ -99,6 +103,7 @@ def chosen_by(attention: LayerAttention, layer: Inputs) -> Chosen:
     plan, n_tok, memory = attention.plan, layer.keys.shape[1], Memory()
     attention(layer.queries(0)[:, None], layer.keys, layer.values, n_tok - 1, memory)
     starts, counts = memory.lists[len(plan.decode)]
+    assert len(starts) == 1, "the contestants take one list for all heads"
     starts, size = starts[0, 0, : int(counts[0, 0])], plan.decode[-1].chunk_tok
     return Chosen(starts[starts + size <= n_tok - plan.window_tok].clone(), n_tok, plan.sink_tok, plan.window_tok, size)
 
@@ -126,6 +131,15 @@ def _gather_sdpa(q: Tensor, k: Tensor, v: Tensor, chosen: Chosen) -> Tensor:
         return F.scaled_dot_product_attention(packed(q, k)[None], keys, values)[0].reshape(q.shape)
 
 
+def _gathered_sdpa(q: Tensor, k: Tensor, v: Tensor, chosen: Chosen) -> Tensor:
+    """Of what was gathered when the selection was made; a step writes its own token behind it."""
+    keys, values = _prepared(chosen, "gathered", lambda: [x.index_select(1, chosen.tokens)[None] for x in (k, v)])
+    keys[0, :, -1].copy_(k[:, -1])
+    values[0, :, -1].copy_(v[:, -1])
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return F.scaled_dot_product_attention(packed(q, k)[None], keys, values)[0].reshape(q.shape)
+
+
 def _prepared(chosen: Chosen, name: str, make: Callable[[], Any]) -> Any:
     if name not in chosen.prepared:
         chosen.prepared[name] = make()
@@ -139,19 +153,35 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, chosen: Chosen) -> Tensor:
 
 
 def block_mask(chosen: Chosen, n_rows: int) -> Any:
-    """FlexAttention's ``BlockMask`` of ``n_rows`` queries: the blocks with a chosen token, and in them the chosen ones."""
+    """FlexAttention's ``BlockMask`` of ``n_rows`` queries: blocks that are chosen whole, and in the others the chosen tokens.
+
+    Blocks of 128 tokens, so that several times the chosen tokens are read: with smaller ones it does not compile on all GPUs.
+    """
     from torch.nn.attention.flex_attention import BlockMask
 
-    size, device = FLEX_BLOCK_TOK, chosen.starts.device
-    attended = torch.zeros(-(-chosen.n_tok // size) * size, dtype=torch.bool, device=device)
+    size = FLEX_BLOCK_TOK
+    attended = torch.zeros(-(-chosen.n_tok // size) * size, dtype=torch.bool, device=chosen.starts.device)
     attended[chosen.tokens] = True
-    blocks = attended.view(-1, size).any(1).nonzero()[:, 0].to(torch.int32)[None, None, None]
-    count = torch.full((1, 1, 1), blocks.shape[-1], dtype=torch.int32, device=device)
+    parts = attended.view(-1, size)
+    whole = parts.all(1)
+
+    def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """How many, and all blocks with these first, ascending: the lists are as wide as there are blocks."""
+        order = blocks.to(torch.int32).argsort(descending=True, stable=True)
+        return blocks.sum().to(torch.int32).view(1, 1, 1), order.to(torch.int32)[None, None, None]
 
     def sees(_batch: Tensor, _head: Tensor, _query: Tensor, key: Tensor) -> Tensor:
         return attended[key]
 
-    return BlockMask.from_kv_blocks(count, blocks, BLOCK_SIZE=size, mask_mod=sees, seq_lengths=(n_rows, chosen.n_tok))
+    return BlockMask.from_kv_blocks(
+        *listed(parts.any(1) & ~whole), *listed(whole), BLOCK_SIZE=size, mask_mod=sees, seq_lengths=(n_rows, chosen.n_tok)
+    )  # fmt: skip
+
+
+@cache
+def _workspace(device: torch.device) -> Tensor:
+    """Of all plans: they run one after the other."""
+    return torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
 
 def _flashinfer(q: Tensor, k: Tensor, v: Tensor, chosen: Chosen) -> Tensor:
@@ -160,16 +190,17 @@ def _flashinfer(q: Tensor, k: Tensor, v: Tensor, chosen: Chosen) -> Tensor:
 
 
 def _planned(q: Tensor, k: Tensor, v: Tensor, chosen: Chosen) -> tuple[Any, tuple[Tensor, Tensor]]:
-    """FlashInfer's plan for one sequence, pages of the size of a block, and the keys and values in such pages: a copy of all of them."""
+    """FlashInfer's plan for one sequence with pages of the size of a block, and the chosen pages ``[pages, K, size, D]``, anywhere."""
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
     size = chosen.block_tok
     if any(n % size for n in (chosen.n_tok, chosen.sink_tok, chosen.window_tok)):
         raise ValueError(f"pages of {size} tokens need a context, sinks and a window that are multiples of them")
-    pages = tuple(x.unflatten(1, (-1, size)).transpose(0, 1).contiguous() for x in (k, v))  # [T / size, K, size, D]
-    workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=k.device)
-    plan = BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True)
-    attended = (chosen.tokens[::size] // size).to(torch.int32)
+    order = torch.randperm(len(chosen.tokens) // size).to(k.device)
+    attended = order.argsort().to(torch.int32)
+    chosen_pages = (chosen.tokens[::size] // size)[order]
+    pages = tuple(x.unflatten(1, (-1, size))[:, chosen_pages].transpose(0, 1).contiguous() for x in (k, v))
+    plan = BatchDecodeWithPagedKVCacheWrapper(_workspace(k.device), "HND", use_tensor_cores=True)
     bounds, last = (torch.tensor(x, dtype=torch.int32, device=k.device) for x in ([0, len(attended)], [size]))
     plan.plan(bounds, attended, last, len(q), len(k), k.shape[2], size, q_data_type=q.dtype, kv_data_type=k.dtype)
     return plan, (pages[0], pages[1])

@@ -50,14 +50,17 @@ def missing(package: str) -> str | None:
     return None if find_spec(package) else f"{package} is not installed"
 
 
-def runnable(contestants: Sequence[Contestant], inputs: tuple) -> tuple[list[Contestant], dict[str, str]]:
-    """Those that run on these inputs, after running each once (and compiling it), and why the others do not."""
+def runnable(contestants: Sequence[Contestant], layers: Sequence[tuple]) -> tuple[list[Contestant], dict[str, str]]:
+    """Those that run on the inputs of every layer, after running each once (and compiling it), and why the others do not."""
     able, reasons = [], {}
     for contestant in contestants:
         reason = contestant.missing()
         if reason is None:
             try:
-                contestant.run(*inputs)
+                for inputs in layers:
+                    contestant.run(*inputs)
+                if layers[0][0].is_cuda:
+                    torch.cuda.synchronize()  # what goes wrong on the device shows here
             except Exception as error:  # of many kinds: no kernel, no compiler, no memory
                 reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         if reason is None:

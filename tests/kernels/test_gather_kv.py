@@ -64,6 +64,7 @@ def test_brute_force(impl, case):
 
 
 @needs_triton
+@pytest.mark.device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("D", "block"), [(32, 8), (80, 8), (128, 64), (256, 16), (96, 1)])
 def test_triton_in_every_size(D, block, dtype):
@@ -74,6 +75,7 @@ def test_triton_in_every_size(D, block, dtype):
         assert mine.dtype == dtype and torch.equal(mine.cpu(), brute(raw, starts, [4, 2], block))
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("impl", IMPLS)
 def test_pages_past_two_to_the_31_numbers(impl):
     """Of which few are touched."""
@@ -92,6 +94,14 @@ def test_what_is_given_to_write_over(impl):
     found = run(x, 16, [[8, 24, 0]], [2], 8, impl, out=out)
     assert found[0] is out[0] and found[1] is out[1]
     assert torch.equal(out[1].cpu(), brute(x[1], [[8, 24, 0]], [2], 8))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_one_page_and_one_head_may_lie_anywhere(impl):
+    pages = torch.randn(1, 1, 16, 4, device=DEVICE).as_strided((1, 1, 16, 4), (7, 5, 4, 1))
+    table, starts, counts = (torch.zeros(shape, dtype=torch.int64, device=DEVICE) for shape in ((1,), (1, 1), (1,)))
+    found = gather_kv(pages, pages, table, starts + 8, counts + 1, block_tok=8, impl=impl)
+    assert torch.equal(found[0][0], pages[0, 0, 8:])
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -124,7 +134,9 @@ def test_refusals():
         (dict(block_tok=3), "block_tok=3 must divide the 16 tokens of a page"),
         (dict(k_pages=torch.zeros(3, 16, 2, 4).transpose(1, 2)), "must lie one after the other"),
         (dict(starts=starts.expand(3, 5)), r"starts \(3, 5\), counts \(1,\) and table \(3,\) must be"),
-        (dict(out=(torch.zeros(2, 5, 4),) * 2), r"must be two contiguous \(2, 40, 4\)"),
+        (dict(out=(torch.zeros(2, 5, 4), torch.zeros(2, 5, 4))), r"must be two contiguous \(2, 40, 4\)"),
+        (dict(out=(torch.zeros(2, 40, 4),) * 2), "must be two tensors, one for keys and one for values"),
+        (dict(starts=starts.float()), "must be whole numbers on one device"),
         (dict(impl="numpy"), "impl='numpy' is unknown"),
     ):
         call = dict(k_pages=pages, v_pages=pages, table=table, starts=starts, counts=counts, block_tok=8) | change

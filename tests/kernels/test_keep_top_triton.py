@@ -63,6 +63,7 @@ def test_reference(heads, N, C, keep, levels, own, shared_starts, cut, seed):
     both(scores, starts, counts, limits, keep=keep, lists=heads if own else 1, chunk_tok=cut[0], next_tok=cut[1])
 
 
+@pytest.mark.device
 def test_ties_go_to_the_lowest_index():
     assert one_list([1, 3, 1, 2, 1, 2], 4) == [0, 1, 3, 5]
     assert one_list([1, 3, 1, 2, 1, 2], 2) == [1, 3]
@@ -126,6 +127,7 @@ def test_lists_longer_than_the_registers_hold(monkeypatch):
             both(scores, starts, counts, limits, keep=keep, lists=2, chunk_tok=8, next_tok=8)
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("few", [0, 32])
 @pytest.mark.parametrize("spread", [1e-3, 1.0, 1e30])
 def test_large_rows(monkeypatch, spread, few):

@@ -34,6 +34,7 @@ def test_same_as_the_reference(n, shape, spread):
     compare(*parts(n, shape, spread=spread), atol=1e-5)
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype):
     compare(*parts(2, (30, 64), dtype), atol=2e-2)

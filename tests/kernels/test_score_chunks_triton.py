@@ -115,6 +115,7 @@ def test_sizes_of_chunks(chunk, rows):
             compare(call, rotation(call, "relative"))
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("rows", [1, 17])
 @pytest.mark.parametrize("lists", [dict(S=1), dict(S=2), dict(shared=True)])
 def test_lists(rows, lists):
@@ -140,6 +141,7 @@ def test_capacity_and_empty_lists(rows, representative):
     assert none.shape == (1, 2, 0)
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 4])
 def test_dtypes(dtype, rows):
@@ -171,6 +173,7 @@ def test_keys_outside_the_candidates_are_not_read_and_keys_that_are_nan_surface(
     assert broken.isnan().tolist() == [[[False, True, False, False]]]
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("rows", [1, 2])
 def test_keys_with_room_to_grow(rows):
     """A view of a longer buffer, heads far apart, as a cache hands it out."""
@@ -202,6 +205,7 @@ def test_bounds(mode, rows, sizes):
         compare(call | dict(summaries=Summaries(rows_of, piece)), rotation(call, mode))
 
 
+@pytest.mark.device
 def test_bounds_in_half_precision():
     call = make(R=4, D=64, C=8, T=2100, chunk=256, representative="bounds")
     call["starts"] = 256 * torch.arange(8)[None, None]

@@ -30,6 +30,7 @@ def test_brute_force(impl, K, T, D, piece, seed):
     np.testing.assert_allclose(found, np.array(expected).reshape(K, T // piece, 2, D), atol=1e-5)
 
 
+@pytest.mark.device
 @needs_triton
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("D", [32, 64, 80, 128, 256])

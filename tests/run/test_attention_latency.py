@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from hipexp_kernels.rope import rotate
 
 from hipexp.attention import Memory
 from hipexp.attention.inputs import Geometry
-from hipexp.config.schema import Pipeline, Representative, Rope, Stage
+from hipexp.config.schema import AttendRope, Pipeline, PruneRope, Representative, Rope, Stage
 from hipexp.run import attention_latency as latency
 from hipexp.run.gpu import preset
 
@@ -65,6 +66,25 @@ def test_a_row_says_how_long_and_how_well(layers):
     assert row["p10_ms"] <= row["p90_ms"] <= row["worst_ms"]
     assert 0 < row["recall_p5"] <= row["recall"] <= 1 and 0 < row["fixed"] < 1
     assert row["recall"] < row["oracle_ratio"] <= 1 + 1e-6
+
+
+def test_recall_at_the_positions_of_the_strategy(layers):
+    """True positions see another attention than one distance for all, and the selection is measured by what it was made for."""
+    native = dataclasses.replace(SMALL, rope=Rope(prune=PruneRope.native, attend=AttendRope.native))
+    attention = latency.layer_attention(native, GEOMETRY, CPU)
+    found = latency.recall_of(attention, layers[:1])
+    q, memory = layers[0].queries(0), Memory()
+    attention(q[:, None], layers[0].keys, layers[0].values, T - 1, memory)
+    cos, sin = attention.tables.cos_sin(torch.arange(T))
+    keys = rotate(layers[0].keys, cos, sin).repeat_interleave(2, 0)
+    mass = torch.softmax(torch.einsum("hd,htd->ht", rotate(q, cos[-1], sin[-1]), keys) * attention.scale, -1)
+    starts, counts = memory.lists[2]
+    chosen = torch.zeros(T, dtype=torch.bool)
+    for start in starts[0, 0, : counts[0, 0]]:
+        chosen[start : start + 8] = True
+    outside = (torch.arange(T) >= 16) & (torch.arange(T) < T - 64)
+    expected = (mass[:, chosen & outside].sum(1) / mass[:, outside].sum(1)).mean()
+    assert found["recall"] == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_nothing_selected_is_no_recall(layers):

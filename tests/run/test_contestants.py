@@ -81,10 +81,16 @@ def test_prefill_on_a_cpu(contestant, dtype, monkeypatch):
     check_prefill(contestant, dtype, CPU)
 
 
+def skip_what_is_missing(contestant):
+    if reason := contestant.missing():
+        pytest.skip(reason)
+
+
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("contestant", named(decode_contestants, GPU))
 def test_decode_on_a_gpu(contestant):
+    skip_what_is_missing(contestant)
     check_decode(contestant, torch.bfloat16, GPU)
 
 
@@ -92,6 +98,7 @@ def test_decode_on_a_gpu(contestant):
 @needs_gpu
 @pytest.mark.parametrize("contestant", named(prefill_contestants, GPU))
 def test_prefill_on_a_gpu(contestant):
+    skip_what_is_missing(contestant)
     check_prefill(contestant, torch.bfloat16, GPU)
 
 
@@ -100,7 +107,7 @@ def test_prefill_on_a_gpu(contestant):
 def test_graphs_give_what_calls_give():
     layers = [(q[:, 0], k, v) for q, k, v in (inputs(8, 2, 1, 300 + i, 64, GPU, torch.bfloat16) for i in range(3))]
     outs = [torch.empty_like(q) for q, _, _ in layers]
-    able, _ = runnable(decode_contestants(GPU), layers[0])
+    able, _ = runnable(decode_contestants(GPU), layers)
     for contestant in able:
         call, graph = timing._captured(Contestant("x", lambda q, k, v, out, run=contestant.run: out.copy_(run(q, k, v))), [
             (*layer, out) for layer, out in zip(layers, outs, strict=True)
@@ -150,7 +157,7 @@ def test_who_cannot_run_is_named_with_the_reason(monkeypatch):
         raise RuntimeError("No available kernel.\nmore")
 
     monkeypatch.setattr(timing.shutil, "which", lambda _: None)
-    able, reasons = runnable([*decode_contestants(CPU), Contestant("odd", fails)], (torch.ones(2, 4), *[torch.ones(1, 8, 4)] * 2))
+    able, reasons = runnable([*decode_contestants(CPU), Contestant("odd", fails)], [(torch.ones(2, 4), *[torch.ones(1, 8, 4)] * 2)])
     assert [x.name for x in able] == ["sdpa packed", "matmuls packed"]
     assert reasons == {"flex packed": "no C++ compiler", "odd": "RuntimeError: No available kernel."}
 

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +26,8 @@ def test_presets_without_hydra(name):
 
 def test_parts_of_a_report(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "PREFILL_TOK", 128)
-    report = Report(tmp_path / "new", {"device": "cpu"}, limit_s=1e9)
+    report = Report(tmp_path / "new", limit_s=1e9)
+    report.about["device"] = "cpu"
     report.probe("a rate", lambda: [{"what": "copied", "value": 12.345678, "unit": "GB/s"}])
     layers = latency.make_layers(GEOMETRY, 4096, 2, CPU)
     gpu.measure_decode(report, layers, ["3stage"], 2, SKIP)
@@ -42,42 +44,42 @@ def test_parts_of_a_report(monkeypatch, tmp_path):
 
 
 def test_what_fails_or_comes_too_late_is_told(tmp_path, capsys):
-    report = Report(tmp_path, {}, limit_s=1e9)
+    report = Report(tmp_path, limit_s=1e9)
     report.add("first", lambda: [{"phase": "decode", "context_tok": 8, "dense": True, "impl": "a", "mean_ms": 2.0}])
     report.add("second", lambda: [][1])
     report.limit_s = -1
     report.add("third", lambda: pytest.fail("not to be begun"))
     assert report.left_out == ["second: failed: IndexError", "third: not begun within -1 s (--seconds)"]
-    assert [row["impl"] for row in report.rows] == ["a"]
+    assert [row["impl"] for row in report.rows] == ["a"] and report.failed and report.late
+    assert gpu.made(report, GEOMETRY, 512, CPU) == []
     assert "* left out: third: not begun" in (tmp_path / "gpu.md").read_text()
     assert "second is left out: failed: IndexError" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("code", "said", "told"),
-    [(0, "..\n8 passed, 3 deselected in 9 s", "8 passed, 3 deselected in 9 s"), (1, "F\n1 failed in 9 s", "1 failed in 9 s")],
+    ("body", "passed", "told"), [("pass", True, "1 passed"), ("assert 0", False, "1 failed"), ("os._exit(3)", False, "")]
 )
-def test_the_tests_marked_gpu(code, said, told, monkeypatch, capsys):
-    seen = []
-
-    def run(command, **_):
-        seen.extend(command)
-        return subprocess.CompletedProcess(command, code, said, "")
-
-    monkeypatch.setattr(gpu.subprocess, "run", run)
-    assert gpu.run_tests() == told
-    assert any(path.endswith("test_attend_blocks_triton.py") for path in seen) and "test_brute.py" not in seen
-    assert ("F\n1 failed" in capsys.readouterr().out) == bool(code)
+def test_the_tests_on_this_gpu(body, passed, told, monkeypatch, tmp_path):
+    """By a real pytest, in a checkout of its own."""
+    (tmp_path / "hipexp" / "run").mkdir(parents=True)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "pyproject.toml").write_text((Path(gpu.__file__).parents[2] / "pyproject.toml").read_text())
+    text = f"import os, pytest\n@pytest.mark.gpu\ndef test_a():\n    {body}\ndef test_b():\n    assert 0\n"
+    (tmp_path / "tests" / "test_x.py").write_text(text)
+    monkeypatch.setattr(gpu, "__file__", str(tmp_path / "hipexp" / "run" / "gpu.py"))
+    ended, said = gpu.run_tests()
+    assert ended is passed and told in said
 
 
 def test_tests_that_cannot_run(monkeypatch):
     def late(command, timeout, **_):
+        assert any(path.endswith("test_attend_blocks_triton.py") for path in command)
         raise subprocess.TimeoutExpired(command, timeout)
 
     monkeypatch.setattr(gpu.subprocess, "run", late)
-    assert gpu.run_tests(5) == "not finished in 5 s"
+    assert gpu.run_tests(5) == (False, "not finished in 5 s")
     monkeypatch.setattr(gpu, "missing", lambda package: f"{package} is not installed")
-    assert gpu.run_tests() == "not run: pytest is not installed, hypothesis is not installed"
+    assert gpu.run_tests() == (True, "not run: pytest is not installed, hypothesis is not installed")
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):

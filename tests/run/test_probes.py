@@ -43,7 +43,8 @@ def test_every_probe_runs(name, monkeypatch):
     monkeypatch.setattr(probes, "REPEATS", 1)
     assert {probe.__name__ for probe in probes.PROBES} == set(SMALL)
     rows = getattr(probes, name)(triton_device.DEVICE, *SMALL[name])
-    assert rows and all(set(row) == {"what", "value", "unit"} and row["value"] > 0 for row in rows)
+    assert rows and all(set(row) == {"what", "value", "unit"} for row in rows)
+    assert all(row["value"] > 0 for row in rows if row["unit"] != "us")  # differences of times on a busy machine may be anything
     assert len({row["what"] for row in rows}) == len(rows)
 
 
@@ -53,6 +54,26 @@ def test_a_chain_that_loses_launches_is_no_result(monkeypatch):
     monkeypatch.setattr(probes, "captured", lambda call, device: lambda: None)
     with pytest.raises(RuntimeError, match="100 launches in a chain added 0"):
         probes.launches(triton_device.DEVICE)
+
+
+def test_a_graph_that_does_nothing_is_seen(monkeypatch):
+    from hipexp.run import probes
+
+    monkeypatch.setattr(probes, "REPEATS", 1)
+    monkeypatch.setattr(probes, "captured", lambda call, device: lambda: None)
+    assert probes.pinned_gathers(triton_device.DEVICE, *SMALL["pinned_gathers"])[-1]["value"] is False
+
+
+def test_a_barrier_that_failed_once_is_seen(monkeypatch):
+    from hipexp.run import probes
+
+    class Failing:
+        def __getitem__(self, grid):
+            return lambda arrived, n, **_: arrived[1].fill_(1) if n > 1 else None
+
+    monkeypatch.setattr(probes, "_barriers", Failing())
+    with pytest.raises(RuntimeError, match="a program waited in vain"):
+        probes.grid_barrier(triton_device.DEVICE)
 
 
 def test_they_compile_for_a_gpu():

@@ -63,11 +63,33 @@ def test_all_attend_to_the_same_tokens(others):
     assert selected.relative_error(contestant.run(q, k, v, fewer), q, k, v, chosen) > 1e-3
 
 
+def test_few_blocks_of_many(others):
+    """FlexAttention's lists have to be as wide as there are blocks."""
+    n_tok = 96 * 128
+    chosen = Chosen(torch.tensor([16, 1024, 1152, 5000, *range(6016, 6400, 8), 11000]), n_tok, 16, 64, 8)
+    torch.manual_seed(0)
+    q, (k, v) = torch.randn(4, 16), torch.randn(2, 2, n_tok, 16)
+    mask = selected.block_mask(chosen, 2)
+    assert mask.kv_indices[0, 0, 0, : mask.kv_num_blocks.item()].tolist() == [0, 8, 9, 39, 85, 95]
+    assert mask.full_kv_indices[0, 0, 0, : mask.full_kv_num_blocks.item()].tolist() == [47, 48, 49]
+    assert selected.relative_error(selected._flex(q, k, v, chosen), q, k, v, chosen) < 1e-5
+
+
+def test_who_is_wrong_is_left_out(others, monkeypatch):
+    monkeypatch.setattr(selected, "_gather_sdpa", lambda q, k, v, chosen: 2 * q)
+    layers = latency.make_layers(GEOMETRY, N_TOK, 1, torch.device("cpu"))
+    attention = latency.layer_attention(PIPELINE, GEOMETRY, torch.device("cpu"))
+    rows = {row["impl"]: row for row in selected.selected_rows(attention, layers, rounds=1, skip=("flex, our mask",))}
+    assert rows["gather, then sdpa"]["note"].startswith("wrong: ") and "mean_ms" not in rows["gather, then sdpa"]
+    assert rows["attend_blocks"]["against"] != "gather, then sdpa"
+
+
 def test_rows(others):
     layers = latency.make_layers(GEOMETRY, N_TOK, 2, torch.device("cpu"))
     attention = latency.layer_attention(PIPELINE, GEOMETRY, torch.device("cpu"))
     rows = {row["impl"]: row for row in selected.selected_rows(attention, layers, rounds=2, skip=("flex, our mask",))}
-    assert set(rows) == {"attend_blocks", "attend_blocks, rotating", "gather, then sdpa", "flashinfer, a block a page"}
+    others = {"gather, then sdpa", "sdpa, gathered before", "flashinfer, a block a page"}
+    assert set(rows) == {"attend_blocks", "attend_blocks, rotating"} | others
     mine, rotating = rows["attend_blocks"], rows["attend_blocks, rotating"]
     assert 16 + 64 < mine["tokens"] <= 16 + 64 + 64 and mine["error"] < 1e-5 and rotating["error"] is None
     best = min((rows[name] for name in rows if "attend" not in name), key=lambda row: row["mean_ms"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from torch import Tensor
 
 from hipexp_kernels.dispatch import choose, lazy, require
@@ -39,7 +41,7 @@ def gather_kv(
     )
     require(block_tok > 0 and page_tok % block_tok == 0, f"gather_kv: block_tok={block_tok} must divide the {page_tok} tokens of a page")
     require(
-        all(x.stride()[2:] == (D, 1) and x.stride(0) % (block_tok * D) == x.stride(1) % (block_tok * D) == 0 for x in (k_pages, v_pages)),
+        all(_in_blocks(x, block_tok * D) for x in (k_pages, v_pages)),
         "gather_kv: a head's tokens of a page must lie one after the other, and heads and pages a multiple of blocks apart",
     )
     require(
@@ -47,15 +49,30 @@ def gather_kv(
         f"gather_kv: starts {tuple(starts.shape)}, counts {tuple(counts.shape)} and table {tuple(table.shape)} must be [1 or {K} lists, "
         "blocks], [lists] and [pages]",
     )
+    require(
+        table.device == counts.device == starts.device and not any(x.is_floating_point() for x in (table, counts, starts)),
+        f"gather_kv: table ({table.device}), starts ({starts.device}) and counts ({counts.device}) must be whole numbers on one device",
+    )
     shape = (K, starts.shape[1] * block_tok, D)
     if out is None:
         out = k_pages.new_empty(shape, device=starts.device), v_pages.new_empty(shape, device=starts.device)
     require(
+        len(out) == 2 and (out[0].data_ptr() != out[1].data_ptr() or not prod(shape)),
+        "gather_kv: out must be two tensors, one for keys and one for values",
+    )
+    require(
         all(x.shape == shape and x.dtype == k_pages.dtype and x.device == starts.device and x.is_contiguous() for x in out),
         f"gather_kv: out {[tuple(x.shape) for x in out]} must be two contiguous {shape} of {k_pages.dtype} on {starts.device}",
     )
-    if not (P and len(table) and starts.numel()):
+    if not (P and K and len(table) and starts.numel()):
         return out[0].zero_(), out[1].zero_()
     run = choose(impl, {"reference": reference, "vectorized": vectorized, "triton": lazy("gather_kv")}, starts.device)
     run(k_pages, v_pages, table, starts, counts, out, block_tok=block_tok)
     return out
+
+
+def _in_blocks(pages: Tensor, block: int) -> bool:
+    """Whether blocks of so many numbers are pieces of memory that lie a multiple of blocks apart."""
+    P, K, page_tok, D = pages.shape
+    inner = (page_tok == 1 or pages.stride(2) == D) and (D == 1 or pages.stride(3) == 1)
+    return inner and (P == 1 or pages.stride(0) % block == 0) and (K == 1 or pages.stride(1) % block == 0)

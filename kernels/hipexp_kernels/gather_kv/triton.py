@@ -47,7 +47,7 @@ def _gather(
         k_from = k_pages + page * k_stride_page + head * k_stride_head + row
         v_from = v_pages + page * v_stride_page + head * v_stride_head + row
         to = tl.cast(at, tl.int64) * RUN
-        for begin in tl.static_range(0, RUN, TILE):
+        for begin in range(0, RUN, TILE):
             i = begin + tl.arange(0, TILE)
             keys = tl.load(k_from + i, mask=there & (i < RUN), other=0.0)
             values = tl.load(v_from + i, mask=there & (i < RUN), other=0.0)
