@@ -1,0 +1,69 @@
+"""The one place that imports ``lm_eval``: single functions of its suites, never its task objects (which change scores, docs/protocols.md).
+
+It is part of ``hipexp[suites]``, loaded when something first asks for it. Nothing is fetched while it is imported.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from hipexp.config.schema import ConfigError
+
+VERSION = "0.4.13"  # whose functions were compared with the official ones
+REPAIR = "python -m pip install --constraint constraints.txt '.[suites]'"
+
+
+def check_installed() -> None:
+    """Raise ``ConfigError`` unless that version is here."""
+    try:
+        found = importlib.metadata.version("lm_eval")
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigError(f"the official suites need lm_eval {VERSION}, which is not installed; run: {REPAIR}") from None
+    if found != VERSION:
+        raise ConfigError(f"the official suites need lm_eval {VERSION}, whose scores were compared; {found} is installed; run: {REPAIR}")
+
+
+@cache
+def suite_module(name: str) -> ModuleType:
+    """``lm_eval.tasks.<name>``, such as ``longbench.metrics``. Raises as :func:`check_installed`."""
+    check_installed()
+    if "fuzzywuzzy" not in sys.modules:  # LongBench imports it for a score that we make otherwise; it is under the GPL
+        sys.modules["fuzzywuzzy"] = types.ModuleType("fuzzywuzzy")
+        sys.modules["fuzzywuzzy"].fuzz = None  # type: ignore[attr-defined]
+    return import_module(f"lm_eval.tasks.{name}")
+
+
+@cache
+def needles() -> ModuleType:
+    """The samples of RULER's needle tasks: ``generate_input_output``. Takes 15 s and 1 GB on first use: it lists all pairs of words."""
+    check_installed()
+    with _offline():
+        return suite_module("ruler.prepare_niah")
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Without nltk's data it would try to fetch them; who needs sentences sets ``sent_tokenize`` (:func:`set_sentences`)."""
+    import nltk
+
+    fetch = nltk.download
+    nltk.download = lambda *_, **__: False
+    try:
+        yield
+    finally:
+        nltk.download = fetch
+
+
+def set_sentences(split: Callable[[str], list[str]]) -> None:
+    """How needle tasks cut essays into sentences."""
+    module: Any = needles()
+    module.sent_tokenize = split
+    module.cached_sent_tokenize.cache_clear()
