@@ -20,6 +20,8 @@ COMMANDS = {
     "demo": ("hipexp.run.demo:main", "dense against 3stage on the embedded model: a table and a picture"),
     "ls": ("hipexp.report.listing:main", "the runs there are and how far they got"),
     "table": ("hipexp.run.needle_table:main", "the long form of the demo; table --dry-run tells how long it takes here"),
+    "data": ("hipexp.run.data:main", "data of the suites: data pull, verify, ls, make"),
+    "score": ("hipexp.run.score:main", "official scores of predictions made elsewhere, as JSON"),
     "repro": ("hipexp.run.repro:main", "a published table beside ours, as in repro table2 size=needle task.samples=5"),
     "doctor": ("hipexp.doctor:main", "versions, device, what is missing"),
 }
@@ -49,7 +51,8 @@ examples:
 commands:
 {commands}
 
-environment: HIPEXP_RUNS (default runs), HIPEXP_CONF (another folder of configuration files). They move files only.
+environment: HIPEXP_RUNS (default runs), HIPEXP_DATA (official data; default ~/.cache/hipexp/data), HIPEXP_CONF (another folder of
+configuration files). They move files only.
 exit code: 0 done, 2 bad configuration or input, 1 anything else."""
 
 

@@ -28,7 +28,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "hipexp/needle": (CONFIG | {"hipexp.needle", "hipexp.suites", "tokenizers", "torch", "tqdm", "transformers"}, set()),
     "hipexp/suites": (
         {"hipexp.config.schema", "hipexp.suites", "numpy"},
-        {"datasets", "huggingface_hub", "jieba", "lm_eval", "rouge_score"},
+        {"datasets", "huggingface_hub", "jieba", "lm_eval", "nltk", "rouge_score"},
     ),
     "hipexp/track": (CONFIG | {"hipexp.track"}, {"wandb"}),
     "hipexp/report": (
@@ -39,9 +39,12 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         CONFIG | {"hipexp.report", "hipexp.run", "hipexp.suites", "hipexp.track"},
         {"hipexp.hf", "hipexp.attention", "hipexp.cache", "huggingface_hub", "numpy", "pyarrow", "tokenizers", "torch", "tqdm", "yaml"},
     ),
-    "hipexp/run/contestants.py": ({"hipexp.report", "hipexp.run", "hipexp_kernels", "torch"}, set()),
+    "hipexp/run/contestants.py": ({"hipexp.run", "hipexp_kernels", "torch"}, {"flash_attn", "flashinfer"}),
+    "hipexp/run/timing.py": ({"hipexp.run", "torch"}, set()),
+    "hipexp/run/probes.py": ({"hipexp.run", "hipexp_kernels", "torch", "triton"}, set()),
+    "hipexp/run/selected.py": ({"hipexp.attention", "hipexp.run", "hipexp_kernels", "torch"}, {"flashinfer"}),
     "hipexp/run/attention_latency.py": (CONFIG | {"hipexp.attention", "hipexp.cache", "hipexp.run", "hipexp_kernels", "torch"}, set()),
-    "hipexp/run/gpu.py": (CONFIG | {"hipexp.attention", "hipexp.run", "torch", "yaml"}, set()),
+    "hipexp/run/gpu.py": (CONFIG | {"hipexp.attention", "hipexp.report", "hipexp.run", "torch", "yaml"}, set()),
 }
 # A GPU machine may lack these: what runs there does not import them at load time.
 OFTEN_MISSING = {"hydra", "omegaconf", "datasets", "wandb", "pyarrow", "matplotlib"}

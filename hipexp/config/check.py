@@ -37,13 +37,17 @@ WITH_A_MODEL = ("length_tok", "lengths_tok", "dense_max_tok")  # of latency, wit
 PHASES, CONTEXT_TOK, LEAST_CONTEXT_TOK, MOST_LAYERS = ("decode", "prefill"), 131_072, 64, 1024
 # The fields of ``Task`` that each task uses; a value for another one would be ignored and still change the run key.
 TASKS = {
-    "infbench": ("subtasks", *SAMPLED),
+    "infbench": ("subtasks", "edition", "data", *SAMPLED),
+    "ruler": ("subtasks", "samples", "length_tok", "protocol", "batch", "data"),
+    "longbench": ("subtasks", "samples", "truncate_tok", "protocol", "batch", "data"),
+    "longbench2": ("samples", "truncate_tok", "protocol", "batch", "data"),
     "passkey": ("lengths_tok", "depths", *SAMPLED),
     "latency": ("length_tok", "lengths_tok", "decode_steps", "repeats", "dense_max_tok", "geometry", *ALONE, "protocol"),
     "recall": ("subtasks", "samples", "geometry", "dtype", "contexts_tok", "layer", "divisors", "wording", "protocol"),
 }
 TEXTS = ("drifting", "isolated_needles", "near_equal_needles")  # of recall with a geometry
-PROTOCOLS = ("hipexp",)
+OFFICIAL = ("ruler", "longbench", "longbench2")  # tasks with the official prompts only
+PROTOCOLS = {"infbench": ("hipexp", "completion", "chat", "infllm"), **dict.fromkeys(OFFICIAL, ("official",))}
 MOST = 2**31  # of anything counted, tokens above all
 OFFLOADS = ("none",)
 TRACKERS = ("local", "wandb")
@@ -128,7 +132,7 @@ def _check_model_fields(model: Model) -> None:
 
 def _check_task(task: Task) -> None:
     _one_of("task", task.name, TASKS)
-    _one_of("task.protocol", task.protocol, PROTOCOLS)
+    _one_of("task.protocol", task.protocol, PROTOCOLS.get(task.name, ("hipexp",)))
     for name in ("samples", "decode_steps", "repeats", "batch"):
         _at_least(f"task.{name}", getattr(task, name), 1)
     for name in ("length_tok", "truncate_tok", "dense_max_tok"):

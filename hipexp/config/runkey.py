@@ -31,7 +31,7 @@ def run_key(experiment: Experiment, *, model_revision: str, extra: dict[str, Any
 def key_fields(experiment: Experiment) -> dict[str, Any]:
     """The fields of an experiment that decide its result, as plain data."""
     fields = to_plain(experiment)
-    del fields["track"]
+    del fields["track"], fields["task"]["data"]  # a path; what the data are is in ``extra``
     for name in MODEL_SOURCE:
         del fields["model"][name]
     if fields["pipeline"] is not None:

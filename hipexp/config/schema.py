@@ -227,7 +227,9 @@ class Task:
     ``phases``       ``decode`` and ``prefill`` (of the last ``queries_tok`` queries); None is both
     ``divisors``     of the recall task: every stage keeps so many times less; None is 1, 4 and 8
     ``layer``        the layer whose groups apply, in a model of 32 or more; None is a layer without any
-    ``protocol``     whose prompts: ``hipexp`` are our own words, never an official score
+    ``protocol``     whose prompts: ``hipexp`` are our own words, never an official score; ``official``, or of ∞Bench one of several
+    ``edition``      of the official scorer of ∞Bench: ``2024-06``, which published scores were made with, or ``2024-08``; None is the first
+    ``data``         folder with official data; None is ``$HIPEXP_DATA``, else the folder that ``python -m hipexp data pull`` fills
     ``wording``      ``default``, or ``heldout``: a noise text and a wording that the embedded model never saw in training
     ``batch``        samples per forward pass
     """
@@ -250,6 +252,8 @@ class Task:
     layer: int | None = None
     divisors: list[int] | None = None
     protocol: str = "hipexp"
+    edition: str | None = None
+    data: str | None = None
     wording: str = "default"
     batch: int = 1
 

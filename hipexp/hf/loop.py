@@ -41,13 +41,14 @@ def generate(
     max_new_tok: int,
     prefill_chunk_tok: int,
     stop_ids: Collection[int] = (),
+    not_first: Collection[int] = (),
     progress: Callable[[int], None] | None = None,
 ) -> list[Generation]:
     """Continue each prompt greedily by at most ``max_new_tok`` tokens, inside :func:`hipexp.hf.install`.
 
     Prompts are prefilled one by one, ``prefill_chunk_tok`` tokens at a time (``progress`` is told how many), and decoded together;
-    so a prompt gives the same tokens alone and in a batch. Raises ValueError for an empty prompt or a ``prefill_chunk_tok`` that cuts
-    a query block, and FloatingPointError if the model's logits are not finite.
+    so a prompt gives the same tokens alone and in a batch. No answer begins with one of ``not_first``. Raises ValueError for an empty prompt
+    or a ``prefill_chunk_tok`` that cuts a query block, and FloatingPointError if the model's logits are not finite.
     """
     if any(not prompt for prompt in prompts):
         raise ValueError("every prompt needs at least one token")
@@ -57,7 +58,7 @@ def generate(
     for result, prompt in zip(out, prompts, strict=True):
         cache = SequenceCache(loaded.n_layers, reserve_tok=len(prompt) + max_new_tok, decoding=False)
         started = time.perf_counter()
-        last.append(prefill(loaded.model, cache, prompt, prefill_chunk_tok, progress))
+        last.append(prefill(loaded.model, cache, prompt, prefill_chunk_tok, progress, not_first))
         result.prefill_ms = (time.perf_counter() - started) * 1e3
         caches.append(cache)
     decode(loaded.model, caches, last, out, max_new_tok, set(stop_ids))
@@ -68,14 +69,19 @@ def generate(
 
 
 def prefill(
-    model: PreTrainedModel, cache: SequenceCache, prompt: list[int], chunk_tok: int, progress: Callable[[int], None] | None = None
+    model: PreTrainedModel,
+    cache: SequenceCache,
+    prompt: list[int],
+    chunk_tok: int,
+    progress: Callable[[int], None] | None = None,
+    not_first: Collection[int] = (),
 ) -> int:
-    """Feed a prompt chunk by chunk; return the first new token."""
+    """Feed a prompt chunk by chunk; return the first new token, none of ``not_first``."""
     ids = torch.tensor([prompt], device=model.device)
     token = 0
     for start in range(0, len(prompt), chunk_tok):
         chunk = ids[:, start : start + chunk_tok]
-        token = _step(model, cache, chunk, torch.arange(start, start + chunk.shape[1], device=ids.device)[None])[0]
+        token = _step(model, cache, chunk, torch.arange(start, start + chunk.shape[1], device=ids.device)[None], not_first)[0]
         if progress:
             progress(chunk.shape[1])
     return token
@@ -104,9 +110,11 @@ def decode(
             out[i].decode_ms.append(elapsed)
 
 
-def _step(model: PreTrainedModel, cache: SequenceCache, ids: Tensor, positions: Tensor) -> list[int]:
-    """One forward pass; the most likely next token of every row."""
+def _step(model: PreTrainedModel, cache: SequenceCache, ids: Tensor, positions: Tensor, banned: Collection[int] = ()) -> list[int]:
+    """One forward pass; the most likely next token of every row, none of ``banned``."""
     logits = model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
     if not bool(torch.isfinite(logits).all()):
         raise FloatingPointError(f"the model's logits are not finite at position {int(positions[0, -1])}; no token can be chosen from them")
+    if banned:
+        logits[:, list(banned)] = float("-inf")
     return logits.argmax(-1).tolist()

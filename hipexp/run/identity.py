@@ -17,9 +17,10 @@ from typing import Any
 
 from hipexp.config.model import ModelFacts, facts_in, model_folder, read_config
 from hipexp.config.runkey import run_key
-from hipexp.config.schema import Experiment, Model
-from hipexp.suites import filled, infbench
+from hipexp.config.schema import Experiment, Model, Task
+from hipexp.suites import filled, infbench, origins
 from hipexp.suites.sample import DataMissing
+from hipexp.suites.scoring import open_rules
 
 
 def key_of(experiment: Experiment) -> str:
@@ -54,8 +55,15 @@ def data_identity(experiment: Experiment) -> dict[str, Any]:
         return {"machine": machine(), "template": infbench.template_id("passkey", "default")}
     from hipexp.run import recall
 
+    if official := origins(experiment.task):
+        return {"data": official, "scorer": scorer_of(experiment.task)}
     words = {name: infbench.template_id(name, experiment.task.wording) for name in infbench.SUBTASKS}
     return {"template": words, "scorer": recall.SCORER if experiment.task.name == "recall" else infbench.SCORER}
+
+
+def scorer_of(task: Task) -> str:
+    """The version of the official scorer of a task."""
+    return str(open_rules(task.name).SCORER)
 
 
 def machine() -> dict[str, Any]:

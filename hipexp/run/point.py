@@ -24,7 +24,11 @@ from hipexp.run.job import Job
 from hipexp.run.ledger import Ledger, RunFailed, is_done, open_ledger, read_json, read_rows, run_folder
 from hipexp.run.strategy import describe
 from hipexp.run.tokenizer_file import read_tokenizer
+from hipexp.suites import OWN
 from hipexp.suites.sample import Item, LineEncoder, ProtocolCard, Sample, Suite
+from hipexp.suites.scoring import score_rows
+from hipexp.suites.scoring.statistics import describe as describe_scores
+from hipexp.suites.scoring.statistics import paired_difference
 from hipexp.track import Trackers, open_trackers
 
 if TYPE_CHECKING:
@@ -35,6 +39,7 @@ Load = Callable[[Model], "Loaded"]
 Say = Callable[[str], None]
 EXACT = "exact everywhere: nothing was pruned"
 MEMORY = "peak MiB: memory above the loaded model"
+COSTS = ("prefill s", "decode ms/step", "peak MiB")
 
 
 def run_point(experiment: Experiment, overrides: Sequence[str] | None = None) -> Path:
@@ -211,7 +216,7 @@ def open_suite_for(experiment: Experiment, tokenizer: Any, trained_tok: int) -> 
     if experiment.task.name == "recall":
         recall.check_lengths(experiment, LineEncoder(tokenizer), trained_tok)
         return None
-    return open_suite(experiment.task, LineEncoder(tokenizer), trained_tok, experiment.seed)
+    return open_suite(experiment.task, tokenizer, trained_tok, experiment.seed)
 
 
 @contextmanager
@@ -278,7 +283,8 @@ def answer(experiment: Experiment, loaded: Loaded, samples: list[Sample], progre
         [sample.tokens for sample in samples],
         max_new_tok=max(sample.max_new_tok for sample in samples),
         prefill_chunk_tok=experiment.model.prefill_chunk_tok,
-        stop_ids=stop_ids(loaded),
+        stop_ids=(stops := stop_ids(loaded) | (line_end(loaded) if samples[0].one_line else set())),
+        not_first=stops if samples[0].one_line else (),
         progress=progress,
     )
     for sample, made in zip(samples, answers, strict=True):
@@ -291,6 +297,11 @@ def stop_ids(loaded: Loaded) -> set[int]:
     listed = loaded.model.generation_config.eos_token_id
     ids = {*(listed if isinstance(listed, list) else [listed]), loaded.tokenizer.eos_token_id}
     return {i for i in ids if i is not None}
+
+
+def line_end(loaded: Loaded) -> set[int]:
+    """The token that ends a line."""
+    return {loaded.tokenizer("\n", add_special_tokens=False).input_ids[-1]}
 
 
 def batches(items: list[Item], size: int) -> Iterator[list[Item]]:
@@ -345,17 +356,18 @@ def removed_tok(rows: Iterable[dict[str, Any]]) -> dict[str, int]:
 
 
 def summarize(card: ProtocolCard, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The scores, times and memory of a finished run; ``average`` is the plain mean of the subtasks."""
-    means = mean_scores(rows)
-    counts = {name: sum(row["subtask"] == name for row in rows) for name in means}
+    """The scores, times and memory of a finished run; ``average`` is the plain mean of the subtasks.
+
+    Each score has its 95 % interval over samples. Under an official protocol scores are as the official scorer groups and rounds them, and
+    ``averages`` those means it prints of which all tasks are there.
+    """
     decode = [row["decode_ms"] for row in rows if row["decode_ms"] is not None]
     traffic: dict[str, float] = {}
     for row in rows:
         for name, value in row["traffic"].items():
             traffic[name] = traffic.get(name, 0) + value
     return {
-        "scores": {name: {"metric": card.metric[name], "score": round(means[name], 2), "n": counts[name]} for name in card.metric},
-        "average": round(statistics.fmean(means.values()), 2),
+        **scores_of(card, rows),
         "protocol": card.protocol,
         "note": card.note,
         "exact": all(row["exact"] for row in rows),
@@ -367,6 +379,20 @@ def summarize(card: ProtocolCard, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "traffic": traffic,
         "recall": {},
     }
+
+
+def scores_of(card: ProtocolCard, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """``scores``, ``average`` and ``averages`` of a summary."""
+    average = round(statistics.fmean(mean_scores(rows).values()), 2)
+    if card.protocol != OWN:
+        official = score_rows(card.suite, rows, card.edition if card.suite == "infbench" else None)
+        return {"scores": official["scores"], "average": average, "averages": official["averages"]}
+    found = {}
+    for name, metric in card.metric.items():
+        told = describe_scores([row["score"] for row in rows if row["subtask"] == name])
+        interval = told["interval"] and [round(bound, 2) for bound in told["interval"]]
+        found[name] = {"metric": metric, "score": round(told["score"], 2), "n": told["n"], "interval": interval}
+    return {"scores": found, "average": average, "averages": {}}
 
 
 class TokenBar:
@@ -425,24 +451,38 @@ def report(experiment: Experiment, folder: Path, overrides: Sequence[str] | None
 
 def score_table(summary: dict[str, Any], rows: list[dict[str, Any]], dense_rows: list[dict[str, Any]] | None) -> str:
     """Scores, times and memory per subtask; with ``dense_rows`` also the dense score and how many answers changed."""
-    header = ["subtask", "protocol", "samples", "score", "dense", "better/worse", "prefill s", "decode ms/step", "peak MiB"]
+    header = ["subtask", "protocol", "samples", "score", "95 %", "dense", "difference", "better/worse", *COSTS]
     dense = {(row["subtask"], row["sample"]): row["score"] for row in dense_rows or []}
     table = []
     for name, cell in summary["scores"].items():
-        mine = [row for row in rows if row["subtask"] == name]
-        pairs = [(row["score"], dense[name, row["sample"]]) for row in mine if (name, row["sample"]) in dense]
-        table.append([name, summary["protocol"], cell["n"], cell["score"], *against(pairs), *costs(mine)])
+        mine = rows_of(name, rows)
+        pairs = [(row["score"], dense[key]) for row in mine if (key := (row["subtask"], row["sample"])) in dense]
+        cells = [name, summary["protocol"], cell["n"], cell["score"], span(cell.get("interval"))]
+        table.append([*cells, *against(pairs if len(mine) == cell["n"] else []), *costs(mine)])
     if not dense:
-        header, table = drop_columns(header, table, ("dense", "better/worse"))
-    return text_table(header, table, left=2)
+        header, table = drop_columns(header, table, ("dense", "difference", "better/worse"))
+    means = [[name, summary["protocol"], None, value, *[None] * (len(header) - 4)] for name, value in summary.get("averages", {}).items()]
+    return text_table(header, table + means, left=2)
+
+
+def rows_of(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The samples behind a score: of its subtask, or where it is a part of them or a group (``qasper_e@0-4k``, ``easy``), of those."""
+    return [row for row in rows if row["subtask"] == name] or [row for row in rows if row["subtask"] == name.partition("@")[0]] or rows
+
+
+def span(interval: list[float] | None) -> str | None:
+    """An interval as text."""
+    return None if interval is None else f"{interval[0]:.0f}–{interval[1]:.0f}"
 
 
 def against(pairs: list[tuple[float, float]]) -> list[Any]:
-    """The dense mean of ``(score, dense score)`` pairs, and how many samples became better and worse than dense."""
+    """Of ``(score, dense score)`` pairs: the dense mean, the paired difference with its 95 % interval, how many became better and worse."""
     if not pairs:
-        return [None, None]
+        return [None, None, None]
     better, worse = (sum(sign * (score - dense) > 0 for score, dense in pairs) for sign in (1, -1))
-    return [statistics.fmean(dense for _, dense in pairs), f"+{better}/−{worse}"]
+    told = paired_difference([score for score, _ in pairs], [dense for _, dense in pairs])
+    around = "" if told["interval"] is None else f" ({told['interval'][0]:+.0f} to {told['interval'][1]:+.0f})"
+    return [statistics.fmean(dense for _, dense in pairs), f"{told['mean']:+.1f}{around}", f"+{better}/−{worse}"]
 
 
 def costs(rows: list[dict[str, Any]]) -> list[Any]:

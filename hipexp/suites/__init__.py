@@ -3,22 +3,68 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 from hipexp.config.schema import ConfigError, Task
-from hipexp.suites.sample import Encode, Suite
+from hipexp.suites.sample import LineEncoder, Suite
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+NAMES = ("infbench", "passkey", "ruler", "longbench", "longbench2")
+OWN = "hipexp"  # the protocol of prompts in our own words
 
 
 def check_task(task: Task) -> None:
-    """Refuse what can be refused without a tokenizer: unknown suites, subtasks and wordings. Raises ``ConfigError``."""
+    """Refuse what can be refused without a tokenizer: unknown suites, subtasks, editions and wordings. Raises ``ConfigError``."""
     from hipexp.suites import infbench
 
-    if task.name not in ("infbench", "passkey"):
-        raise ConfigError(f"task={task.name or 'nothing'} has no samples; use infbench or passkey")
+    if task.name not in NAMES:
+        raise ConfigError(f"task={task.name or 'nothing'} has no samples; use {', '.join(NAMES)}")
     infbench.check_wording(task.wording)
+    _check_own(task)
+    subtasks_of(task)
+
+
+def _check_own(task: Task) -> None:
+    """Refuse what only our own words of ∞Bench have, or only the official ones."""
+    if task.name != "infbench":
+        return
+    from hipexp.suites.scoring.infbench import EDITIONS
+
+    if task.edition is not None and task.edition not in EDITIONS:
+        raise ConfigError(f"task.edition={task.edition} is no edition of the official scorer; use {' or '.join(EDITIONS)}")
+    own = task.protocol == OWN
+    fields = {"edition": None, "data": None} if own else {"length_tok": None, "wording": "default"}
+    for name, default in fields.items():
+        if getattr(task, name) != default:
+            whose = (
+                "official prompts and rows; choose a task.protocol of them" if own else "prompts in our own words (task.protocol=hipexp)"
+            )
+            raise ConfigError(f"task.{name}={getattr(task, name)} is for {whose}, or leave it out")
+
+
+def subtasks_of(task: Task) -> tuple[str, ...]:
+    """The subtasks of a task, all that it has if it names none. Raises ``ConfigError`` for an unknown one."""
+    named = list(dict.fromkeys(task.subtasks or []))
+    if task.name == "infbench" and task.protocol != OWN:
+        from hipexp.suites import infbench_official as official
+
+        for name in named:
+            official.check_subtask(name, task.protocol)
+        return tuple(named) or official.subtasks_of(task.protocol)
     if task.name == "infbench":
-        infbench.check_subtasks(task.subtasks or [])
+        from hipexp.suites.infbench import check_subtasks
+
+        return check_subtasks(named)
+    if task.name == "ruler":
+        from hipexp.suites.ruler import check_subtasks as check_ruler
+
+        return check_ruler(named)
+    if task.name == "longbench":
+        from hipexp.suites.longbench import check_subtasks as check_longbench
+
+        return check_longbench(named)
+    return ("longbench2",) if task.name == "longbench2" else ("passkey",)
 
 
 def lengths_of(task: Task, trained_tok: int) -> dict[str, int]:
@@ -31,28 +77,68 @@ def lengths_of(task: Task, trained_tok: int) -> dict[str, int]:
 
 def filled(task: Task, trained_tok: int) -> Task:
     """The task with everything that it leaves open said: two tasks that come out equal are the same task."""
-    from hipexp.suites.infbench import check_subtasks
+    if task.name in ("passkey", "latency"):
+        depths = list(DEPTHS) if task.depths is None and task.name == "passkey" else task.depths
+        return dataclasses.replace(task, length_tok=None, lengths_tok=list(lengths_of(task, trained_tok).values()), depths=depths)
+    full = dataclasses.replace(task, subtasks=list(subtasks_of(task)))
+    if task.name == "ruler" or (task.name == "infbench" and task.protocol == OWN):
+        full.length_tok = 2 * trained_tok if task.length_tok is None else task.length_tok
+    elif task.name == "infbench" and task.edition is None:
+        from hipexp.suites.scoring.infbench import EDITIONS
 
-    if task.name == "infbench":
-        length_tok = 2 * trained_tok if task.length_tok is None else task.length_tok
-        return dataclasses.replace(task, subtasks=list(check_subtasks(task.subtasks or [])), length_tok=length_tok)
-    depths = list(DEPTHS) if task.depths is None and task.name == "passkey" else task.depths
-    return dataclasses.replace(task, length_tok=None, lengths_tok=list(lengths_of(task, trained_tok).values()), depths=depths)
+        full.edition = EDITIONS[0]
+    return full
 
 
-def open_suite(task: Task, encode: Encode, trained_tok: int, seed: int) -> Suite:
-    """The suite that ``task`` names, ready to make samples for the tokenizer behind ``encode``.
+def origins(task: Task) -> dict[str, str]:
+    """What official data a task reads, by subtask or file: part of what makes two runs the same. Raises ``DataMissing``."""
+    folder = None if task.data is None else Path(task.data)
+    if task.name == "ruler":
+        return _origins_of_ruler(task)
+    rules = rules_of(task, folder)
+    if rules is None:
+        return {}
+    return {name: rules.origin(name) for name in subtasks_of(task)} | {f"{name} prompt": rules.template(name) for name in subtasks_of(task)}
+
+
+def rules_of(task: Task, folder: Path | None) -> Any:
+    """The rules of a task with published rows; None for the others."""
+    if task.name == "longbench":
+        from hipexp.suites.longbench import LongBench
+
+        return LongBench(folder)
+    if task.name == "longbench2":
+        from hipexp.suites.longbench2 import LongBench2
+
+        return LongBench2(folder)
+    if task.name == "infbench" and task.protocol != OWN:
+        from hipexp.suites.infbench_official import InfBenchOfficial
+
+        return InfBenchOfficial(task.protocol, task.edition, folder)
+    return None
+
+
+def open_suite(task: Task, tokenizer: Any, trained_tok: int, seed: int) -> Suite:
+    """The suite that ``task`` names, ready to make samples for a tokenizer.
 
     A length that is not set is twice ``trained_tok``; a grid without lengths takes 1, 2 and 4 times.
-    Raises ``ConfigError`` for an unknown subtask, and for a length or a truncation below a sample's frame.
+    Raises ``ConfigError`` for an unknown subtask, and for a length or a truncation below a sample's frame, ``DataMissing`` for data that
+    are not here.
     """
     from hipexp.suites.infbench import InfBench, check_length
     from hipexp.suites.passkey import PasskeyGrid
     from hipexp.suites.truncation import Truncated
 
     check_task(task)
-    full = filled(task, trained_tok)
+    full, encode = filled(task, trained_tok), LineEncoder(tokenizer)
+    if rules := rules_of(task, None if task.data is None else Path(task.data)):
+        from hipexp.suites.published import Published
+
+        origins(task)
+        return Published(rules, subtasks_of(task), task.samples, tokenizer, task.truncate_tok)
     suite: Suite
+    if task.name == "ruler":
+        return _open_ruler(full, tokenizer, seed)
     if task.name == "infbench":
         assert full.subtasks is not None and full.length_tok is not None
         suite = InfBench(tuple(full.subtasks), task.samples, full.length_tok, encode, seed, task.wording)
@@ -63,3 +149,39 @@ def open_suite(task: Task, encode: Encode, trained_tok: int, seed: int) -> Suite
     for subtask in full.subtasks or ["passkey"]:
         check_length(subtask, task.truncate_tok, encode, task.wording, "task.truncate_tok")
     return Truncated(suite, task.truncate_tok)
+
+
+def _open_ruler(task: Task, tokenizer: Any, seed: int) -> Suite:
+    from hipexp.suites.framing import template_of
+    from hipexp.suites.ruler import Ruler
+
+    assert task.subtasks is not None and task.length_tok is not None
+    before, after, special = template_of(tokenizer)
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=special).input_ids)
+
+    def count_tok(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False).input_ids)
+
+    return Ruler(tuple(task.subtasks), task.samples, task.length_tok, encode, count_tok, seed, _resources(task), (before, after))
+
+
+def _origins_of_ruler(task: Task) -> dict[str, str]:
+    """Versions and digests of all that decides RULER's rows besides the configuration."""
+    from hipexp.suites import lm_eval
+    from hipexp.suites.ruler import EDITION, TASKS, resources
+
+    lm_eval.check_installed()
+    folder, needs = _resources(task), sorted({name for subtask in subtasks_of(task) for name in TASKS[subtask].needs})
+    told = {"generator": EDITION, "lm_eval": lm_eval.VERSION, "wonderwords": resources.words_version()}
+    if "essays" in needs:
+        told["sentences"] = resources.sentences(folder).name
+    return told | resources.digests(folder, [*needs, "more_words"])
+
+
+def _resources(task: Task) -> Path:
+    """The folder of what RULER's rows are made of."""
+    from hipexp.suites.data.resolve import folder_for
+
+    return folder_for("ruler", subtasks_of(task), None if task.data is None else Path(task.data))

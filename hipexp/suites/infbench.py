@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import re
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from functools import lru_cache
 
 from hipexp.config.schema import ConfigError
 from hipexp.suites.sample import Encode, Item, ProtocolCard, Sample, largest_fit
+from hipexp.suites.scoring.infbench import NEW, first_number, has_value
 
 SUBTASKS = ("passkey", "number_string", "kv_retrieval")
 OFFICIAL_ONLY = (
@@ -285,12 +285,6 @@ def make_sample(subtask: str, index: int, count: int, length_tok: int, encode: E
     return digits_sample(subtask, index, place_of(index, count, DEPTHS) / (DEPTHS - 1), length_tok, encode, rng, wording)
 
 
-def first_number(text: str) -> str:
-    """The first run of ASCII digits in ``text``, or the empty string."""
-    found = re.search("[0-9]+", text)
-    return found[0] if found else ""
-
-
 def score(subtask: str, prediction: str, references: list[str]) -> float:
     """The official rule: 100 if the output is right, else 0.
 
@@ -299,7 +293,7 @@ def score(subtask: str, prediction: str, references: list[str]) -> float:
     """
     if KINDS[subtask].metric == "first_number":
         return 100.0 * (first_number(prediction) == references[0])
-    return 100.0 * (references[0] in re.sub(r"[\n:\"'.,?!{}]", " ", prediction).split())
+    return 100.0 * has_value(prediction, references[0], NEW)
 
 
 def template_id(subtask: str, wording: str) -> str:

@@ -5,11 +5,13 @@ It is part of ``hipexp[suites]``, loaded when something first asks for it. Nothi
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import io
+import logging
 import sys
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -38,7 +40,13 @@ def suite_module(name: str) -> ModuleType:
     if "fuzzywuzzy" not in sys.modules:  # LongBench imports it for a score that we make otherwise; it is under the GPL
         sys.modules["fuzzywuzzy"] = types.ModuleType("fuzzywuzzy")
         sys.modules["fuzzywuzzy"].fuzz = None  # type: ignore[attr-defined]
-    return import_module(f"lm_eval.tasks.{name}")
+    handlers = list(logging.root.handlers)
+    try:
+        return import_module(f"lm_eval.tasks.{name}")
+    except ImportError as error:
+        raise ConfigError(f"a package that the official suites need is missing ({error}); run: {REPAIR}") from error
+    finally:
+        logging.root.handlers[:] = handlers  # some of what it imports prints all logs from then on
 
 
 @cache
@@ -49,7 +57,7 @@ def needles() -> ModuleType:
         return suite_module("ruler.prepare_niah")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _offline() -> Iterator[None]:
     """Without nltk's data it would try to fetch them; who needs sentences sets ``sent_tokenize`` (:func:`set_sentences`)."""
     import nltk
@@ -57,7 +65,8 @@ def _offline() -> Iterator[None]:
     fetch = nltk.download
     nltk.download = lambda *_, **__: False
     try:
-        yield
+        with contextlib.redirect_stdout(io.StringIO()):  # it says that it has fetched them all the same
+            yield
     finally:
         nltk.download = fetch
 

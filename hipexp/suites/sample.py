@@ -21,7 +21,8 @@ class Sample:
 
     ``tokens`` are the ids of ``prompt``, special tokens included; ``length_tok`` is the context length the sample was made for,
     so that ``len(tokens) + max_new_tok <= length_tok``. ``removed_tok`` counts tokens lost to truncation.
-    ``meta`` is recorded with the result, such as the ``depth`` (0 to 1) at which the answer stands.
+    ``one_line``: the answer also ends with its first line, which is not empty. ``meta`` is recorded with the result, such as the ``depth``
+    (0 to 1) at which the answer stands.
     """
 
     subtask: str
@@ -32,6 +33,7 @@ class Sample:
     max_new_tok: int
     length_tok: int
     removed_tok: int = 0
+    one_line: bool = False
     meta: dict[str, Any] = field(default_factory=dict)
 
 

@@ -203,7 +203,10 @@ CASES = {
         ["task.lengths_tok=[8192]"],
         "task.lengths_tok=[8192] is for task=passkey or latency; leave it out for task=infbench",
     ),
-    "samples of latency": (["task=latency", "task.samples=3"], "task.samples=3 is for task=infbench or passkey"),
+    "samples of latency": (
+        ["task=latency", "task.samples=3"],
+        "task.samples=3 is for task=infbench or ruler or longbench or longbench2 or passkey",
+    ),
     "a prefill chunk for a group": (
         [S3, "pipeline.layers.early.stages.0.query_block_tok=128", "model.prefill_chunk_tok=64"],
         "model.prefill_chunk_tok=64 must be a multiple of pipeline.layers.early.stages.0.query_block_tok=128; try 128",
@@ -225,7 +228,7 @@ CASES = {
     "an unknown subtask": (["task.subtasks=[passkeys]"], "unknown subtask 'passkeys'; known: passkey, number_string, kv_retrieval"),
     "subtasks of a task without": (
         ["task=passkey", "task.subtasks=[kv_retrieval]"],
-        "task.subtasks=['kv_retrieval'] is for task=infbench or recall; leave it out for task=passkey",
+        "task.subtasks=['kv_retrieval'] is for task=infbench or ruler or longbench or recall; leave it out for task=passkey",
     ),
     "official data": (["task.subtasks=[code_debug]"], "needs official data"),
     "protocol": (["task.protocol=official"], "task.protocol=official is unknown; use hipexp"),

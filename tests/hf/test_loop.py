@@ -170,3 +170,9 @@ def test_another_cache_is_ours_with_a_refresh_at_every_step(loaded, pipeline, to
         ids = torch.tensor([tokens[:640]])
         out = loaded.model.generate(ids, past_key_values=DynamicCache(config=loaded.model.config), max_new_tokens=12, do_sample=False)
         assert out[0, 640:].tolist() == run(loaded, [tokens[:640]], 8192, 12)[0].tokens
+
+
+def test_no_answer_begins_with_what_is_ruled_out(loaded, tokens):
+    (plain,) = run(loaded, [tokens[:100]], 64, 3)
+    (other,) = run(loaded, [tokens[:100]], 64, 3, not_first={plain.tokens[0]})
+    assert other.tokens[0] != plain.tokens[0]

@@ -196,17 +196,17 @@ def test_unknown_subtasks_list_the_known():
 
 
 @pytest.mark.parametrize("subtask", SUBTASKS)
-def test_a_length_below_the_frame_is_refused_with_numbers(encode, subtask):
+def test_a_length_below_the_frame_is_refused_with_numbers(encode, tokenizer, subtask):
     with pytest.raises(ConfigError, match=r"task\.length_tok=30 .* use at least \d+") as refused:
         make_sample(subtask, 0, 1, 30, encode)
     least = int(str(refused.value).split()[-1])
     assert len(make_sample(subtask, 0, 1, least, encode).tokens) <= least
     with pytest.raises(ConfigError, match="use at least"):
-        open_suite(Task(name="infbench", subtasks=[subtask], length_tok=30), encode, 100, 0)
+        open_suite(Task(name="infbench", subtasks=[subtask], length_tok=30), tokenizer, 100, 0)
 
 
-def test_defaults_are_all_subtasks_at_twice_the_trained_length(encode):
-    suite = open_suite(Task(name="infbench"), encode, 500, 0)
+def test_defaults_are_all_subtasks_at_twice_the_trained_length(tokenizer):
+    suite = open_suite(Task(name="infbench"), tokenizer, 500, 0)
     items = suite.items()
     assert {item.length_tok for item in items} == {1000}
     assert [item.subtask for item in items] == [name for name in SUBTASKS for _ in range(5)]

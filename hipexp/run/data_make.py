@@ -1,0 +1,101 @@
+"""``python -m hipexp data make``: rows of generated tasks in the official schema, for any tokenizer, to be used anywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from hipexp.config.convert import unknown
+from hipexp.config.model import model_folder
+from hipexp.config.schema import ConfigError, Model
+from hipexp.run.tokenizer_file import read_tokenizer
+
+SUITES = ("ruler", "infbench")
+DEFAULTS = {"subtask": "", "length_tok": "", "samples": "5", "seed": "42", "tokenizer": "", "resources": "", "out": ""}
+ARGUMENTS = "<ruler|infbench> subtask=... length_tok=... out=rows.jsonl [samples=5] [seed=42] [tokenizer=folder or id] [resources=folder]"
+
+
+def make(words: list[str]) -> int:
+    """Write the rows that the words ask for. Raises ``ConfigError`` for bad words, ``DataMissing`` for resources that are not here."""
+    suite, asked = read_words(words)
+    count_tok = counter(asked["tokenizer"])
+    out, length_tok, samples, seed = Path(asked["out"]), number(asked, "length_tok"), number(asked, "samples"), number(asked, "seed", 0)
+    rows: Iterable[dict[str, Any]]
+    if suite == "ruler":
+        from hipexp.suites.data.resolve import folder_for
+        from hipexp.suites.ruler import check_subtasks, make_rows
+
+        (subtask,) = check_subtasks([asked["subtask"]])
+        resources = Path(asked["resources"]) if asked["resources"] else folder_for("ruler", [subtask])
+        rows = make_rows(subtask, length_tok, samples, seed, count_tok, resources)
+    else:
+        from hipexp.suites.infbench_rows import make_rows as make_infbench_rows
+
+        rows = make_infbench_rows(asked["subtask"], length_tok, samples, seed, count_tok)
+    by = asked["tokenizer"] or "the embedded model"
+    print(f"{write(out, rows)} rows of {suite} {asked['subtask']}, at most {length_tok} tokens by {by}")
+    print(out)
+    return 0
+
+
+def read_words(words: list[str]) -> tuple[str, dict[str, str]]:
+    """The suite and the settings of a command line. Raises ``ConfigError`` for what is unknown or missing."""
+    if not words or words[0] not in SUITES:
+        raise ConfigError(f"data make needs a suite whose samples are generated: data make {ARGUMENTS}")
+    asked = dict(DEFAULTS)
+    for word in words[1:]:
+        key, _, value = word.partition("=")
+        if key not in asked:
+            raise unknown(f"data make: {word}", key, list(asked))
+        asked[key] = value
+    for key in ("subtask", "length_tok", "out"):
+        if not asked[key]:
+            raise ConfigError(f"data make {words[0]} needs {key}=...: data make {ARGUMENTS}")
+    return words[0], asked
+
+
+def number(asked: dict[str, str], key: str, least: int = 1) -> int:
+    """A whole number among the settings. Raises ``ConfigError`` for anything else, or less than ``least``."""
+    try:
+        value = int(asked[key])
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise ConfigError(f"data make: {key}={asked[key]} must be a whole number from {least} on")
+    return value
+
+
+def counter(name: str) -> Any:
+    """Counts tokens, special ones left out, by the tokenizer of a folder or of a model on the hub; empty: of the embedded model."""
+    model = Model(path=name or "hipexp/needle/model")
+    folder = model_folder(model)
+    if folder is not None and (folder / "tokenizer.json").is_file():
+        tokenizer: Any = read_tokenizer(folder / "tokenizer.json")
+    elif folder is not None and not (folder / "config.json").is_file():
+        raise ConfigError(f"data make: tokenizer={name} must be a folder with tokenizer.json, or a hub id; {folder} has none")
+    else:
+        from hipexp.run.point import load_tokenizer
+
+        tokenizer = load_tokenizer(model)
+    return lambda text: len(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def write(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Write rows as JSONL, whole or not at all; returns how many. Raises ``ConfigError`` for a path that cannot be written."""
+    scratch, count = path.with_name(f".{path.name}.{os.getpid()}"), 0
+    try:
+        with open(scratch, "w", encoding="utf-8") as file:
+            for count, row in enumerate(rows, start=1):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                print(f"\r{count} rows", end="", file=sys.stderr)
+        scratch.replace(path)
+    except OSError as error:
+        raise ConfigError(f"data make: out={path} cannot be written ({error.strerror or error}); choose another path") from error
+    finally:
+        print(file=sys.stderr)
+        scratch.unlink(missing_ok=True)
+    return count

@@ -1,0 +1,68 @@
+"""LongBench v2 (arXiv 2412.15204): 503 published questions with four choices, the official prompt without reasoning, official scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hipexp.suites.data import read_rows, read_text
+from hipexp.suites.data.resolve import find, find_rows
+from hipexp.suites.data.rows import Schema
+from hipexp.suites.published import Prompt, Row
+from hipexp.suites.scoring import longbench2 as scoring
+
+PLACES = {"$DOC$": "context", "$Q$": "question", **{f"$C_{letter}$": f"choice_{letter}" for letter in "ABCD"}}  # of the prompt, in order
+SCHEMA: Schema = dict.fromkeys((*PLACES.values(), "answer", "difficulty", "length"), str)
+NEW_TOK = 128
+
+
+class LongBench2:
+    """See ``hipexp.suites.published.Rules``. ``folder``: data of the user's own."""
+
+    suite, protocol, cut = "longbench2", "official", "middle"
+    edition, scorer = scoring.EDITIONS[0], scoring.SCORER
+    note = "greedy, where the official script samples at temperature 0.1"
+
+    def __init__(self, folder: Path | None = None):
+        self.folder = folder
+
+    @cached_property
+    def text(self) -> str:
+        """The official prompt."""
+        return read_text(find(self.suite, "0shot.txt", self.folder).path)
+
+    def rows(self, subtask: str) -> Sequence[Row]:
+        found = find_rows(self.suite, subtask, self.folder)
+        return read_rows(found.path, SCHEMA, found.member)
+
+    def origin(self, subtask: str) -> str:
+        return find_rows(self.suite, subtask, self.folder).origin
+
+    def prompt(self, subtask: str, row: Row) -> Prompt:
+        text = self.text
+        for place, field in PLACES.items():
+            text = text.replace(place, row[field].strip())
+        return Prompt(text, chat=True)
+
+    def template(self, subtask: str) -> str:
+        return self.text
+
+    def new_tok(self, subtask: str) -> int:
+        return NEW_TOK
+
+    def references(self, subtask: str, row: Row) -> list[Any]:
+        return [row["answer"]]
+
+    def meta(self, subtask: str, row: Row) -> dict[str, Any]:
+        return {"difficulty": row["difficulty"], "length": row["length"]}
+
+    def words(self, row: Row) -> int:
+        return len(row["context"]) // 5
+
+    def metric(self, subtask: str) -> str:
+        return scoring.metric_of("overall")
+
+    def score(self, subtask: str, prediction: str, references: list[Any], meta: dict[str, Any]) -> float:
+        return scoring.score_longbench2(prediction, references)

@@ -1,0 +1,252 @@
+"""What RULER's samples are made of besides words: essays, questions with documents, a second word list, and where sentences end.
+
+Everything lies in one folder, in the official formats and under the official generator's names. Nothing is fetched here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+from hipexp.config.schema import ConfigError
+from hipexp.suites.lm_eval import REPAIR, suite_module
+from hipexp.suites.sample import DataMissing
+
+PULL = "python -m hipexp data pull ruler"
+PUNKT = "punkt_tab/english"  # as punkt_tab.zip of nltk unpacks
+PUNKT_FILES = ("abbrev_types.txt", "collocations.tab", "ortho_context.tab", "sent_starters.txt")
+SAME_AGAIN = 3  # sentences before the end of a shorter text that may end elsewhere than in the longer one
+
+Split = Callable[[str], list[str]]
+Questions = tuple[list[dict[str, Any]], list[str]]
+"""Questions (``query, outputs, context``: numbers of documents, in SQuAD also ``more_context``) and documents."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of the folder: its name, what it is and where it is from."""
+
+    file: str
+    what: str
+    origin: str
+
+
+SOURCES = {
+    "essays": Source(
+        "PaulGrahamEssays.json",
+        'Paul Graham\'s essays as one JSON object {"text": ...}',
+        "the data set baber/paul_graham_essays, or the script download_paulgraham_essay.py of NVIDIA/RULER",
+    ),
+    "squad": Source("squad.json", "the questions of SQuAD 2.0 dev", "https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v2.0.json"),
+    "hotpotqa": Source(
+        "hotpotqa.json",
+        "the questions of HotpotQA dev, distractor",
+        "https://huggingface.co/datasets/namlh2004/hotpotqa/resolve/7e54db4656209750ff487f6fdf8e39a66dba136b/hotpot_dev_distractor_v1.json",
+    ),
+    "more_words": Source(
+        "english_words.json",
+        "a second list of English words, as a JSON list or the values of an object",
+        "scripts/data/synthetic/json/english_words.json of NVIDIA/RULER (a Git LFS object)",
+    ),
+}
+
+
+def find(folder: Path, name: str) -> Path:
+    """The file of a resource. Raises ``DataMissing`` saying what is missing, where it is from and how to get it."""
+    source = SOURCES[name]
+    path = folder / source.file
+    if not path.is_file():
+        raise DataMissing(f"{path} is missing: {source.what}, from {source.origin}; run: {PULL}")
+    return path
+
+
+def has(folder: Path, name: str) -> bool:
+    """Whether the file of a resource is there."""
+    return (folder / SOURCES[name].file).is_file()
+
+
+def essay_words(folder: Path) -> list[str]:
+    """The words of the essays, cut at white space. Raises ``DataMissing``, and ``ConfigError`` for a file that is not as it must be."""
+    return _essay_words(*_state(find(folder, "essays")))
+
+
+def questions(folder: Path, name: str) -> Questions:
+    """Questions and documents of ``squad`` (answerable ones only) or ``hotpotqa``, as lm_eval reads them. Raises as ``essay_words``."""
+    return _questions(name, *_state(find(folder, name)))
+
+
+def check(folder: Path, name: str, samples: int) -> None:
+    """Read ``essays``, ``squad`` or ``hotpotqa``, and refuse to make more ``samples`` than it has questions. Raises as ``essay_words``."""
+    if name == "essays":
+        essay_words(folder)
+    elif samples > (there := len(questions(folder, name)[0])):
+        raise ConfigError(f"task.samples={samples} must be at most {there}, the questions of {find(folder, name)}")
+
+
+def more_words(folder: Path) -> list[str]:
+    """The second word list, for samples of more words than ``wonderwords`` has. Raises as ``essay_words``."""
+    return _more_words(*_state(find(folder, "more_words")))
+
+
+def digests(folder: Path, names: list[str]) -> dict[str, str]:
+    """SHA-256 of the named resources, by file; of those that are there."""
+    paths = [folder / SOURCES[name].file for name in names]
+    return {str(path.relative_to(folder)): _digest(*_state(path)) for path in paths if path.is_file()}
+
+
+def words_version() -> str:
+    """The version of ``wonderwords``, whose lists decide the keys and the common words."""
+    try:
+        return importlib.metadata.version("wonderwords")
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigError(f"RULER's words come from wonderwords, which is not installed; run: {REPAIR}") from None
+
+
+@contextmanager
+def replaced(module: ModuleType, **values: Any) -> Iterator[None]:
+    """``module`` with other values of some of its names, for a while."""
+    before = {name: getattr(module, name) for name in values}
+    try:
+        vars(module).update(values)
+        yield
+    finally:
+        vars(module).update(before)
+
+
+@dataclass
+class Sentences:
+    """Cuts text into sentences by ``split``, and knows those of the longest text so far.
+
+    A text that this one begins with gets its sentences from there: ``split`` is called for the last few alone, which may end otherwise
+    because the word after them is not there. Right for every ``split`` that looks at a sentence end and at the words beside it, as
+    nltk's do. ``name`` is for the protocol card.
+    """
+
+    name: str
+    split: Split
+    _text: str = field(default="", repr=False)
+    _sentences: list[str] = field(default_factory=list, repr=False)
+    _starts: list[int] = field(default_factory=list, repr=False)
+
+    def __call__(self, text: str) -> list[str]:
+        if not self._text.startswith(text):
+            self._remember(text)
+        if len(text) == len(self._text):
+            return list(self._sentences)
+        kept = max(0, bisect_left(self._starts, len(text)) - SAME_AGAIN)
+        return self._sentences[:kept] + self.split(text[self._starts[kept] :])
+
+    def _remember(self, text: str) -> None:
+        self._text, self._sentences, self._starts = text, self.split(text), []
+        end = 0
+        for sentence in self._sentences:
+            self._starts.append(text.index(sentence, end))
+            end = self._starts[-1] + len(sentence)
+
+
+def sentences(folder: Path) -> Sentences:
+    """How essays are cut: by ``punkt_tab`` in the folder, else in nltk's own path, else by nltk's rules without any training.
+
+    Depths of needles are numbers of sentences, so the name of it is part of the protocol. Raises ``ConfigError`` for damaged data.
+    """
+    inside = folder / PUNKT
+    return _sentences(inside if inside.is_dir() else None)
+
+
+@lru_cache(maxsize=4)
+def _sentences(inside: Path | None) -> Sentences:
+    import nltk
+    from nltk.tokenize.punkt import PunktSentenceTokenizer, PunktTokenizer, load_punkt_params
+
+    if inside is not None:
+        try:
+            trained = load_punkt_params(SimpleNamespace(join=inside.joinpath))
+        except (OSError, LookupError, ValueError) as error:
+            needed = ", ".join(PUNKT_FILES)
+            raise ConfigError(
+                f"{inside} must hold the files {needed} of nltk's punkt_tab, but: {error}; remove it or run: {PULL}"
+            ) from error
+        return Sentences(f"punkt_tab ({_digest_of(inside)}), nltk {nltk.__version__}", PunktSentenceTokenizer(trained).tokenize)
+    try:
+        return Sentences(f"punkt_tab of nltk's path, nltk {nltk.__version__}", PunktTokenizer("english").tokenize)
+    except LookupError:
+        return Sentences(f"untrained Punkt (no punkt_tab), nltk {nltk.__version__}", PunktSentenceTokenizer().tokenize)
+
+
+def _digest_of(inside: Path) -> str:
+    return hashlib.sha256(b"".join((inside / name).read_bytes() for name in PUNKT_FILES)).hexdigest()[:12]
+
+
+def _state(path: Path) -> tuple[Path, int]:
+    return path, path.stat().st_mtime_ns  # a file is read again if it changed
+
+
+@lru_cache(maxsize=8)
+def _digest(path: Path, _changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise bad(path, f"it cannot be read as JSON: {error}") from error
+
+
+def bad(path: Path, problem: str) -> ConfigError:
+    """The refusal of a file of the folder."""
+    what = next(source.what for source in SOURCES.values() if source.file == path.name)
+    return ConfigError(f"{path} must hold {what}, but {problem}; remove it and run: {PULL}")
+
+
+@lru_cache(maxsize=1)
+def _essay_words(path: Path, _changed: int) -> list[str]:
+    data = _read(path)
+    if not isinstance(data, dict) or not isinstance(data.get("text"), str):
+        raise bad(path, 'it is no object with a string "text"')
+    if not data["text"].strip():
+        raise bad(path, 'its "text" is empty')
+    return re.sub(r"\s+", " ", data["text"]).split(" ")
+
+
+@lru_cache(maxsize=2)
+def _questions(name: str, path: Path, _changed: int) -> Questions:
+    data = _read(path)
+    module = suite_module("ruler.qa_utils")
+    reader = module.read_squad if name == "squad" else module.read_hotpotqa
+    try:
+        with replaced(module, download_json=lambda _: data):
+            asked, documents = reader.__wrapped__(str(path))  # without its cache, which would outlive a change of the file
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise bad(path, f"its form is another one ({type(error).__name__}: {error})") from error
+    _check_questions(path, asked)
+    return asked, documents
+
+
+def _check_questions(path: Path, asked: list[dict[str, Any]]) -> None:
+    if not asked:
+        raise bad(path, "no question in it can be answered")
+    for number, question in enumerate(asked):
+        texts = [question["query"], *question["outputs"]]
+        if not question["outputs"] or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise bad(path, f"question {number} of those that can be answered ({question['query']!r}) has an answer without text")
+
+
+@lru_cache(maxsize=1)
+def _more_words(path: Path, _changed: int) -> list[str]:
+    data = _read(path)
+    words = list(data.values()) if isinstance(data, dict) else data
+    if not isinstance(words, list) or not words or not all(isinstance(word, str) and word.strip() for word in words):
+        raise bad(path, "it has no words, or something that is none")
+    return words

@@ -1,0 +1,103 @@
+"""RULER at one length: the 13 official tasks, or some of them, on rows that are made for the tokenizer of the model."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from hipexp.suites.lm_eval import check_installed
+from hipexp.suites.ruler import resources as files
+from hipexp.suites.ruler.generate import CountTok, Row, make_rows, words_of
+from hipexp.suites.ruler.tasks import EDITION, TASKS, check_subtasks
+from hipexp.suites.sample import Encode, Item, ProtocolCard, Sample
+
+
+class Ruler:
+    """``samples`` rows of each task, at most ``length_tok`` tokens long; see ``hipexp.suites.sample.Suite``.
+
+    ``tokenizer_count`` counts tokens without special ones, as RULER does; what ``encode`` adds, such as a start token, comes on top of
+    ``length_tok``. ``template`` is the chat template: the text before the task text, and between it and the answer prefix, which the model
+    has to continue. Made for ``seed`` 42, that of the official rows. ``resources`` is a folder, see ``hipexp.suites.ruler.resources``.
+    The rows of one task are made together when the first of them is asked for, and kept until another task is: so go task by task.
+    Raises ``ConfigError`` for an unknown task, a damaged file and more samples than questions, ``DataMissing`` for a file not there.
+    """
+
+    def __init__(
+        self,
+        subtasks: tuple[str, ...],
+        samples: int,
+        length_tok: int,
+        encode: Encode,
+        tokenizer_count: CountTok,
+        seed: int,
+        resources: Path,
+        template: tuple[str, str] = ("", ""),
+    ):
+        self.subtasks, self.samples, self.length_tok = check_subtasks(subtasks), samples, length_tok
+        self.encode, self.count_tok, self.seed = encode, tokenizer_count, seed
+        self.resources, self.template = resources, template
+        self._rows: tuple[str, list[Row]] = ("", [])
+        check_installed()
+        for name in self._needs():
+            files.check(resources, name, samples)
+
+    def items(self) -> list[Item]:
+        return [Item(name, index, self.length_tok) for name in self.subtasks for index in range(self.samples)]
+
+    def sample(self, item: Item) -> Sample:
+        row = self._rows_of(item.subtask)[item.index]
+        before, after = self.template
+        prompt = before + row["input"] + after + row["answer_prefix"]
+        new_tok = TASKS[item.subtask].new_tok
+        meta = {}
+        if "token_position_answer" in row:
+            meta["depth"] = round(row["token_position_answer"] / (row["length"] - new_tok), 4)
+        return Sample(item.subtask, item.index, prompt, self.encode(prompt), row["outputs"], new_tok, item.length_tok, meta=meta)
+
+    def score(self, sample: Sample, prediction: str) -> float:
+        from hipexp.suites.scoring.ruler import score_ruler
+
+        return score_ruler(sample.subtask, prediction, sample.references)
+
+    def card(self) -> ProtocolCard:
+        from hipexp.suites.scoring.ruler import METRICS, SCORER
+
+        each = self.subtasks
+        return ProtocolCard(
+            suite="ruler",
+            protocol="official",
+            edition=EDITION,
+            template={name: hashlib.sha256("".join(words_of(TASKS[name])).encode()).hexdigest()[:12] for name in each},
+            wording="official",
+            metric={name: METRICS[name] for name in each},
+            scorer=SCORER,
+            length_tok=dict.fromkeys(each, self.length_tok),
+            samples=dict.fromkeys(each, self.samples),
+            new_tok={name: TASKS[name].new_tok for name in each},
+            data=self._data(),
+            chat_template="".join(self.template) or None,
+            note=self._note(),
+        )
+
+    def _rows_of(self, subtask: str) -> list[Row]:
+        if self._rows[0] != subtask:
+            self._rows = ("", [])  # free the others first
+            made = make_rows(subtask, self.length_tok, self.samples, self.seed, self.count_tok, self.resources, template=self.template)
+            self._rows = (subtask, made)
+        return self._rows[1]
+
+    def _needs(self) -> list[str]:
+        return sorted({name for subtask in self.subtasks for name in TASKS[subtask].needs})
+
+    def _data(self) -> str:
+        read = [*self._needs(), *(["more_words"] if "cwe" in self.subtasks else [])]
+        parts = [f"generated, seed {self.seed}", f"wonderwords {files.words_version()}"]
+        if "essays" in read:
+            parts.append(f"sentences: {files.sentences(self.resources).name}")
+        parts += [f"{file} sha256 {digest}" for file, digest in files.digests(self.resources, read).items()]
+        return "; ".join(parts)
+
+    def _note(self) -> str:
+        if "cwe" in self.subtasks and not files.has(self.resources, "more_words"):
+            return f"cwe without {files.SOURCES['more_words'].file}: from about 128K tokens on its rows are not the official ones"
+        return ""

@@ -1,0 +1,201 @@
+"""Suites of published rows: prompts, cuts, chat templates, what goes to the scorer, cards. On small data in the official schemas."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+import official_data
+from hipexp.config.schema import ConfigError, Task
+from hipexp.suites import check_task, open_suite, origins, subtasks_of
+from hipexp.suites.framing import cut_text, frame, template_of
+from hipexp.suites.infbench_official import SUBTASKS
+from hipexp.suites.published import digest
+from hipexp.suites.sample import DataMissing
+
+pytest.importorskip("lm_eval")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return str(official_data.write_all(tmp_path_factory.mktemp("data")))
+
+
+class Characters:
+    """A token for each character, and a start token."""
+
+    def __call__(self, text, add_special_tokens=True):
+        return SimpleNamespace(input_ids=[1] * add_special_tokens + [ord(character) for character in text])
+
+    def decode(self, ids, skip_special_tokens):
+        assert skip_special_tokens
+        return "".join(chr(i) for i in ids if i != 1)
+
+
+class ChatTokenizer(Characters):
+    """With a chat template that writes its own start token."""
+
+    chat_template = "a template"
+    bos_token = "<s>"
+
+    def apply_chat_template(self, turns, tokenize, add_generation_prompt):
+        assert not tokenize and add_generation_prompt
+        return "<s>" + "".join(f"[{turn['role']}]{turn['content']}" for turn in turns) + "[assistant]"
+
+
+@pytest.fixture
+def plain():
+    return Characters()
+
+
+@pytest.fixture
+def chatty():
+    return ChatTokenizer()
+
+
+def task(name, data, **more):
+    protocol = {"infbench": "completion"}.get(name, "official")
+    return Task(name=name, data=data, samples=2, **{"protocol": protocol} | more)
+
+
+ALL = [("longbench", {}), ("longbench2", {}), ("infbench", {}), ("infbench", {"protocol": "chat"}), ("infbench", {"protocol": "infllm"})]
+
+
+@pytest.mark.parametrize(("name", "more"), ALL)
+def test_every_subtask_gives_samples_that_can_be_scored(name, more, data, plain):
+    suite = open_suite(task(name, data, **more), plain, 1000, 0)
+    items = suite.items()
+    assert [item.subtask for item in items] == [name for name in subtasks_of(task(name, data, **more)) for _ in range(2)]
+    card = suite.card().to_dict()
+    assert json.loads(json.dumps(card)) == card
+    for item in items:
+        sample = suite.sample(item)
+        assert sample.tokens == plain(sample.prompt).input_ids and sample.removed_tok == 0 and sample.references
+        assert suite.score(sample, "nothing of the kind") < 100
+        assert suite.sample(item) == sample and card["new_tok"][item.subtask] == sample.max_new_tok
+        json.dumps(sample.meta)
+    assert all(card["samples"][name] == 2 and len(card["template"][name]) == 12 for name in card["template"])
+
+
+def test_a_right_answer_scores_100(data, plain):
+    for name, right in (("longbench", "qasper"), ("infbench", "kv_retrieval"), ("infbench", "code_run"), ("longbench", "lcc")):
+        suite = open_suite(task(name, data, subtasks=[right]), plain, 1000, 0)
+        for item in suite.items():
+            sample = suite.sample(item)
+            assert suite.score(sample, str(sample.references[0])) == 100
+    suite = open_suite(task("longbench2", data), plain, 1000, 0)
+    sample = suite.sample(suite.items()[0])
+    assert suite.score(sample, f"The correct answer is ({sample.references[0]}).") == 100
+
+
+def test_prompts_are_the_files_words_with_the_rows_fields(data, plain):
+    suite = open_suite(task("infbench", data, subtasks=["math_find"]), plain, 1000, 0)
+    row = suite._rows["math_find"][0]
+    kind = row["input"].removeprefix("The ").partition(" number")[0]
+    assert suite.sample(suite.items()[0]).prompt == f"What is the {kind} number in the following list?\n{row['context']}\n{row['input']}"
+    suite = open_suite(task("infbench", data, subtasks=["kv_retrieval"], protocol="infllm"), plain, 1000, 0)
+    row = suite._rows["kv_retrieval"][0]
+    assert suite.sample(suite.items()[0]).prompt == f"{row['context']}\nWhat belongs to {row['input'].removeprefix('Key: ')}?"
+    suite = open_suite(task("longbench2", data), plain, 1000, 0)
+    assert "\nQuestion: Which one?\n(A) " in suite.sample(suite.items()[0]).prompt  # stripped
+
+
+def test_six_tasks_of_longbench_have_no_chat_template(data, chatty):
+    suite = open_suite(task("longbench", data), chatty, 1000, 0)
+    without = {item.subtask for item in suite.items() if "[assistant]" not in suite.sample(item).prompt}
+    assert without == {"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"}
+    assert suite.card().chat_template == digest(chatty.chat_template)
+
+
+def test_samsum_ends_with_its_line(data, plain):
+    suite = open_suite(task("longbench", data), plain, 1000, 0)
+    assert {item.subtask for item in suite.items() if suite.sample(item).one_line} == {"samsum"}
+
+
+def test_completion_has_no_chat_template_and_chat_has_a_system_message(data, chatty):
+    for protocol, prompts in (("completion", ""), ("chat", "<s>[system]You are a helpful assistant.[user]"), ("infllm", "<s>[user]")):
+        suite = open_suite(task("infbench", data, subtasks=["passkey"], protocol=protocol), chatty, 1000, 0)
+        sample = suite.sample(suite.items()[0])
+        assert sample.prompt.startswith(prompts or suite._rows["passkey"][0]["context"])
+
+
+def test_the_start_token_stands_once(chatty, plain):
+    made = frame("abc", chatty, limit_tok=None, rule="none", chat=True)
+    assert made.tokens == plain("<s>[user]abc[assistant]", add_special_tokens=False).input_ids
+    made = frame("abc", plain, limit_tok=None, rule="none", chat=True, system="Be kind.")
+    assert made.prompt == "Be kind.\n\nabc" and made.tokens == plain(made.prompt).input_ids
+    assert template_of(chatty) == ("<s>[user]", "[assistant]", False) and template_of(plain) == ("", "", True)
+
+
+@pytest.mark.parametrize(("rule", "limit", "head", "tail"), [("halves", 11, 5, 5), ("middle", 11, 5, 6), ("middle", 10, 5, 5)])
+def test_the_middle_goes(rule, limit, head, tail, plain):
+    """The start token counts, and is not decoded."""
+    words = "abcdefghijklmnopqrstuvwxyz"
+    text, removed = cut_text(words, plain, limit, rule)
+    assert text == words[: head - 1] + words[26 - tail :] and removed == 27 - head - tail
+    assert cut_text(words, plain, 27, rule) == (words, 0)
+
+
+def test_cut_prompts_are_recorded(data, plain):
+    suite = open_suite(task("longbench", data, subtasks=["qasper"], truncate_tok=100), plain, 1000, 0)
+    sample = suite.sample(suite.items()[0])
+    whole = open_suite(task("longbench", data, subtasks=["qasper"]), plain, 1000, 0).sample(suite.items()[0])
+    assert len(sample.tokens) == 100 and sample.removed_tok == len(whole.tokens) - 100
+    assert sample.prompt == whole.prompt[:49] + whole.prompt[-50:]  # the start token counts
+    assert "100 tokens, before the chat template" in suite.card().truncation["rule"]
+
+
+def test_what_data_are_decides_the_run(data, tmp_path, plain):
+    before = origins(task("infbench", data, subtasks=["passkey"]))
+    folder = official_data.write_all(tmp_path)
+    assert origins(task("infbench", str(folder), subtasks=["passkey"])) == before
+    path = folder / "infbench" / "passkey.jsonl"
+    path.write_text(path.read_text().replace("river", "stream"))
+    assert origins(task("infbench", str(folder), subtasks=["passkey"])) != before
+
+
+def test_bad_rows_are_never_scored(tmp_path, plain):
+    folder = official_data.write_all(tmp_path)
+    path = folder / "longbench" / "data" / "qasper.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    del rows[1]["context"]
+    rows[2]["answers"] = []
+    official_data.write_rows(path, rows)
+    suite = open_suite(task("longbench", str(folder), subtasks=["qasper"]), plain, 1000, 0)
+    with pytest.raises(ConfigError, match=r"qasper.jsonl has bad rows \(2\).*line 2: context is missing; line 3: answers must be a list"):
+        suite.items()
+
+
+def test_prompts_that_ask_for_more_than_rows_have(tmp_path, plain):
+    folder = official_data.write_all(tmp_path)
+    (folder / "longbench" / "dataset2prompt.json").write_text(json.dumps({"qasper": "{context} {other}"}))
+    suite = open_suite(task("longbench", str(folder), subtasks=["qasper"]), plain, 1000, 0)
+    with pytest.raises(ConfigError, match="prompt of qasper asks for 'other'"):
+        suite.sample(suite.items()[0])
+
+
+def test_missing_data_are_named_with_the_command(tmp_path, monkeypatch, plain):
+    monkeypatch.setenv("HIPEXP_DATA", str(tmp_path))
+    with pytest.raises(DataMissing, match=r"longbench needs data.zip .*run: python -m hipexp data pull longbench"):
+        open_suite(task("longbench", None, subtasks=["qasper"]), plain, 1000, 0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(name="infbench", protocol="completion", subtasks=["nothing"]), "'nothing' is no task of ∞Bench"),
+        (dict(name="infbench", protocol="chat", subtasks=["math_calc"]), "math_calc has no prompt under protocol chat"),
+        (dict(name="infbench", protocol="chat", edition="2023"), "task.edition=2023 is no edition"),
+        (dict(name="infbench", edition="2024-08"), "task.edition=2024-08 is for official prompts"),
+        (dict(name="infbench", protocol="chat", length_tok=5), "task.length_tok=5 is for prompts in our own words"),
+        (dict(name="longbench", protocol="official", subtasks=["narrativeqa_e"]), "'narrativeqa_e' is no task of LongBench"),
+    ],
+)
+def test_refusals(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        check_task(Task(**fields))
+
+
+def test_all_twelve():
+    assert subtasks_of(Task(name="infbench", protocol="completion")) == SUBTASKS and len(SUBTASKS) == 12
+    assert len(subtasks_of(Task(name="longbench", protocol="official"))) == 21
