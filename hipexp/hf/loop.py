@@ -47,8 +47,8 @@ def generate(
     """Continue each prompt greedily by at most ``max_new_tok`` tokens, inside :func:`hipexp.hf.install`.
 
     Prompts are prefilled one by one, ``prefill_chunk_tok`` tokens at a time (``progress`` is told how many), and decoded together;
-    so a prompt gives the same tokens alone and in a batch. No answer begins with one of ``not_first``. Raises ValueError for an empty prompt
-    or a ``prefill_chunk_tok`` that cuts a query block, and FloatingPointError if the model's logits are not finite.
+    so a prompt gives the same tokens alone and in a batch. No answer begins with one of ``not_first``. Raises ValueError for an empty
+    prompt or a ``prefill_chunk_tok`` that cuts a query block, and FloatingPointError if the model's logits are not finite.
     """
     if any(not prompt for prompt in prompts):
         raise ValueError("every prompt needs at least one token")

@@ -68,7 +68,7 @@ def answer_to(prompt):
     return (found[1] if found else "0") + '"' if asked else f" {found[1] if found else 0}."
 
 
-def generate(loaded, prompts, *, max_new_tok, prefill_chunk_tok, stop_ids=(), progress=None):
+def generate(loaded, prompts, *, max_new_tok, prefill_chunk_tok, stop_ids=(), not_first=(), progress=None):
     out = []
     for prompt in prompts:
         SETTINGS.calls += 1
