@@ -136,13 +136,12 @@ def check_subtasks(names: list[str] | tuple[str, ...]) -> tuple[str, ...]:
     for name in names:
         if name in OFFICIAL_ONLY:
             raise ConfigError(
-                f"task.subtasks: {name!r} needs official data, which a later version of hipexp will read; to get it now: "
-                f"`hf download xinrongzhang2022/InfiniteBench {name}.jsonl --repo-type dataset`. "
-                f"This version generates {', '.join(SUBTASKS)}"
+                f"task.subtasks: {name!r} needs official data and prompts: `python -m hipexp data pull infbench subtask={name}`, then "
+                f"task.protocol=completion or chat. In our own words there are {', '.join(SUBTASKS)}"
             )
         if name not in SUBTASKS:
             official = ", ".join(OFFICIAL_ONLY)
-            raise ConfigError(f"task.subtasks: unknown subtask {name!r}; known: {', '.join(SUBTASKS)}; not yet here: {official}")
+            raise ConfigError(f"task.subtasks: unknown subtask {name!r}; known: {', '.join(SUBTASKS)}; with official data: {official}")
     return tuple(dict.fromkeys(names)) or SUBTASKS
 
 

@@ -186,7 +186,7 @@ def test_the_heldout_wording_shares_no_sentence_with_training():
 
 @pytest.mark.parametrize("name", infbench.OFFICIAL_ONLY)
 def test_official_subtasks_say_how_to_get_their_data(name):
-    with pytest.raises(ConfigError, match=rf"hf download xinrongzhang2022/InfiniteBench {name}\.jsonl"):
+    with pytest.raises(ConfigError, match=rf"`python -m hipexp data pull infbench subtask={name}`, then task.protocol=completion"):
         infbench.check_subtasks([name])
 
 
