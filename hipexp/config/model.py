@@ -32,7 +32,7 @@ def model_folder(model: Model) -> Path | None:
     folder = Path(model.path).expanduser()
     if folder.is_dir():
         return folder
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", model.path):
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model.path):
         return None
     raise ConfigError(f"model.path={model.path} is no folder here and no hub id like 'org/model'; check the path")
 

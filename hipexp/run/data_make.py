@@ -72,7 +72,10 @@ def number(asked: dict[str, str], key: str, least: int = 1) -> int:
 def counter(name: str) -> Any:
     """Counts tokens, special ones left out, by the tokenizer of a folder or of a model on the hub; empty: of the embedded model."""
     model = Model(path=name or "hipexp/needle/model")
-    folder = model_folder(model)
+    try:
+        folder = model_folder(model)
+    except ConfigError:
+        raise ConfigError(f"data make: tokenizer={name} is no folder here and no hub id like 'org/model'; check the path") from None
     if folder is not None and (folder / "tokenizer.json").is_file():
         tokenizer: Any = read_tokenizer(folder / "tokenizer.json")
     elif folder is not None and not (folder / "config.json").is_file():
