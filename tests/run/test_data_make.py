@@ -54,7 +54,10 @@ def test_ruler(tmp_path):
         (["infbench", "subtask=code_debug", "length_tok=500", "out=x"], "'code_debug' is not generated"),
         (["infbench", "subtask=passkey", "length_tok=5", "out=x"], "length_tok=5 is too short for a row of passkey"),
         (["infbench", "subtask=passkey", "length_tok=500", "out=/nowhere/x"], "out=/nowhere/x cannot be written"),
-        (["infbench", "subtask=passkey", "length_tok=500", "out=x", "tokenizer=./nowhere"], "tokenizer=./nowhere is no folder here and no hub id"),
+        (
+            ["infbench", "subtask=passkey", "length_tok=500", "out=x", "tokenizer=./nowhere"],
+            "tokenizer=./nowhere is no folder here and no hub id",
+        ),
     ],
 )
 def test_refusals(words, message, tmp_path, monkeypatch, capsys):

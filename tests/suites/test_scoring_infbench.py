@@ -1,4 +1,5 @@
 import importlib.util
+import re
 import subprocess
 import sys
 
@@ -322,7 +323,7 @@ def test_order_of_names_does_not_matter_in_the_new_edition(prediction, labels):
 def test_numbers_agree_with_lm_eval_where_it_is_right(prediction, label):
     from hipexp.suites.lm_eval import suite_module
 
-    found = generated.re.search(r"\d+\.\d+|\d+", prediction)
+    found = re.search(r"\d+\.\d+|\d+", prediction)
     if not (found and "." in found[0]):  # where the official scorer fails
         theirs = suite_module("infinitebench.utils").process_results_math({"answer": [str(label)]}, [prediction])["score"]
         assert old("math_find", prediction, [label]) == 100 * theirs
