@@ -115,6 +115,8 @@ def show(words: list[str], deep: bool) -> int:
         damaged += [str(missing(file, problem))] if problem and state == "damaged" else []
     print("\n".join([text_table(["file", "suite", "size", "state", "where"], rows, left=5), *damaged]))
     _explain_stars(suites, subtasks)
+    if deep and all(row[3] == "missing" for row in rows):
+        print("nothing is here, so nothing was verified")
     return 1 if damaged else 0
 
 

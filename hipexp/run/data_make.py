@@ -13,6 +13,7 @@ from hipexp.config.convert import unknown
 from hipexp.config.model import model_folder
 from hipexp.config.schema import ConfigError, Model
 from hipexp.run.tokenizer_file import read_tokenizer
+from hipexp.suites.sample import DataMissing
 
 SUITES = ("ruler", "infbench")
 DEFAULTS = {"subtask": "", "length_tok": "", "samples": "5", "seed": "42", "tokenizer": "", "resources": "", "out": ""}
@@ -24,6 +25,10 @@ def make(words: list[str]) -> int:
     suite, asked = read_words(words)
     count_tok = counter(asked["tokenizer"])
     out, length_tok, samples, seed = Path(asked["out"]), number(asked, "length_tok"), number(asked, "samples"), number(asked, "seed", 0)
+    if out.is_dir() or not out.parent.is_dir():
+        raise ConfigError(f"data make: out={asked['out']} must be a file in a folder that is there; choose another path")
+    if asked["resources"] and not Path(asked["resources"]).is_dir():
+        raise ConfigError(f"data make: resources={asked['resources']} must be a folder; check the path")
     rows: Iterable[dict[str, Any]]
     if suite == "ruler":
         from hipexp.suites.data.resolve import folder_for
@@ -83,7 +88,10 @@ def counter(name: str) -> Any:
     else:
         from hipexp.run.point import load_tokenizer
 
-        tokenizer = load_tokenizer(model)
+        try:
+            tokenizer = load_tokenizer(model)
+        except DataMissing as error:
+            raise DataMissing(str(error).replace("model.path=", "data make: tokenizer=")) from error
     return lambda text: len(tokenizer(text, add_special_tokens=False).input_ids)
 
 

@@ -15,7 +15,10 @@ from hipexp.run.identity import processor, version_of
 from hipexp.run.ledger import replacing
 
 LOG = logging.getLogger("hipexp")
-PACKAGES = ("torch", "triton", "transformers", "tokenizers", "numpy", "hydra-core", "omegaconf", "pyarrow")
+PACKAGES = (
+    *("torch", "triton", "transformers", "tokenizers", "numpy", "hydra-core", "omegaconf", "pyarrow"),
+    *("lm_eval", "jieba", "rouge", "rouge_score", "nltk", "wonderwords", "scipy"),
+)
 
 
 def describe_environment() -> dict[str, Any]:

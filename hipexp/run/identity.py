@@ -18,7 +18,7 @@ from typing import Any
 from hipexp.config.model import ModelFacts, facts_in, model_folder, read_config
 from hipexp.config.runkey import run_key
 from hipexp.config.schema import Experiment, Model, Task
-from hipexp.suites import filled, infbench, origins
+from hipexp.suites import filled, infbench, origins, rules_of
 from hipexp.suites.sample import DataMissing
 from hipexp.suites.scoring import open_rules
 
@@ -35,7 +35,8 @@ def key_of(experiment: Experiment) -> str:
     trained_tok = facts_of(experiment.model).trained_tok
     model = dataclasses.replace(experiment.model, dtype=dtype_of(experiment.model), trained_tok=trained_tok)
     task = recall.filled(experiment.task, trained_tok) if experiment.task.name == "recall" else filled(experiment.task, trained_tok)
-    told = dataclasses.replace(experiment, model=model, task=task)
+    seed = 0 if rules_of(experiment.task, None) else experiment.seed  # published rows are drawn by nobody
+    told = dataclasses.replace(experiment, model=model, task=task, seed=seed)
     return run_key(told, model_revision=model_revision(experiment.model), extra=data_identity(experiment))
 
 

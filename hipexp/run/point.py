@@ -19,14 +19,14 @@ from hipexp.config.model import model_folder
 from hipexp.config.schema import Experiment, Model
 from hipexp.report.tables import text_table
 from hipexp.run import environment
-from hipexp.run.identity import facts_of, fetching, key_of, model_revision
+from hipexp.run.identity import facts_of, fetching, key_of, model_revision, version_of
 from hipexp.run.job import Job
 from hipexp.run.ledger import Ledger, RunFailed, is_done, open_ledger, read_json, read_rows, run_folder
 from hipexp.run.strategy import describe
 from hipexp.run.tokenizer_file import read_tokenizer
 from hipexp.suites import OWN
 from hipexp.suites.sample import Item, LineEncoder, ProtocolCard, Sample, Suite
-from hipexp.suites.scoring import score_rows
+from hipexp.suites.scoring import open_rules, score_rows
 from hipexp.suites.scoring.statistics import describe as describe_scores
 from hipexp.suites.scoring.statistics import paired_difference
 from hipexp.track import Trackers, open_trackers
@@ -248,6 +248,7 @@ def card_of(experiment: Experiment, card: ProtocolCard, loaded: Loaded) -> dict[
         "dtype": loaded.dtype,
         "trained_tok": loaded.trained_tok,
         "n_layers": loaded.n_layers,
+        "transformers": version_of("transformers"),
     }
     return dataclasses.replace(card, model=model).to_dict()
 
@@ -369,6 +370,7 @@ def summarize(card: ProtocolCard, rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         **scores_of(card, rows),
         "protocol": card.protocol,
+        "edition": card.edition,
         "note": card.note,
         "exact": all(row["exact"] for row in rows),
         "latency": {
@@ -452,22 +454,29 @@ def report(experiment: Experiment, folder: Path, overrides: Sequence[str] | None
 def score_table(summary: dict[str, Any], rows: list[dict[str, Any]], dense_rows: list[dict[str, Any]] | None) -> str:
     """Scores, times and memory per subtask; with ``dense_rows`` also the dense score and how many answers changed."""
     header = ["subtask", "protocol", "samples", "score", "95 %", "dense", "difference", "better/worse", *COSTS]
-    dense = {(row["subtask"], row["sample"]): row["score"] for row in dense_rows or []}
-    table = []
+    ours, theirs, table = grouped(summary, rows), grouped(summary, dense_rows or []), []
+    by_key = {(row["subtask"], row["sample"]): row for row in rows}
+    protocol = summary["protocol"] if summary["protocol"] == OWN else f"{summary['protocol']}, {summary['edition']}"
     for name, cell in summary["scores"].items():
-        mine = rows_of(name, rows)
-        pairs = [(row["score"], dense[key]) for row in mine if (key := (row["subtask"], row["sample"])) in dense]
-        cells = [name, summary["protocol"], cell["n"], cell["score"], span(cell.get("interval"))]
-        table.append([*cells, *against(pairs if len(mine) == cell["n"] else []), *costs(mine)])
-    if not dense:
+        mine, dense = ours[name], theirs.get(name, {})
+        pairs = [(score, dense[key]) for key, score in mine.items() if key in dense]
+        cells = [name, protocol, cell["n"], cell["score"], span(cell.get("interval"))]
+        table.append([*cells, *against(pairs), *costs([by_key[key] for key in mine])])
+    if not dense_rows:
         header, table = drop_columns(header, table, ("dense", "difference", "better/worse"))
-    means = [[name, summary["protocol"], None, value, *[None] * (len(header) - 4)] for name, value in summary.get("averages", {}).items()]
+    means = [[name, protocol, None, value, *[None] * (len(header) - 4)] for name, value in summary.get("averages", {}).items()]
     return text_table(header, table + means, left=2)
 
 
-def rows_of(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The samples behind a score: of its subtask, or where it is a part of them or a group (``qasper_e@0-4k``, ``easy``), of those."""
-    return [row for row in rows if row["subtask"] == name] or [row for row in rows if row["subtask"] == name.partition("@")[0]] or rows
+def grouped(summary: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, dict[tuple[str, int], float]]:
+    """Scores of single samples (by subtask and number) behind each score of a summary: of a subtask, or of a group of its samples."""
+    found: dict[str, dict[tuple[str, int], float]] = {}
+    for row in rows:
+        own = {row["subtask"]: row["score"]}
+        scores = own if summary["protocol"] == OWN else open_rules(summary["task"]).score_row(row, summary["edition"])
+        for name, score in scores.items():
+            found.setdefault(name, {})[row["subtask"], row["sample"]] = score
+    return found
 
 
 def span(interval: list[float] | None) -> str | None:

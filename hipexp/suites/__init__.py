@@ -21,6 +21,8 @@ def check_task(task: Task) -> None:
     if task.name not in NAMES:
         raise ConfigError(f"task={task.name or 'nothing'} has no samples; use {', '.join(NAMES)}")
     infbench.check_wording(task.wording)
+    if task.truncate_tok is not None and task.truncate_tok < 2:
+        raise ConfigError(f"task.truncate_tok={task.truncate_tok} must leave a beginning and an end; use 2 or more")
     _check_own(task)
     subtasks_of(task)
 
@@ -91,14 +93,23 @@ def filled(task: Task, trained_tok: int) -> Task:
 
 
 def origins(task: Task) -> dict[str, str]:
-    """What official data a task reads, by subtask or file: part of what makes two runs the same. Raises ``DataMissing``."""
+    """What decides the samples and scores of an official task besides its configuration: data, prompts, limits, versions of packages.
+
+    Part of what makes two runs the same. Raises ``DataMissing`` and, for packages that are not installed, ``ConfigError``.
+    """
+    from hipexp.suites.lm_eval import versions
+
     folder = None if task.data is None else Path(task.data)
     if task.name == "ruler":
         return _origins_of_ruler(task)
     rules = rules_of(task, folder)
     if rules is None:
         return {}
-    return {name: rules.origin(name) for name in subtasks_of(task)} | {f"{name} prompt": rules.template(name) for name in subtasks_of(task)}
+    told: dict[str, str] = {}
+    for name in subtasks_of(task):
+        told |= {name: rules.origin(name), f"{name} prompt": rules.template(name), f"{name} new_tok": str(rules.new_tok(name))}
+        told |= versions(rules.packages(name))
+    return told | {"cut": str(rules.cut()), "note": rules.note}
 
 
 def rules_of(task: Task, folder: Path | None) -> Any:
@@ -172,12 +183,12 @@ def _origins_of_ruler(task: Task) -> dict[str, str]:
     from hipexp.suites import lm_eval
     from hipexp.suites.ruler import EDITION, TASKS, resources
 
-    lm_eval.check_installed()
-    folder, needs = _resources(task), sorted({name for subtask in subtasks_of(task) for name in TASKS[subtask].needs})
-    told = {"generator": EDITION, "lm_eval": lm_eval.VERSION, "wonderwords": resources.words_version()}
+    names = subtasks_of(task)
+    folder, needs = _resources(task), sorted({name for subtask in names for name in TASKS[subtask].needs})
+    told = {"generator": EDITION} | lm_eval.versions(("lm_eval", "wonderwords", "numpy", *(["scipy"] if "fwe" in names else [])))
     if "essays" in needs:
         told["sentences"] = resources.sentences(folder).name
-    return told | resources.digests(folder, [*needs, "more_words"])
+    return told | resources.digests(folder, [*needs, *(["more_words"] if "cwe" in names else [])])
 
 
 def _resources(task: Task) -> Path:

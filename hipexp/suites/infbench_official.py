@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from hipexp.config.schema import ConfigError
+from hipexp.suites import lm_eval
 from hipexp.suites.data import ListOf, read_literals, read_mapping, read_rows
 from hipexp.suites.data.resolve import find, find_rows
 from hipexp.suites.data.rows import Schema
+from hipexp.suites.framing import Cut
 from hipexp.suites.longbench import filled, of_task
 from hipexp.suites.published import Prompt, Row
 from hipexp.suites.scoring import infbench as scoring
@@ -38,19 +40,25 @@ NEW_TOK = {  # official, of ``completion``; ``chat`` had no limit
     "math_calc": 30000,
     "math_find": 3,
 }
-CHAT_NEW_TOK, SYSTEM = 2048, "You are a helpful assistant."
+CHAT_NEW_TOK, SYSTEM = 2048, "You are a helpful assistant"  # official, without a full stop
+NOTES = {
+    "completion": "",
+    "chat": f"at most {CHAT_NEW_TOK} new tokens, where the official script sets no limit",
+    "infllm": "scored by the official rules, not by InfLLM's own, and cut in the middle, where InfLLM keeps 128 tokens and the end",
+}
+USE_LM_EVAL = ("longbook_sum_eng", "longbook_qa_eng", "longbook_qa_chn", "code_run")
 SUBTASKS = tuple(NEW_TOK)
 
 
 class InfBenchOfficial:
     """See ``hipexp.suites.published.Rules``. ``folder``: data of the user's own."""
 
-    suite, cut = "infbench", "middle"
+    suite = "infbench"
     scorer = scoring.SCORER
 
     def __init__(self, protocol: str, edition: str | None = None, folder: Path | None = None):
         self.protocol, self.edition, self.folder = protocol, edition or scoring.EDITIONS[0], folder
-        self.note = f"at most {CHAT_NEW_TOK} new tokens, where the official script sets no limit" if protocol == "chat" else ""
+        self.note = NOTES[protocol]
 
     @cached_property
     def prompts(self) -> dict[str, str]:
@@ -58,7 +66,11 @@ class InfBenchOfficial:
         if self.protocol == "infllm":
             return read_mapping(find(self.suite, "infllm/dataset2prompt.json", self.folder).path, str)
         name = TEMPLATES[self.protocol]
-        return dict(read_literals(find(self.suite, "prompt.py", self.folder).path, name)[name])
+        path = find(self.suite, "prompt.py", self.folder).path
+        prompts = read_literals(path, name)[name]
+        if not isinstance(prompts, dict):
+            raise ConfigError(f"{path}: {name} must be prompts by task; fetch it again")
+        return prompts
 
     @cached_property
     def limits(self) -> dict[str, int]:
@@ -76,7 +88,23 @@ class InfBenchOfficial:
 
     def prompt(self, subtask: str, row: Row) -> Prompt:
         text = filled(self.template(subtask), fields_of(subtask, row), subtask)
-        return Prompt(text, chat=self.protocol != "completion", system=SYSTEM if self.protocol == "chat" else None)
+        return Prompt(text, system=SYSTEM if self.protocol == "chat" else None)
+
+    def cut(self) -> Cut:
+        return Cut(odd_to_end=self.protocol != "completion", together=True)
+
+    def chat(self, subtask: str) -> bool:
+        return self.protocol != "completion"
+
+    def check(self, subtask: str, row: Row) -> None:
+        references = self.references(subtask, row)
+        if all(isinstance(reference, str) and not reference.strip() for reference in references):
+            raise ConfigError("all its answers are empty")
+        scoring.check_row({"subtask": subtask, "references": references, **self.meta(subtask, row)})
+        fields_of(subtask, row)
+
+    def packages(self, subtask: str) -> tuple[str, ...]:
+        return lm_eval.PACKAGES if subtask in USE_LM_EVAL else ()
 
     def template(self, subtask: str) -> str:
         return str(of_task(self.prompts, subtask, "prompt"))

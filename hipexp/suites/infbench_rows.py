@@ -50,7 +50,10 @@ def fitted(make: Callable[[int], Row], length_tok: int, count_tok: CountTok, gue
 
     found = largest_fit(size, length_tok, max(0, guess - least))
     if found < 0:
-        raise ConfigError(f"length_tok={length_tok} is too short for a row of {what}: the smallest takes {size(0)} tokens; use as many")
+        least = size(0)
+        raise ConfigError(
+            f"length_tok={length_tok} is too short for a row of {what}: the smallest takes {least} tokens; use {least} or more"
+        )
     return make(least + found)
 
 

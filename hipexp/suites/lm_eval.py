@@ -11,7 +11,7 @@ import io
 import logging
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -20,6 +20,7 @@ from typing import Any
 from hipexp.config.schema import ConfigError
 
 VERSION = "0.4.13"  # whose functions were compared with the official ones
+PACKAGES = ("lm_eval", "jieba", "rouge", "rouge_score")  # that scores depend on
 REPAIR = "python -m pip install --constraint constraints.txt '.[suites]'"
 
 
@@ -31,6 +32,19 @@ def check_installed() -> None:
         raise ConfigError(f"the official suites need lm_eval {VERSION}, which is not installed; run: {REPAIR}") from None
     if found != VERSION:
         raise ConfigError(f"the official suites need lm_eval {VERSION}, whose scores were compared; {found} is installed; run: {REPAIR}")
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of packages, which decide scores. Raises ``ConfigError`` for one that is not installed, as :func:`check_installed`."""
+    found = {}
+    for name in packages:
+        if name == "lm_eval":
+            check_installed()
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            raise ConfigError(f"the official suites need {name}, which is not installed; run: {REPAIR}") from None
+    return found
 
 
 @cache

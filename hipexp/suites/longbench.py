@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from hipexp.config.schema import ConfigError
+from hipexp.suites import lm_eval
 from hipexp.suites.data import ListOf, read_mapping, read_rows
 from hipexp.suites.data.registry import LONGBENCH, SUBTASKS
 from hipexp.suites.data.resolve import find, find_rows
 from hipexp.suites.data.rows import Schema
-from hipexp.suites.published import Prompt, Row
+from hipexp.suites.framing import Cut
+from hipexp.suites.published import ONE_LINE, Prompt, Row
 from hipexp.suites.scoring import longbench as scoring
 
 SCHEMA: Schema = {
@@ -23,13 +25,12 @@ SCHEMA: Schema = {
     "all_classes": (ListOf((str,)), type(None)),
 }
 PLAIN = ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p")  # which chat models get without their template, as official
-ONE_LINE = "samsum"  # whose answer ends with its first line, which may not be empty
 
 
 class LongBench:
     """See ``hipexp.suites.published.Rules``. ``folder``: data of the user's own."""
 
-    suite, protocol, cut, note = "longbench", "official", "halves", ""
+    suite, protocol, note = "longbench", "official", ""
     edition, scorer = scoring.EDITIONS[0], scoring.SCORER
 
     def __init__(self, folder: Path | None = None):
@@ -52,9 +53,23 @@ class LongBench:
     def origin(self, subtask: str) -> str:
         return find_rows(self.suite, subtask, self.folder).origin
 
+    def cut(self) -> Cut:
+        return Cut(odd_to_end=False, together=False)
+
+    def chat(self, subtask: str) -> bool:
+        return scoring.task_of(subtask) not in PLAIN
+
+    def check(self, subtask: str, row: Row) -> None:
+        if not any(answer.strip() for answer in row["answers"]):
+            raise ConfigError("all its answers are empty")
+        scoring.check_row({"subtask": subtask, "references": row["answers"], **self.meta(subtask, row)})
+
+    def packages(self, subtask: str) -> tuple[str, ...]:
+        return lm_eval.PACKAGES
+
     def prompt(self, subtask: str, row: Row) -> Prompt:
         task = scoring.task_of(subtask)
-        return Prompt(filled(self.template(subtask), row, task), chat=task not in PLAIN, one_line=task == ONE_LINE)
+        return Prompt(filled(self.template(subtask), row, task), one_line=task == ONE_LINE)
 
     def template(self, subtask: str) -> str:
         return of_task(self.prompts, scoring.task_of(subtask), "prompt")
@@ -91,6 +106,8 @@ def filled(template: str, row: Row, task: str) -> str:
         return template.format(**row)
     except (KeyError, IndexError) as error:
         raise ConfigError(f"the prompt of {task} asks for {error}, which its rows do not have; fetch prompts and rows again") from error
+    except ValueError as error:
+        raise ConfigError(f"the prompt of {task} is no template ({error}); fetch the prompts again") from error
 
 
 def check_subtasks(names: Sequence[str]) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 from hipexp.suites.data import read_rows, read_text
 from hipexp.suites.data.resolve import find, find_rows
 from hipexp.suites.data.rows import Schema
+from hipexp.suites.framing import Cut
 from hipexp.suites.published import Prompt, Row
 from hipexp.suites.scoring import longbench2 as scoring
 
@@ -21,7 +22,7 @@ NEW_TOK = 128
 class LongBench2:
     """See ``hipexp.suites.published.Rules``. ``folder``: data of the user's own."""
 
-    suite, protocol, cut = "longbench2", "official", "middle"
+    suite, protocol = "longbench2", "official"
     edition, scorer = scoring.EDITIONS[0], scoring.SCORER
     note = "greedy, where the official script samples at temperature 0.1"
 
@@ -40,11 +41,23 @@ class LongBench2:
     def origin(self, subtask: str) -> str:
         return find_rows(self.suite, subtask, self.folder).origin
 
+    def cut(self) -> Cut:
+        return Cut(odd_to_end=True, together=True)
+
+    def chat(self, subtask: str) -> bool:
+        return True
+
+    def check(self, subtask: str, row: Row) -> None:
+        scoring.check_row({"subtask": subtask, "references": [row["answer"]], **self.meta(subtask, row)})
+
+    def packages(self, subtask: str) -> tuple[str, ...]:
+        return ()
+
     def prompt(self, subtask: str, row: Row) -> Prompt:
         text = self.text
         for place, field in PLACES.items():
             text = text.replace(place, row[field].strip())
-        return Prompt(text, chat=True)
+        return Prompt(text)
 
     def template(self, subtask: str) -> str:
         return self.text

@@ -8,19 +8,21 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
-from hipexp.suites.framing import CUTS, frame, has_template
+from hipexp.config.schema import ConfigError
+from hipexp.suites.framing import Cut, frame, has_template
 from hipexp.suites.sample import Item, ProtocolCard, Sample
 
 Row = Mapping[str, Any]
 TOK_PER_WORD = 1.4  # of English text; for progress only
+SHOWN = 5  # bad rows that a message lists
+ONE_LINE = "samsum"  # of LongBench: its answer ends with its first line, which may not be empty, by the official script
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """The text of a prompt. ``chat``: it is a user turn, after ``system``; ``one_line``: see ``Sample``."""
+    """The text of a prompt; ``system``: message before it, in a chat template; ``one_line``: see ``Sample``."""
 
     text: str
-    chat: bool
     system: str | None = None
     one_line: bool = False
 
@@ -28,15 +30,26 @@ class Prompt:
 class Rules(Protocol):
     """One suite under one protocol.
 
-    ``cut``: how long prompts are cut (``hipexp.suites.framing.CUTS``); ``scorer``, ``edition``, ``note``: see ``ProtocolCard``.
+    ``scorer``, ``edition``, ``note``: see ``ProtocolCard``.
     """
 
     suite: str
     protocol: str
     edition: str
     scorer: str
-    cut: str
     note: str
+
+    def cut(self) -> Cut:
+        """How long prompts are cut."""
+
+    def check(self, subtask: str, row: Row) -> None:
+        """Raise ``ConfigError`` for a row that cannot be scored."""
+
+    def packages(self, subtask: str) -> tuple[str, ...]:
+        """What has to be installed to score a subtask, by its name on the package index."""
+
+    def chat(self, subtask: str) -> bool:
+        """Whether prompts are user turns of a chat template."""
 
     def rows(self, subtask: str) -> Sequence[Row]:
         """The rows of a subtask, in their published order. Raises ``DataMissing``, and ``ConfigError`` for rows that are damaged."""
@@ -80,7 +93,20 @@ class Published:
 
     @cached_property
     def _rows(self) -> dict[str, Sequence[Row]]:
-        return {name: self.rules.rows(name)[: self.samples] for name in self.subtasks}
+        return {name: self._checked(name, self.rules.rows(name)[: self.samples]) for name in self.subtasks}
+
+    def _checked(self, subtask: str, rows: Sequence[Row]) -> Sequence[Row]:
+        problems = []
+        for number, row in enumerate(rows, start=1):
+            try:
+                self.rules.check(subtask, row)
+            except ConfigError as error:
+                problems.append(f"row {number}: {error}")
+        if problems:
+            shown = "; ".join(problems[:SHOWN]) + (f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else "")
+            where = f"{self.rules.origin(subtask)}, {subtask}"
+            raise ConfigError(f"{where} has rows that cannot be scored ({len(problems)}): {shown}; fetch it again")
+        return rows
 
     def items(self) -> list[Item]:
         return [Item(name, i, self._cost(name, row)) for name, rows in self._rows.items() for i, row in enumerate(rows)]
@@ -93,7 +119,7 @@ class Published:
         rules, row = self.rules, self._rows[item.subtask][item.index]
         made = rules.prompt(item.subtask, row)
         framed = frame(
-            made.text, self.tokenizer, limit_tok=self.limit_tok, rule=rules.cut, chat=made.chat, system=made.system
+            made.text, self.tokenizer, limit_tok=self.limit_tok, cut=rules.cut(), chat=rules.chat(item.subtask), system=made.system
         )  # fmt: skip
         new_tok = rules.new_tok(item.subtask)
         return Sample(
@@ -106,8 +132,14 @@ class Published:
 
     def card(self) -> ProtocolCard:
         rules, each = self.rules, self.subtasks
-        longest = {name: max(item.length_tok for item in self.items() if item.subtask == name) for name in each}
-        rule = CUTS["none"] if self.limit_tok is None else f"{CUTS[rules.cut]}, {self.limit_tok} tokens, before the chat template"
+        chatting = [name for name in each if rules.chat(name)]
+        template = digest(str(self.tokenizer.chat_template)) if has_template(self.tokenizer) and chatting else None
+        rule = f"{rules.cut()}, {self.limit_tok} tokens, before the chat template" if self.limit_tok else "none: whole prompts"
+        notes = [rules.note] if rules.note else []
+        if chatting and template is None:
+            notes.append("this tokenizer has no chat template: prompts are plain text")
+        if self.limit_tok is None:
+            notes.append("prompts are whole, where the official scripts cut them to a model's limit (task.truncate_tok)")
         return ProtocolCard(
             suite=rules.suite,
             protocol=rules.protocol,
@@ -116,13 +148,14 @@ class Published:
             wording="official",
             metric={name: rules.metric(name) for name in each},
             scorer=rules.scorer,
-            length_tok=longest,
+            length_tok={} if self.limit_tok is None else {name: self.limit_tok + rules.new_tok(name) for name in each},
             samples={name: len(self._rows[name]) for name in each},
             new_tok={name: rules.new_tok(name) for name in each},
             data="; ".join(dict.fromkeys(rules.origin(name) for name in each)),
             truncation={"rule": rule, "removed_tok": {}},
-            chat_template=digest(str(self.tokenizer.chat_template)) if has_template(self.tokenizer) else None,
-            note=rules.note,
+            chat_template=template and f"{template} ({', '.join(chatting)})",
+            stops=["end of text", *(f"end of the first line ({name})" for name in each if name.removesuffix("_e") == ONE_LINE)],
+            note="; ".join(notes),
         )
 
 

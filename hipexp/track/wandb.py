@@ -57,9 +57,11 @@ class WandbTracker:
         if summary is None:
             self._run.finish(exit_code=1)
             return
-        columns = ["subtask", "metric", "score", "n", "protocol"]
-        rows = [[name, *(cell[column] for column in columns[1:4]), summary["protocol"]] for name, cell in summary["scores"].items()]
+        columns = ["subtask", "metric", "score", "n", "protocol", "edition"]
+        how = summary["protocol"], summary.get("edition", "")
+        rows = [[name, *(cell[column] for column in columns[1:4]), *how] for name, cell in summary["scores"].items()]
         self._run.log({"scores": self._wandb.Table(columns=columns, data=rows)} | {p.stem: self._wandb.Image(str(p)) for p in pictures})
         self._run.summary.update({f"score/{name}": cell["score"] for name, cell in summary["scores"].items()})
+        self._run.summary.update({f"average/{name}": value for name, value in summary.get("averages", {}).items()})
         self._run.summary.update({name: summary[name] for name in ("average", "latency", "memory")})
         self._run.finish()

@@ -118,7 +118,7 @@ def test_a_sample_that_fails_is_an_error_not_a_score(fake, experiment):
 
 
 def test_official_subtasks_and_short_lengths_are_refused(fake, experiment):
-    with pytest.raises(ConfigError, match="xinrongzhang2022/InfiniteBench"):
+    with pytest.raises(ConfigError, match="data pull infbench subtask=code_run"):
         execute(experiment(subtasks=["code_run"]))
     with pytest.raises(ConfigError, match="use at least"):
         execute(experiment(length_tok=40))

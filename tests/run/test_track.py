@@ -55,9 +55,10 @@ def test_wandb_hears_everything_offline(fake, experiment, wandb):
     assert run.settings["config"]["run_key"].startswith(folder.name[-10:])
     assert run.settings["config"]["card"]["protocol"] == "hipexp"
     assert run.logged[0]["running/passkey"] == 100.0
+    edition = run.settings["config"]["card"]["edition"]
     assert run.logged[-1]["scores"].data == [
-        ["passkey", "first_number", 100.0, 4, "hipexp"],
-        ["kv_retrieval", "value_among_words", 100.0, 4, "hipexp"],
+        ["passkey", "first_number", 100.0, 4, "hipexp", edition],
+        ["kv_retrieval", "value_among_words", 100.0, 4, "hipexp", edition],
     ]
     assert run.summary["score/passkey"] == 100.0
     assert run.ended == 0

@@ -7,13 +7,14 @@ import pytest
 
 import official_data
 from hipexp.config.schema import ConfigError, Task
-from hipexp.suites import check_task, open_suite, origins, subtasks_of
-from hipexp.suites.framing import cut_text, frame, template_of
+from hipexp.suites import check_task, open_suite, origins, rules_of, subtasks_of
+from hipexp.suites.framing import Cut, cut_text, frame, template_of
 from hipexp.suites.infbench_official import SUBTASKS
 from hipexp.suites.published import digest
 from hipexp.suites.sample import DataMissing
 
 pytest.importorskip("lm_eval")
+WHOLE = Cut(True, True)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ class ChatTokenizer(Characters):
     chat_template = "a template"
     bos_token = "<s>"
 
-    def apply_chat_template(self, turns, tokenize, add_generation_prompt):
+    def apply_chat_template(self, turns, tokenize, add_generation_prompt, date_string):
         assert not tokenize and add_generation_prompt
         return "<s>" + "".join(f"[{turn['role']}]{turn['content']}" for turn in turns) + "[assistant]"
 
@@ -104,7 +105,10 @@ def test_six_tasks_of_longbench_have_no_chat_template(data, chatty):
     suite = open_suite(task("longbench", data), chatty, 1000, 0)
     without = {item.subtask for item in suite.items() if "[assistant]" not in suite.sample(item).prompt}
     assert without == {"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"}
-    assert suite.card().chat_template == digest(chatty.chat_template)
+    assert suite.card().chat_template.startswith(f"{digest(chatty.chat_template)} (narrativeqa, qasper")
+    assert "samsum" not in suite.card().chat_template and "end of the first line (samsum)" in suite.card().stops
+    few = open_suite(task("longbench", data, subtasks=["trec"]), chatty, 1000, 0).card()
+    assert few.chat_template is None and "chat template" not in few.note and few.stops == ["end of text"]
 
 
 def test_samsum_ends_with_its_line(data, plain):
@@ -113,27 +117,53 @@ def test_samsum_ends_with_its_line(data, plain):
 
 
 def test_completion_has_no_chat_template_and_chat_has_a_system_message(data, chatty):
-    for protocol, prompts in (("completion", ""), ("chat", "<s>[system]You are a helpful assistant.[user]"), ("infllm", "<s>[user]")):
+    for protocol, prompts in (("completion", ""), ("chat", "<s>[system]You are a helpful assistant[user]"), ("infllm", "<s>[user]")):
         suite = open_suite(task("infbench", data, subtasks=["passkey"], protocol=protocol), chatty, 1000, 0)
         sample = suite.sample(suite.items()[0])
         assert sample.prompt.startswith(prompts or suite._rows["passkey"][0]["context"])
 
 
 def test_the_start_token_stands_once(chatty, plain):
-    made = frame("abc", chatty, limit_tok=None, rule="none", chat=True)
+    made = frame("abc", chatty, limit_tok=None, cut=WHOLE, chat=True)
     assert made.tokens == plain("<s>[user]abc[assistant]", add_special_tokens=False).input_ids
-    made = frame("abc", plain, limit_tok=None, rule="none", chat=True, system="Be kind.")
+    made = frame("abc", plain, limit_tok=None, cut=WHOLE, chat=True, system="Be kind.")
     assert made.prompt == "Be kind.\n\nabc" and made.tokens == plain(made.prompt).input_ids
     assert template_of(chatty) == ("<s>[user]", "[assistant]", False) and template_of(plain) == ("", "", True)
 
 
-@pytest.mark.parametrize(("rule", "limit", "head", "tail"), [("halves", 11, 5, 5), ("middle", 11, 5, 6), ("middle", 10, 5, 5)])
-def test_the_middle_goes(rule, limit, head, tail, plain):
+@pytest.mark.parametrize(("odd", "limit", "head", "tail"), [(False, 11, 5, 5), (True, 11, 5, 6), (True, 10, 5, 5)])
+@pytest.mark.parametrize("together", [True, False])
+def test_the_middle_goes(odd, together, limit, head, tail, plain):
     """The start token counts, and is not decoded."""
-    words = "abcdefghijklmnopqrstuvwxyz"
-    text, removed = cut_text(words, plain, limit, rule)
+    words, cut = "abcdefghijklmnopqrstuvwxyz", Cut(odd, together)
+    text, removed = cut_text(words, plain, limit, cut)
     assert text == words[: head - 1] + words[26 - tail :] and removed == 27 - head - tail
-    assert cut_text(words, plain, 27, rule) == (words, 0)
+    assert cut_text(words, plain, 27, cut) == (words, 0)
+
+
+def test_a_space_between_the_ends(plain):
+    """Some decoders drop the space that a text begins with: LongBench loses it, the others do not."""
+
+    class Stripping(Characters):
+        def decode(self, ids, skip_special_tokens):
+            return super().decode(ids, skip_special_tokens).removeprefix(" ")
+
+    text = "abcdefgh ijk"
+    assert cut_text(text, Stripping(), 8, Cut(True, together=True))[0] == "abc ijk"
+    assert cut_text(text, Stripping(), 8, Cut(True, together=False))[0] == "abcijk"
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "cut"),
+    [
+        ("longbench", {}, Cut(False, False)),
+        ("longbench2", {}, Cut(True, True)),
+        ("infbench", {"protocol": "completion"}, Cut(False, True)),
+        ("infbench", {"protocol": "chat"}, Cut(True, True)),
+    ],
+)
+def test_cuts_of_the_official_scripts(name, more, cut, data):
+    assert rules_of(task(name, data, **more), None).cut() == cut
 
 
 def test_cut_prompts_are_recorded(data, plain):
@@ -154,6 +184,66 @@ def test_what_data_are_decides_the_run(data, tmp_path, plain):
     assert origins(task("infbench", str(folder), subtasks=["passkey"])) != before
 
 
+@pytest.mark.parametrize("change", ["prompt", "limit", "row", "package"])
+def test_what_decides_scores_decides_the_run(change, tmp_path, monkeypatch):
+    folder = official_data.write_all(tmp_path) / "longbench"
+    before = origins(task("longbench", str(tmp_path), subtasks=["qasper"]))
+    if change == "prompt":
+        (folder / "dataset2prompt.json").write_text((folder / "dataset2prompt.json").read_text().replace("Read", "See"))
+    elif change == "limit":
+        (folder / "dataset2maxlen.json").write_text((folder / "dataset2maxlen.json").read_text().replace("8", "9"))
+    elif change == "row":
+        path = folder / "data" / "qasper.jsonl"
+        path.write_text(path.read_text().replace("the ", "a "))
+    else:
+        monkeypatch.setattr("hipexp.suites.lm_eval.importlib.metadata.version", lambda name: "0.4.13" if name == "lm_eval" else "9")
+    assert origins(task("longbench", str(tmp_path), subtasks=["qasper"])) != before
+
+
+@pytest.mark.parametrize("package", ["lm_eval", "jieba", "rouge"])
+def test_packages_are_missed_before_anything_runs(package, data, monkeypatch, plain):
+    import importlib.metadata
+
+    real = importlib.metadata.version
+
+    def version(name):
+        if name == package:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr("hipexp.suites.lm_eval.importlib.metadata.version", version)
+    with pytest.raises(ConfigError, match=rf"need {package}.*not installed; run: python -m pip install"):
+        open_suite(task("longbench", data, subtasks=["qasper"]), plain, 1000, 0)
+    open_suite(task("infbench", data, subtasks=["passkey", "code_debug"]), plain, 1000, 0)
+    open_suite(task("longbench2", data), plain, 1000, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "subtask", "file", "change", "problem"),
+    [
+        ("longbench", "trec", "longbench/data/trec.jsonl", {"all_classes": None}, "all_classes=None must be the list of all class names"),
+        (
+            "longbench",
+            "passage_retrieval_en",
+            "longbench/data/passage_retrieval_en.jsonl",
+            {"answers": ["2"]},
+            "needs the number of a paragraph",
+        ),
+        ("longbench", "qasper", "longbench/data/qasper.jsonl", {"answers": ["", " "]}, "all its answers are empty"),
+        ("infbench", "longbook_choice_eng", "infbench/longbook_choice_eng.jsonl", {"answer": ["x"]}, "row 1: "),
+        ("infbench", "code_run", "infbench/code_run.jsonl", {"input": "?"}, "has no a call in its input"),
+    ],
+)
+def test_rows_that_cannot_be_scored_are_named_before_anything_runs(name, subtask, file, change, problem, tmp_path, plain):
+    path = official_data.write_all(tmp_path) / file
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    official_data.write_rows(path, [rows[0] | change, *rows[1:]])
+    suite = open_suite(task(name, str(tmp_path), subtasks=[subtask]), plain, 1000, 0)
+    with pytest.raises(ConfigError, match="has rows that cannot be scored \\(1\\)") as refused:
+        suite.items()
+    assert problem in str(refused.value) and subtask in str(refused.value)
+
+
 def test_bad_rows_are_never_scored(tmp_path, plain):
     folder = official_data.write_all(tmp_path)
     path = folder / "longbench" / "data" / "qasper.jsonl"
@@ -172,6 +262,10 @@ def test_prompts_that_ask_for_more_than_rows_have(tmp_path, plain):
     suite = open_suite(task("longbench", str(folder), subtasks=["qasper"]), plain, 1000, 0)
     with pytest.raises(ConfigError, match="prompt of qasper asks for 'other'"):
         suite.sample(suite.items()[0])
+    (folder / "longbench" / "dataset2prompt.json").write_text(json.dumps({"qasper": "{context} }"}))
+    suite = open_suite(task("longbench", str(folder), subtasks=["qasper"]), plain, 1000, 0)
+    with pytest.raises(ConfigError, match="prompt of qasper is no template"):
+        suite.sample(suite.items()[0])
 
 
 def test_missing_data_are_named_with_the_command(tmp_path, monkeypatch, plain):
@@ -188,6 +282,7 @@ def test_missing_data_are_named_with_the_command(tmp_path, monkeypatch, plain):
         (dict(name="infbench", protocol="chat", edition="2023"), "task.edition=2023 is no edition"),
         (dict(name="infbench", edition="2024-08"), "task.edition=2024-08 is for official prompts"),
         (dict(name="infbench", protocol="chat", length_tok=5), "task.length_tok=5 is for prompts in our own words"),
+        (dict(name="longbench", protocol="official", truncate_tok=1), "task.truncate_tok=1 must leave a beginning and an end"),
         (dict(name="longbench", protocol="official", subtasks=["narrativeqa_e"]), "'narrativeqa_e' is no task of LongBench"),
     ],
 )

@@ -100,7 +100,7 @@ def test_the_card_says_what_decides_the_numbers(ruler, folder):
     assert card.new_tok == {"vt": 30, "cwe": 120, "fwe": 50, "qa_1": 32, "qa_2": 32}
     assert card.metric["vt"] == card.metric["cwe"] != card.metric["qa_1"] == card.metric["qa_2"]
     assert len(set(card.template.values())) == 4 and card.template["qa_1"] == card.template["qa_2"]
-    assert card.chat_template == "<user>  <assistant> "
+    assert len(card.chat_template) == 12 and card.chat_template != ruler(template=("<user> ", "")).card().chat_template
     assert "seed 42; wonderwords " in card.data and "sentences" not in card.data
     for name in ("squad.json", "hotpotqa.json", "english_words.json"):
         assert f"{name} sha256 {hashlib.sha256((folder / name).read_bytes()).hexdigest()}" in card.data
@@ -108,6 +108,7 @@ def test_the_card_says_what_decides_the_numbers(ruler, folder):
     assert card.note == "" and json.dumps(card.to_dict())
     assert ruler(("vt",), template=("", "")).card().chat_template is None
     assert "seed 5;" in ruler(("vt",), seed=5).card().data
+    assert "rows of seed 5: the official ones are of seed 42" in ruler(("vt",), seed=5).card().note
 
 
 @pytest.mark.slow

@@ -178,8 +178,9 @@ def _sentences(inside: Path | None) -> Sentences:
             ) from error
         return Sentences(f"punkt_tab ({_digest_of(inside)}), nltk {nltk.__version__}", PunktSentenceTokenizer(trained).tokenize)
     try:
-        return Sentences(f"punkt_tab of nltk's path, nltk {nltk.__version__}", PunktTokenizer("english").tokenize)
-    except LookupError:
+        found = Path(str(nltk.data.find("tokenizers/punkt_tab/english/")))
+        return Sentences(f"punkt_tab ({_digest_of(found)}), nltk {nltk.__version__}", PunktTokenizer("english").tokenize)
+    except (LookupError, OSError):
         return Sentences(f"untrained Punkt (no punkt_tab), nltk {nltk.__version__}", PunktSentenceTokenizer().tokenize)
 
 

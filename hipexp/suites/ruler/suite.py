@@ -8,7 +8,7 @@ from pathlib import Path
 from hipexp.suites.lm_eval import check_installed
 from hipexp.suites.ruler import resources as files
 from hipexp.suites.ruler.generate import CountTok, Row, make_rows, words_of
-from hipexp.suites.ruler.tasks import EDITION, TASKS, check_subtasks
+from hipexp.suites.ruler.tasks import EDITION, SEED, TASKS, check_subtasks
 from hipexp.suites.sample import Encode, Item, ProtocolCard, Sample
 
 
@@ -75,7 +75,7 @@ class Ruler:
             samples=dict.fromkeys(each, self.samples),
             new_tok={name: TASKS[name].new_tok for name in each},
             data=self._data(),
-            chat_template="".join(self.template) or None,
+            chat_template=hashlib.sha256("\0".join(self.template).encode()).hexdigest()[:12] if any(self.template) else None,
             note=self._note(),
         )
 
@@ -98,6 +98,7 @@ class Ruler:
         return "; ".join(parts)
 
     def _note(self) -> str:
+        told = [] if self.seed == SEED else [f"rows of seed {self.seed}: the official ones are of seed {SEED} (seed={SEED})"]
         if "cwe" in self.subtasks and not files.has(self.resources, "more_words"):
-            return f"cwe without {files.SOURCES['more_words'].file}: from about 128K tokens on its rows are not the official ones"
-        return ""
+            told.append(f"cwe without {files.SOURCES['more_words'].file}: from about 128K tokens on its rows are not the official ones")
+        return "; ".join(told)

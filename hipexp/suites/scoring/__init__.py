@@ -26,6 +26,7 @@ def score_rows(
     """
     rules = open_rules(suite)
     by_name = sample_scores(suite, rows, edition, drop_first_number)
+    by_name = dict(sorted(by_name.items(), key=lambda item: place_of(rules, item[0])))
     scores = {name: {"metric": rules.metric_of(name)} | rounded(describe(values), rules.DECIMALS) for name, values in by_name.items()}
     averages = rules.averages({name: entry["score"] for name, entry in scores.items()})
     return {
@@ -52,6 +53,12 @@ def sample_scores(
         for name, score in rules.score_row(row, edition, **flags).items():
             found.setdefault(name, []).append(score)
     return found
+
+
+def place_of(rules: ModuleType, name: str) -> int:
+    """Where a score stands among the others, where its suite has an order of its own."""
+    order = [*getattr(rules, "ORDER", ()), *(f"{group}_compensated" for group in getattr(rules, "ORDER", ()))]
+    return order.index(name) if name in order else 0
 
 
 def open_rules(suite: str) -> ModuleType:

@@ -14,6 +14,7 @@ DECIMALS = 1
 SUBTASK = "longbench2"
 DIFFICULTIES, LENGTHS = ("easy", "hard"), ("short", "medium", "long")
 ANSWERS = (r"The correct answer is \(([A-D])\)", r"The correct answer is ([A-D])")
+ORDER = ("overall", *DIFFICULTIES, *LENGTHS)
 GUESS = 25.0  # what the compensated scores give for a missing answer: one of four options
 
 
