@@ -19,7 +19,7 @@ from typing import Any
 
 from hipexp.config.schema import ConfigError
 
-VERSION = "0.4.13"  # whose functions were compared with the official ones
+VERSION = "0.4.13"  # whose functions were read beside the official ones
 PACKAGES = ("lm_eval", "jieba", "rouge", "rouge_score")  # that scores depend on
 REPAIR = "python -m pip install --constraint constraints.txt '.[suites]'"
 
@@ -31,7 +31,7 @@ def check_installed() -> None:
     except importlib.metadata.PackageNotFoundError:
         raise ConfigError(f"the official suites need lm_eval {VERSION}, which is not installed; run: {REPAIR}") from None
     if found != VERSION:
-        raise ConfigError(f"the official suites need lm_eval {VERSION}, whose scores were compared; {found} is installed; run: {REPAIR}")
+        raise ConfigError(f"the official suites need lm_eval {VERSION}, whose functions were checked; {found} is installed; run: {REPAIR}")
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:

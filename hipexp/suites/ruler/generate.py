@@ -91,8 +91,8 @@ def make_rows(
     Fields: ``input`` (task text), ``answer_prefix``, ``outputs`` (references), ``length`` (prompt and new tokens), ``length_w_model_temp``
     (the same: the template is counted here, where the official field has it added later), ``index`` (a counter, but in needle rows the
     character at which the first answer stands) and in those ``token_position_answer`` (tokens of ``input`` before it, no template).
-    With an empty template and the official files ``input``, ``outputs``, ``answer_prefix`` and ``length`` are those of the official
-    scripts, which was checked for all tasks at 1024 and 4096 tokens; the other fields follow the published source.
+    With an empty template and the official files ``input``, ``outputs``, ``answer_prefix`` and ``length`` are meant to be those of the
+    official scripts, draw by draw (not compared with rows that these have written: docs/protocols.md).
     A chat template differs: the official scripts put it around the solved example of ``cwe`` too, and turn "are" into "is" in it.
 
     The states of ``random`` and numpy are as before when it returns; while it runs no other thread may draw from them.
