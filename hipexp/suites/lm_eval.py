@@ -52,8 +52,8 @@ def suite_module(name: str) -> ModuleType:
     """``lm_eval.tasks.<name>``, such as ``longbench.metrics``. Raises as :func:`check_installed`."""
     check_installed()
     if "fuzzywuzzy" not in sys.modules:  # LongBench imports it for a score that we make otherwise; it is under the GPL
-        sys.modules["fuzzywuzzy"] = types.ModuleType("fuzzywuzzy")
-        sys.modules["fuzzywuzzy"].fuzz = None  # type: ignore[attr-defined]
+        sys.modules["fuzzywuzzy"] = empty = types.ModuleType("fuzzywuzzy")
+        vars(empty)["fuzz"] = None
     handlers = list(logging.root.handlers)
     try:
         return import_module(f"lm_eval.tasks.{name}")

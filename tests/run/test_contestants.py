@@ -39,7 +39,13 @@ def assert_close(out, expected):
 
 
 def named(makers, device):
-    return [pytest.param(contestant, id=contestant.name) for contestant in makers(device)]
+    """Contestants as parameters; what one lacks here is the reason to skip it."""
+
+    def parameter(contestant):
+        lacks = contestant.missing()
+        return pytest.param(contestant, id=contestant.name, marks=pytest.mark.skipif(lacks is not None, reason=str(lacks)))
+
+    return [parameter(contestant) for contestant in makers(device)]
 
 
 DECODE_SHAPES = [(4, 2, 77, 64), (6, 1, 512, 128), (8, 8, 130, 64)]  # H, K, T, D
@@ -81,16 +87,10 @@ def test_prefill_on_a_cpu(contestant, dtype, monkeypatch):
     check_prefill(contestant, dtype, CPU)
 
 
-def skip_what_is_missing(contestant):
-    if reason := contestant.missing():
-        pytest.skip(reason)
-
-
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("contestant", named(decode_contestants, GPU))
 def test_decode_on_a_gpu(contestant):
-    skip_what_is_missing(contestant)
     check_decode(contestant, torch.bfloat16, GPU)
 
 
@@ -98,7 +98,6 @@ def test_decode_on_a_gpu(contestant):
 @needs_gpu
 @pytest.mark.parametrize("contestant", named(prefill_contestants, GPU))
 def test_prefill_on_a_gpu(contestant):
-    skip_what_is_missing(contestant)
     check_prefill(contestant, torch.bfloat16, GPU)
 
 

@@ -167,9 +167,8 @@ def test_a_refusal_is_not_remembered(root):
     assert find("infbench", "passkey.jsonl").path == path
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user who may not read what root owns")
 def test_unreadable_files_are_not_there(root):
-    if os.geteuid():
-        pytest.skip("needs a user to become")
     os.seteuid(65534)
     try:
         assert "is not there" in refusal("infbench", "passkey.jsonl")

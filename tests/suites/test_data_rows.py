@@ -193,7 +193,7 @@ import os, nothing_of_this_name
 open("made_by_running", "w")
 templates = {
     "one": "Read {context} and "
-    "answer.",  # noqa
+    "answer.",  # a comment
     'two': """{a}
 {b} """,
     "three": {"tokens": 128, "rate": -1.5, "more": [None, True, ("x",)]},

@@ -124,8 +124,8 @@ def read_literals(path: Path, *names: str) -> dict[str, Any]:
 
 
 def _literal(tree: ast.Module, name: str, path: Path) -> Any:
-    values = [node.value for node in tree.body if _assigns(node, name)]  # type: ignore[attr-defined]
-    if len(values) != 1:
+    values = [value for node in tree.body for value in _assigned(node, name)]
+    if len(values) != 1 or values[0] is None:
         raise ConfigError(f"{path} assigns {name} {len(values)} times, it must do so once; fetch it again")
     try:
         return ast.literal_eval(values[0])
@@ -133,9 +133,12 @@ def _literal(tree: ast.Module, name: str, path: Path) -> Any:
         raise ConfigError(f"{path}: {name} is no literal ({error}), and nothing is executed; fetch it again") from error
 
 
-def _assigns(node: ast.stmt, name: str) -> bool:
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign | ast.AugAssign) else []
-    return any(isinstance(target, ast.Name) and target.id == name for target in targets)
+def _assigned(node: ast.stmt, name: str) -> list[ast.expr | None]:
+    """What a statement assigns to a name, if it does; None where it only declares it."""
+    if not isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
+        return []
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    return [node.value for target in targets if isinstance(target, ast.Name) and target.id == name]
 
 
 @contextmanager
@@ -160,7 +163,8 @@ def _unpacked(file: IO[bytes], path: Path, member: str) -> Iterator[IO[bytes]]:
                 raise ConfigError(f"{path} has no member {member}; it has {', '.join(archive.namelist()[:8]) or 'none'}")
             with archive.open(member) as stream:
                 yield stream
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:  # the last: encrypted
+    # in this order: no archive, damaged content, cut off, a compression that Python has not, encrypted
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise ConfigError(f"{path} is a damaged archive ({error}); fetch it again") from error
 
 
