@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hipexp.config.schema import ConfigError, Task
 from hipexp.suites.sample import LineEncoder, Suite
+
+if TYPE_CHECKING:
+    from hipexp.suites.published import Rules
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 NAMES = ("infbench", "passkey", "ruler", "longbench", "longbench2")
@@ -112,7 +115,7 @@ def origins(task: Task) -> dict[str, str]:
     return told | {"cut": str(rules.cut()), "note": rules.note}
 
 
-def rules_of(task: Task, folder: Path | None) -> Any:
+def rules_of(task: Task, folder: Path | None) -> Rules | None:
     """The rules of a task with published rows; None for the others."""
     if task.name == "longbench":
         from hipexp.suites.longbench import LongBench

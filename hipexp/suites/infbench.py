@@ -7,7 +7,6 @@ The prompts are our own words (protocol ``hipexp``), so a score made from them i
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import uuid
@@ -16,7 +15,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 
 from hipexp.config.schema import ConfigError
-from hipexp.suites.sample import Encode, Item, ProtocolCard, Sample, largest_fit
+from hipexp.suites.sample import Encode, Item, ProtocolCard, Sample, digest, largest_fit
 from hipexp.suites.scoring.infbench import NEW, first_number, has_value
 
 SUBTASKS = ("passkey", "number_string", "kv_retrieval")
@@ -298,7 +297,7 @@ def score(subtask: str, prediction: str, references: list[str]) -> float:
 def template_id(subtask: str, wording: str) -> str:
     """A short hash of the words of a prompt."""
     words = json.dumps(asdict(KINDS[subtask].wording[wording]), sort_keys=True)
-    return hashlib.sha256(words.encode()).hexdigest()[:12]
+    return digest(words)
 
 
 class InfBench:

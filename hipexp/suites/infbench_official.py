@@ -7,19 +7,18 @@ differ in prompts, chat template and limits of new tokens, and their scores must
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from hipexp.config.schema import ConfigError
 from hipexp.suites import lm_eval
-from hipexp.suites.data import ListOf, read_literals, read_mapping, read_rows
-from hipexp.suites.data.resolve import find, find_rows
+from hipexp.suites.data import ListOf, read_literals, read_mapping
+from hipexp.suites.data.resolve import find
 from hipexp.suites.data.rows import Schema
 from hipexp.suites.framing import Cut
 from hipexp.suites.longbench import filled, of_task
-from hipexp.suites.published import Prompt, Row
+from hipexp.suites.published import Prompt, Row, Rules
 from hipexp.suites.scoring import infbench as scoring
 
 ANSWER = ListOf((str, int, float), 1)
@@ -50,14 +49,15 @@ USE_LM_EVAL = ("longbook_sum_eng", "longbook_qa_eng", "longbook_qa_chn", "code_r
 SUBTASKS = tuple(NEW_TOK)
 
 
-class InfBenchOfficial:
-    """See ``hipexp.suites.published.Rules``. ``folder``: data of the user's own."""
+class InfBenchOfficial(Rules):
+    """See ``hipexp.suites.published.Rules``."""
 
-    suite = "infbench"
+    suite, schema = "infbench", SCHEMA
     scorer = scoring.SCORER
 
     def __init__(self, protocol: str, edition: str | None = None, folder: Path | None = None):
-        self.protocol, self.edition, self.folder = protocol, edition or scoring.EDITIONS[0], folder
+        super().__init__(folder)
+        self.protocol, self.edition = protocol, edition or scoring.EDITIONS[0]
         self.note = NOTES[protocol]
 
     @cached_property
@@ -78,13 +78,6 @@ class InfBenchOfficial:
         if self.protocol == "infllm":
             return read_mapping(find(self.suite, "infllm/dataset2maxlen.json", self.folder).path, int)
         return NEW_TOK if self.protocol == "completion" else dict.fromkeys(NEW_TOK, CHAT_NEW_TOK)
-
-    def rows(self, subtask: str) -> Sequence[Row]:
-        found = find_rows(self.suite, subtask, self.folder)
-        return read_rows(found.path, SCHEMA, found.member)
-
-    def origin(self, subtask: str) -> str:
-        return find_rows(self.suite, subtask, self.folder).origin
 
     def prompt(self, subtask: str, row: Row) -> Prompt:
         text = filled(self.template(subtask), fields_of(subtask, row), subtask)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from hipexp.config.schema import ConfigError
 from hipexp.suites import lm_eval
-from hipexp.suites.data import ListOf, read_mapping, read_rows
+from hipexp.suites.data import ListOf, read_mapping
 from hipexp.suites.data.registry import LONGBENCH, SUBTASKS
-from hipexp.suites.data.resolve import find, find_rows
+from hipexp.suites.data.resolve import find
 from hipexp.suites.data.rows import Schema
 from hipexp.suites.framing import Cut
-from hipexp.suites.published import ONE_LINE, Prompt, Row
+from hipexp.suites.published import ONE_LINE, Prompt, Row, Rules
 from hipexp.suites.scoring import longbench as scoring
 
 SCHEMA: Schema = {
@@ -27,14 +26,11 @@ SCHEMA: Schema = {
 PLAIN = ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p")  # which chat models get without their template, as official
 
 
-class LongBench:
-    """See ``hipexp.suites.published.Rules``. ``folder``: data of the user's own."""
+class LongBench(Rules):
+    """See ``hipexp.suites.published.Rules``."""
 
-    suite, protocol, note = "longbench", "official", ""
+    suite, protocol, note, schema = "longbench", "official", "", SCHEMA
     edition, scorer = scoring.EDITIONS[0], scoring.SCORER
-
-    def __init__(self, folder: Path | None = None):
-        self.folder = folder
 
     @cached_property
     def prompts(self) -> dict[str, str]:
@@ -45,13 +41,6 @@ class LongBench:
     def limits(self) -> dict[str, int]:
         """The official limit of new tokens of each task."""
         return read_mapping(find(self.suite, "dataset2maxlen.json", self.folder).path, int)
-
-    def rows(self, subtask: str) -> Sequence[Row]:
-        found = find_rows(self.suite, subtask, self.folder)
-        return read_rows(found.path, SCHEMA, found.member)
-
-    def origin(self, subtask: str) -> str:
-        return find_rows(self.suite, subtask, self.folder).origin
 
     def cut(self) -> Cut:
         return Cut(odd_to_end=False, together=False)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from hipexp.suites.data import read_rows, read_text
-from hipexp.suites.data.resolve import find, find_rows
+from hipexp.suites.data import read_text
+from hipexp.suites.data.resolve import find
 from hipexp.suites.data.rows import Schema
 from hipexp.suites.framing import Cut
-from hipexp.suites.published import Prompt, Row
+from hipexp.suites.published import Prompt, Row, Rules
 from hipexp.suites.scoring import longbench2 as scoring
 
 PLACES = {"$DOC$": "context", "$Q$": "question", **{f"$C_{letter}$": f"choice_{letter}" for letter in "ABCD"}}  # of the prompt, in order
@@ -19,27 +17,17 @@ SCHEMA: Schema = dict.fromkeys((*PLACES.values(), "answer", "difficulty", "lengt
 NEW_TOK = 128
 
 
-class LongBench2:
-    """See ``hipexp.suites.published.Rules``. ``folder``: data of the user's own."""
+class LongBench2(Rules):
+    """See ``hipexp.suites.published.Rules``."""
 
-    suite, protocol = "longbench2", "official"
+    suite, protocol, schema = "longbench2", "official", SCHEMA
     edition, scorer = scoring.EDITIONS[0], scoring.SCORER
     note = "greedy, where the official script samples at temperature 0.1"
-
-    def __init__(self, folder: Path | None = None):
-        self.folder = folder
 
     @cached_property
     def text(self) -> str:
         """The official prompt."""
         return read_text(find(self.suite, "0shot.txt", self.folder).path)
-
-    def rows(self, subtask: str) -> Sequence[Row]:
-        found = find_rows(self.suite, subtask, self.folder)
-        return read_rows(found.path, SCHEMA, found.member)
-
-    def origin(self, subtask: str) -> str:
-        return find_rows(self.suite, subtask, self.folder).origin
 
     def cut(self) -> Cut:
         return Cut(odd_to_end=True, together=True)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 from hipexp.config.schema import ConfigError
+from hipexp.suites.data import read_rows
+from hipexp.suites.data.resolve import find_rows
+from hipexp.suites.data.rows import Schema
 from hipexp.suites.framing import Cut, frame, has_template
-from hipexp.suites.sample import Item, ProtocolCard, Sample
+from hipexp.suites.sample import Item, ProtocolCard, Sample, digest
 
 Row = Mapping[str, Any]
 TOK_PER_WORD = 1.4  # of English text; for progress only
@@ -27,8 +31,8 @@ class Prompt:
     one_line: bool = False
 
 
-class Rules(Protocol):
-    """One suite under one protocol.
+class Rules(ABC):
+    """One suite under one protocol. ``folder``: data of the user's own. ``schema``: what a row must hold.
 
     ``scorer``, ``edition``, ``note``: see ``ProtocolCard``.
     """
@@ -38,46 +42,65 @@ class Rules(Protocol):
     edition: str
     scorer: str
     note: str
+    schema: Schema
 
+    def __init__(self, folder: Path | None = None):
+        self.folder = folder
+
+    @abstractmethod
     def cut(self) -> Cut:
         """How long prompts are cut."""
 
+    @abstractmethod
     def check(self, subtask: str, row: Row) -> None:
         """Raise ``ConfigError`` for a row that cannot be scored."""
 
+    @abstractmethod
     def packages(self, subtask: str) -> tuple[str, ...]:
         """What has to be installed to score a subtask, by its name on the package index."""
 
+    @abstractmethod
     def chat(self, subtask: str) -> bool:
         """Whether prompts are user turns of a chat template."""
 
     def rows(self, subtask: str) -> Sequence[Row]:
         """The rows of a subtask, in their published order. Raises ``DataMissing``, and ``ConfigError`` for rows that are damaged."""
+        found = find_rows(self.suite, subtask, self.folder)
+        return read_rows(found.path, self.schema, found.member)
 
     def origin(self, subtask: str) -> str:
         """What the rows are: repository, revision, digest."""
+        return find_rows(self.suite, subtask, self.folder).origin
 
+    @abstractmethod
     def prompt(self, subtask: str, row: Row) -> Prompt:
         """The prompt of a row."""
 
+    @abstractmethod
     def template(self, subtask: str) -> str:
         """What prompts are made of, for its digest."""
 
+    @abstractmethod
     def new_tok(self, subtask: str) -> int:
         """The limit of new tokens."""
 
+    @abstractmethod
     def references(self, subtask: str, row: Row) -> list[Any]:
         """What is right."""
 
+    @abstractmethod
     def meta(self, subtask: str, row: Row) -> dict[str, Any]:
         """What the scorer needs of a row besides."""
 
+    @abstractmethod
     def words(self, row: Row) -> int:
         """About how many words a prompt has."""
 
+    @abstractmethod
     def metric(self, subtask: str) -> str:
         """The name of the metric."""
 
+    @abstractmethod
     def score(self, subtask: str, prediction: str, references: list[Any], meta: dict[str, Any]) -> float:
         """The score of one output, 0 to 100."""
 
@@ -157,8 +180,3 @@ class Published:
             stops=["end of text", *(f"end of the first line ({name})" for name in each if name.removesuffix("_e") == ONE_LINE)],
             note="; ".join(notes),
         )
-
-
-def digest(text: str) -> str:
-    """A short hash."""
-    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -91,6 +92,11 @@ class Suite(Protocol):
 
     def card(self) -> ProtocolCard:
         """The protocol of this suite as it was opened."""
+
+
+def digest(text: str) -> str:
+    """A short hash of words, as cards name them."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 class LineEncoder:

@@ -10,8 +10,7 @@ from hipexp.config.schema import ConfigError, Task
 from hipexp.suites import check_task, open_suite, origins, rules_of, subtasks_of
 from hipexp.suites.framing import Cut, cut_text, frame, template_of
 from hipexp.suites.infbench_official import SUBTASKS
-from hipexp.suites.published import digest
-from hipexp.suites.sample import DataMissing
+from hipexp.suites.sample import DataMissing, digest
 
 pytest.importorskip("lm_eval")
 WHOLE = Cut(True, True)

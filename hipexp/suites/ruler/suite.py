@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from hipexp.suites.lm_eval import check_installed
 from hipexp.suites.ruler import resources as files
 from hipexp.suites.ruler.generate import CountTok, Row, make_rows, words_of
 from hipexp.suites.ruler.tasks import EDITION, SEED, TASKS, check_subtasks
-from hipexp.suites.sample import Encode, Item, ProtocolCard, Sample
+from hipexp.suites.sample import Encode, Item, ProtocolCard, Sample, digest
 
 
 class Ruler:
@@ -67,7 +66,7 @@ class Ruler:
             suite="ruler",
             protocol="official",
             edition=EDITION,
-            template={name: hashlib.sha256("".join(words_of(TASKS[name])).encode()).hexdigest()[:12] for name in each},
+            template={name: digest("".join(words_of(TASKS[name]))) for name in each},
             wording="official",
             metric={name: METRICS[name] for name in each},
             scorer=SCORER,
@@ -75,7 +74,7 @@ class Ruler:
             samples=dict.fromkeys(each, self.samples),
             new_tok={name: TASKS[name].new_tok for name in each},
             data=self._data(),
-            chat_template=hashlib.sha256("\0".join(self.template).encode()).hexdigest()[:12] if any(self.template) else None,
+            chat_template=digest("\0".join(self.template)) if any(self.template) else None,
             note=self._note(),
         )
 
