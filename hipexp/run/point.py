@@ -473,7 +473,7 @@ def grouped(summary: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, di
     found: dict[str, dict[tuple[str, int], float]] = {}
     for row in rows:
         own = {row["subtask"]: row["score"]}
-        scores = own if summary["protocol"] == OWN else open_rules(summary["task"]).score_row(row, summary["edition"])
+        scores = own if summary["protocol"] == OWN else open_rules(summary["task"]).grouped(row, row["score"])
         for name, score in scores.items():
             found.setdefault(name, {})[row["subtask"], row["sample"]] = score
     return found

@@ -50,7 +50,7 @@ def sample_scores(
     flags = {"drop_first_number": True} if drop_first_number else {}
     found: dict[str, list[float]] = {}
     for row in rows:
-        for name, score in rules.score_row(row, edition, **flags).items():
+        for name, score in rules.grouped(row, rules.score_row(row, edition, **flags)).items():
             found.setdefault(name, []).append(score)
     return found
 

@@ -252,10 +252,14 @@ def check_row(row: dict[str, Any]) -> None:
     labels_of(row["subtask"], row["references"], row.get("options"))
 
 
-def score_row(row: dict[str, Any], edition: str, drop_first_number: bool = False) -> dict[str, float]:
-    """The score of a row, under the name of its task."""
-    task = row["subtask"]
-    return {task: score_infbench(task, row["prediction"], row["references"], edition, row.get("options"), drop_first_number)}
+def score_row(row: dict[str, Any], edition: str, drop_first_number: bool = False) -> float:
+    """The score of a row, 0 to 100."""
+    return score_infbench(row["subtask"], row["prediction"], row["references"], edition, row.get("options"), drop_first_number)
+
+
+def grouped(row: dict[str, Any], score: float) -> dict[str, float]:
+    """A row's score, under the name of its task."""
+    return {row["subtask"]: score}
 
 
 def metric_of(name: str) -> str:

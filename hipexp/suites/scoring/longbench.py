@@ -131,9 +131,13 @@ def check_length(length: Any) -> None:
         raise ConfigError(f"length={length!r} must be the number of words in the context, by which LongBench-E sorts its rows")
 
 
-def score_row(row: dict[str, Any], edition: str) -> dict[str, float]:
-    """The score of a row, under the name of its task; in LongBench-E under the task and the bucket of its ``length``."""
-    score = score_longbench(row["subtask"], row["prediction"], row["references"], row.get("all_classes"))
+def score_row(row: dict[str, Any], edition: str) -> float:
+    """The score of a row, 0 to 100."""
+    return score_longbench(row["subtask"], row["prediction"], row["references"], row.get("all_classes"))
+
+
+def grouped(row: dict[str, Any], score: float) -> dict[str, float]:
+    """A row's score, under the name of its task; in LongBench-E under the task and the bucket of its ``length``."""
     if row["subtask"] == task_of(row["subtask"]):
         return {row["subtask"]: score}
     return {f"{row['subtask']}@{next(name for name, below in BUCKETS.items() if row['length'] < below)}": score}

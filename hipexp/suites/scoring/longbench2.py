@@ -41,9 +41,13 @@ def check_row(row: dict[str, Any]) -> None:
             raise ConfigError(f"{key}={row.get(key)!r} must be one of {', '.join(known)}")
 
 
-def score_row(row: dict[str, Any], edition: str) -> dict[str, float]:
-    """The score of a row in each of the groups that it belongs to, as it is and with a missing answer counted as a guess."""
-    score = score_longbench2(row["prediction"], row["references"])
+def score_row(row: dict[str, Any], edition: str) -> float:
+    """The score of a row, 0 to 100."""
+    return score_longbench2(row["prediction"], row["references"])
+
+
+def grouped(row: dict[str, Any], score: float) -> dict[str, float]:
+    """A row's score in each of the groups that it belongs to, as it is and with a missing answer counted as a guess."""
     compensated = GUESS if answer_of(row["prediction"]) is None else score
     groups = ("overall", row["difficulty"], row["length"])
     return dict.fromkeys(groups, score) | {f"{group}_compensated": compensated for group in groups}

@@ -47,10 +47,15 @@ def check_row(row: dict[str, Any]) -> None:
             raise ConfigError(f"references holds {reference!r}, but each must be a text that is not empty (it would be in every output)")
 
 
-def score_row(row: dict[str, Any], edition: str) -> dict[str, float]:
-    """The score of a row, under the name of its task and, where it has one, its target length."""
+def score_row(row: dict[str, Any], edition: str) -> float:
+    """The score of a row, 0 to 100."""
+    return score_ruler(split_name(row)[0], row["prediction"], row["references"])
+
+
+def grouped(row: dict[str, Any], score: float) -> dict[str, float]:
+    """A row's score, under the name of its task and, where it has one, its target length."""
     task, length = split_name(row)
-    return {task if length is None else f"{task}@{length}": score_ruler(task, row["prediction"], row["references"])}
+    return {task if length is None else f"{task}@{length}": score}
 
 
 def metric_of(name: str) -> str:
