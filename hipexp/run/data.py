@@ -12,8 +12,7 @@ from pathlib import Path
 from hipexp.config.convert import unknown
 from hipexp.config.schema import ConfigError
 from hipexp.report.tables import text_table
-from hipexp.run.data_make import ARGUMENTS
-from hipexp.run.data_make import make as make_rows
+from hipexp.run.data_make import ARGUMENTS, make
 from hipexp.suites.data.fetch import Report, fetch
 from hipexp.suites.data.registry import SUBTASKS, DataFile, file_named, files_of, is_published, missing, size_text
 from hipexp.suites.data.resolve import data_root, digest, place_of, problem_with, read_record, write_record, write_whole
@@ -37,7 +36,7 @@ def pull(words: list[str]) -> int:
         raise ConfigError(f"data pull needs a suite: {', '.join(f'{name} ({total_size(name)})' for name in SUBTASKS)}")
     root, rows = data_root(), []
     for file in chosen(suites, subtasks):
-        path = make(file, root) if file.made_from else _fetch_visibly(file, root)
+        path = derive(file, root) if file.made_from else _fetch_visibly(file, root)
         record = read_record(path)
         rows.append([f"{file.suite}/{file.name}", size_text(path.stat().st_size), (file.sha256 or record["sha256"]) + _star(file)])
     print(text_table(["file", "size", "sha256"], rows, left=3))
@@ -62,7 +61,7 @@ Command = Callable[[list[str]], int]
 COMMANDS: dict[str, tuple[Command, str, str]] = {
     "pull": (pull, "<suite> ... [subtask=a,b]", "fetch published data and official prompts"),
     "verify": (verify, "[suite ...] [subtask=a,b]", "compare the digests of what is here"),
-    "make": (make_rows, ARGUMENTS, "rows of generated tasks in the official schema"),
+    "make": (make, ARGUMENTS, "rows of generated tasks in the official schema"),
     "ls": (ls, "[suite ...] [subtask=a,b]", "what is here, what is missing and where it comes from"),
 }
 
@@ -120,7 +119,7 @@ def show(words: list[str], deep: bool) -> int:
     return 1 if damaged else 0
 
 
-def make(file: DataFile, root: Path) -> Path:
+def derive(file: DataFile, root: Path) -> Path:
     """Have a file that is made from another one: a member of an archive, or the essays as RULER reads them. Raises ``DataMissing``."""
     path, origin = place_of(file, root), place_of(file_named(file.suite, str(file.made_from)), root)
     if problem_with(file, path, deep=True) is None:

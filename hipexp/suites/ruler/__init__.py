@@ -1,8 +1,7 @@
 """RULER (arXiv 2404.06654): 13 generated tasks of retrieval, tracing, counting and questions, at any length."""
 
 from hipexp.suites.ruler.generate import make_rows
-from hipexp.suites.ruler.resources import PULL, SOURCES
 from hipexp.suites.ruler.suite import Ruler
-from hipexp.suites.ruler.tasks import EDITION, LENGTHS_TOK, SEED, SUBTASKS, TASKS, check_subtasks
+from hipexp.suites.ruler.tasks import EDITION, SEED, SUBTASKS, TASKS, check_subtasks
 
-__all__ = ["EDITION", "LENGTHS_TOK", "PULL", "SEED", "SOURCES", "SUBTASKS", "TASKS", "Ruler", "check_subtasks", "make_rows"]
+__all__ = ["EDITION", "SEED", "SUBTASKS", "TASKS", "Ruler", "check_subtasks", "make_rows"]

@@ -19,6 +19,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from hipexp.config.schema import ConfigError
+from hipexp.suites.data.registry import file_named
 from hipexp.suites.lm_eval import REPAIR, suite_module
 from hipexp.suites.sample import DataMissing
 
@@ -34,30 +35,23 @@ Questions = tuple[list[dict[str, Any]], list[str]]
 
 @dataclass(frozen=True)
 class Source:
-    """A file of the folder: its name, what it is and where it is from."""
+    """A file of the folder: its name, as in ``hipexp.suites.data.registry``, and what it is."""
 
     file: str
     what: str
-    origin: str
+
+    @property
+    def origin(self) -> str:
+        """Where it comes from."""
+        file = file_named("ruler", self.file)
+        return f"{file.source.name}, revision {file.source.revision[:12]}, {file.size}"
 
 
 SOURCES = {
-    "essays": Source(
-        "PaulGrahamEssays.json",
-        'Paul Graham\'s essays as one JSON object {"text": ...}',
-        "the data set baber/paul_graham_essays, or the script download_paulgraham_essay.py of NVIDIA/RULER",
-    ),
-    "squad": Source("squad.json", "the questions of SQuAD 2.0 dev", "https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v2.0.json"),
-    "hotpotqa": Source(
-        "hotpotqa.json",
-        "the questions of HotpotQA dev, distractor",
-        "https://huggingface.co/datasets/namlh2004/hotpotqa/resolve/7e54db4656209750ff487f6fdf8e39a66dba136b/hotpot_dev_distractor_v1.json",
-    ),
-    "more_words": Source(
-        "english_words.json",
-        "a second list of English words, as a JSON list or the values of an object",
-        "scripts/data/synthetic/json/english_words.json of NVIDIA/RULER (a Git LFS object)",
-    ),
+    "essays": Source("PaulGrahamEssays.json", 'Paul Graham\'s essays as one JSON object {"text": ...}'),
+    "squad": Source("squad.json", "the questions of SQuAD 2.0 dev, as rajpurkar.github.io has them"),
+    "hotpotqa": Source("hotpotqa.json", "the questions of HotpotQA dev, distractor"),
+    "more_words": Source("english_words.json", "a second list of English words, as a JSON list or the values of an object"),
 }
 
 
