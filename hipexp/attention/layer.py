@@ -78,7 +78,7 @@ class LayerAttention:
             queries.step.exact if queries.step else torch.arange(len(attended), device=k.device) < n_exact,
             block_tok=block_tok, sink_tok=self.plan.sink_tok, window_tok=self.plan.window_tok, scale=self.scale,
             rotation=self._attend_rotation(k.shape[1], queries), softcap=self.softcap,
-            held=memory.held if memory and not (stages and stages[-1].refresh_steps == 1) else None,  # for once it is not worth it
+            held=memory.held if memory else None,
         )  # fmt: skip
         return attended.rows(out)
 

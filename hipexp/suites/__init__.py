@@ -37,7 +37,7 @@ def _check_own(task: Task) -> None:
     from hipexp.suites.scoring.infbench import EDITIONS
 
     if task.edition is not None and task.edition not in EDITIONS:
-        raise ConfigError(f"task.edition={task.edition} is no edition of the official scorer; use {' or '.join(EDITIONS)}")
+        raise ConfigError(f"task.edition={task.edition} is no edition of the official scorer; use {', '.join(EDITIONS)}")
     own = task.protocol == OWN
     fields = {"edition": None, "data": None} if own else {"length_tok": None, "wording": "default"}
     for name, default in fields.items():
@@ -89,9 +89,9 @@ def filled(task: Task, trained_tok: int) -> Task:
     if task.name == "ruler" or (task.name == "infbench" and task.protocol == OWN):
         full.length_tok = 2 * trained_tok if task.length_tok is None else task.length_tok
     elif task.name == "infbench" and task.edition is None:
-        from hipexp.suites.scoring.infbench import EDITIONS
+        from hipexp.suites.infbench_official import edition_of
 
-        full.edition = EDITIONS[0]
+        full.edition = edition_of(task.protocol)
     return full
 
 

@@ -1,7 +1,8 @@
 """∞Bench (arXiv 2402.13718) with published rows, or generated ones in their form, under the prompts of a protocol of others.
 
-``completion`` and ``chat`` are the two of the official repository (for base models, and for GPT-4), ``infllm`` is that of InfLLM. They
-differ in prompts, chat template and limits of new tokens, and their scores must not be mixed.
+``completion`` and ``chat`` are the two of the official repository (for base models, and for GPT-4), ``infllm`` is that of InfLLM,
+``minference`` that of MInference as its scripts stand since 2025. They differ in prompts, chat template, cut and limits of new tokens, and
+their scores must not be mixed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,11 @@ from hipexp.suites.scoring import infbench as scoring
 
 ANSWER = ListOf((str, int, float), 1)
 SCHEMA: Schema = {"context": str, "input": str, "answer": (ANSWER, str, int, float), "options": ListOf((str,))}
-TEMPLATES = {"completion": "yarn_mistral_templates", "chat": "gpt4_templates"}  # in the official prompt file
+TEMPLATES = {  # in the official prompt file, of which MInference has a copy
+    "completion": "yarn_mistral_templates",
+    "chat": "gpt4_templates",
+    "minference": "yarn_mistral_templates",
+}
 PROTOCOLS = (*TEMPLATES, "infllm")
 NEW_TOK = {  # official, of ``completion``; ``chat`` had no limit
     "passkey": 6,
@@ -39,13 +44,15 @@ NEW_TOK = {  # official, of ``completion``; ``chat`` had no limit
     "math_calc": 30000,
     "math_find": 3,
 }
+MINFERENCE_NEW_TOK = NEW_TOK | {"passkey": 15, "number_string": 20, "kv_retrieval": 80}
 CHAT_NEW_TOK, SYSTEM = 2048, "You are a helpful assistant"  # official, without a full stop
 NOTES = {
     "completion": "",
     "chat": f"at most {CHAT_NEW_TOK} new tokens, where the official script sets no limit",
+    "minference": "",
     "infllm": "scored by the official rules, not by InfLLM's own, and cut in the middle, where InfLLM keeps 128 tokens and the end",
 }
-USE_LM_EVAL = ("longbook_sum_eng", "longbook_qa_eng", "longbook_qa_chn", "code_run")
+USE_LM_EVAL = ("longbook_sum_eng", "longbook_qa_eng", "longbook_qa_chn")
 SUBTASKS = tuple(NEW_TOK)
 
 
@@ -57,8 +64,9 @@ class InfBenchOfficial(Rules):
 
     def __init__(self, protocol: str, edition: str | None = None, folder: Path | None = None):
         super().__init__(folder)
-        self.protocol, self.edition = protocol, edition or scoring.EDITIONS[0]
-        self.note = NOTES[protocol]
+        self.protocol, self.edition = protocol, edition or edition_of(protocol)
+        self.note, self.role = NOTES[protocol], "system" if protocol == "minference" else "user"
+        self.system = SYSTEM if protocol == "chat" else None
 
     @cached_property
     def prompts(self) -> dict[str, str]:
@@ -77,14 +85,13 @@ class InfBenchOfficial(Rules):
         """The limit of new tokens of each task."""
         if self.protocol == "infllm":
             return read_mapping(find(self.suite, "infllm/dataset2maxlen.json", self.folder).path, int)
-        return NEW_TOK if self.protocol == "completion" else dict.fromkeys(NEW_TOK, CHAT_NEW_TOK)
+        return {"completion": NEW_TOK, "minference": MINFERENCE_NEW_TOK, "chat": dict.fromkeys(NEW_TOK, CHAT_NEW_TOK)}[self.protocol]
 
     def prompt(self, subtask: str, row: Row) -> Prompt:
-        text = filled(self.template(subtask), fields_of(subtask, row), subtask)
-        return Prompt(text, system=SYSTEM if self.protocol == "chat" else None)
+        return Prompt(filled(self.template(subtask), fields_of(subtask, row), subtask))
 
     def cut(self) -> Cut:
-        return Cut(odd_to_end=self.protocol != "completion", together=True)
+        return Cut(odd_to_end=self.protocol in ("chat", "infllm"), framed=self.protocol == "minference")
 
     def chat(self, subtask: str) -> bool:
         return self.protocol != "completion"
@@ -144,8 +151,15 @@ def found(pattern: str, row: Row, subtask: str, what: str) -> str:
     return match[0]
 
 
+def edition_of(protocol: str) -> str:
+    """The edition of the scorer that goes with a protocol."""
+    return scoring.MINFERENCE if protocol == "minference" else scoring.OLD
+
+
 def subtasks_of(protocol: str) -> tuple[str, ...]:
-    """The tasks that a protocol has prompts for."""
+    """The tasks that a protocol has prompts for; the ten that MInference runs."""
+    if protocol == "minference":
+        return scoring.LISTS["minference_10"]
     return tuple(name for name in SUBTASKS if name != "math_calc" or protocol != "chat")
 
 

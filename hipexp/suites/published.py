@@ -13,7 +13,7 @@ from hipexp.config.schema import ConfigError
 from hipexp.suites.data import read_rows
 from hipexp.suites.data.resolve import find_rows
 from hipexp.suites.data.rows import Schema
-from hipexp.suites.framing import Cut, frame, has_template
+from hipexp.suites.framing import Cut, frame, has_template, in_template
 from hipexp.suites.sample import Item, ProtocolCard, Sample, digest
 
 Row = Mapping[str, Any]
@@ -24,17 +24,17 @@ ONE_LINE = "samsum"  # of LongBench: its answer ends with its first line, which 
 
 @dataclass(frozen=True)
 class Prompt:
-    """The text of a prompt; ``system``: message before it, in a chat template; ``one_line``: see ``Sample``."""
+    """The text of a prompt; ``one_line``: see ``Sample``."""
 
     text: str
-    system: str | None = None
     one_line: bool = False
 
 
 class Rules(ABC):
     """One suite under one protocol. ``folder``: data of the user's own. ``schema``: what a row must hold.
 
-    ``scorer``, ``edition``, ``note``: see ``ProtocolCard``.
+    ``scorer``, ``edition``, ``note``: see ``ProtocolCard``. ``role``: whose turn a prompt is in a chat template; ``system``: the
+    message before it.
     """
 
     suite: str
@@ -43,6 +43,8 @@ class Rules(ABC):
     scorer: str
     note: str
     schema: Schema
+    role: str = "user"
+    system: str | None = None
 
     def __init__(self, folder: Path | None = None):
         self.folder = folder
@@ -61,7 +63,7 @@ class Rules(ABC):
 
     @abstractmethod
     def chat(self, subtask: str) -> bool:
-        """Whether prompts are user turns of a chat template."""
+        """Whether prompts are turns of a chat template."""
 
     def rows(self, subtask: str) -> Sequence[Row]:
         """The rows of a subtask, in their published order. Raises ``DataMissing``, and ``ConfigError`` for rows that are damaged."""
@@ -108,11 +110,25 @@ class Rules(ABC):
 class Published:
     """The first ``samples`` rows (all, if there are no more) of each subtask; see ``hipexp.suites.sample.Suite``.
 
-    ``limit_tok``: longest prompt before the chat template, the middle of a longer one is cut out; None cuts nothing.
+    ``limit_tok``: longest prompt before the chat template, the middle of a longer one is cut out; None cuts nothing. Where the cut is of
+    the whole (``Cut.framed``) it holds the template and the new tokens.
+    Raises ``ConfigError`` for a limit that leaves no prompt, and for a chat template that takes no such turns.
     """
 
     def __init__(self, rules: Rules, subtasks: tuple[str, ...], samples: int, tokenizer: Any, limit_tok: int | None):
         self.rules, self.subtasks, self.samples, self.tokenizer, self.limit_tok = rules, subtasks, samples, tokenizer, limit_tok
+        for name in subtasks:
+            if rules.chat(name) and has_template(tokenizer):
+                in_template("", tokenizer, rules.role, rules.system)
+            if (left_tok := self._prompt_tok(name)) is not None and left_tok < 2:
+                new_tok = rules.new_tok(name)
+                raise ConfigError(
+                    f"task.truncate_tok={limit_tok} leaves no prompt of {name} beside its {new_tok} new tokens; use {new_tok + 2} or more"
+                )
+
+    def _prompt_tok(self, subtask: str) -> int | None:
+        """The longest prompt."""
+        return None if self.limit_tok is None else self.limit_tok - (self.rules.new_tok(subtask) if self.rules.cut().framed else 0)
 
     @cached_property
     def _rows(self) -> dict[str, Sequence[Row]]:
@@ -135,14 +151,15 @@ class Published:
         return [Item(name, i, self._cost(name, row)) for name, rows in self._rows.items() for i, row in enumerate(rows)]
 
     def _cost(self, subtask: str, row: Row) -> int:
-        told = int(TOK_PER_WORD * self.rules.words(row))
-        return (told if self.limit_tok is None else min(told, self.limit_tok)) + self.rules.new_tok(subtask)
+        told, most = int(TOK_PER_WORD * self.rules.words(row)), self._prompt_tok(subtask)
+        return (told if most is None else min(told, most)) + self.rules.new_tok(subtask)
 
     def sample(self, item: Item) -> Sample:
         rules, row = self.rules, self._rows[item.subtask][item.index]
         made = rules.prompt(item.subtask, row)
         framed = frame(
-            made.text, self.tokenizer, limit_tok=self.limit_tok, cut=rules.cut(), chat=rules.chat(item.subtask), system=made.system
+            made.text, self.tokenizer, limit_tok=self._prompt_tok(item.subtask), cut=rules.cut(), chat=rules.chat(item.subtask),
+            system=rules.system, role=rules.role,
         )  # fmt: skip
         new_tok = rules.new_tok(item.subtask)
         return Sample(
@@ -157,7 +174,8 @@ class Published:
         rules, each = self.rules, self.subtasks
         chatting = [name for name in each if rules.chat(name)]
         template = digest(str(self.tokenizer.chat_template)) if has_template(self.tokenizer) and chatting else None
-        rule = f"{rules.cut()}, {self.limit_tok} tokens, before the chat template" if self.limit_tok else "none: whole prompts"
+        where = "with the chat template" if rules.cut().framed else "before the chat template"
+        rule = f"{rules.cut()}, {self.limit_tok} tokens, {where}" if self.limit_tok else "none: whole prompts"
         notes = [rules.note] if rules.note else []
         if chatting and template is None:
             notes.append("this tokenizer has no chat template: prompts are plain text")
@@ -171,7 +189,7 @@ class Published:
             wording="official",
             metric={name: rules.metric(name) for name in each},
             scorer=rules.scorer,
-            length_tok={} if self.limit_tok is None else {name: self.limit_tok + rules.new_tok(name) for name in each},
+            length_tok={name: most + rules.new_tok(name) for name in each if (most := self._prompt_tok(name)) is not None},
             samples={name: len(self._rows[name]) for name in each},
             new_tok={name: rules.new_tok(name) for name in each},
             data="; ".join(dict.fromkeys(rules.origin(name) for name in each)),

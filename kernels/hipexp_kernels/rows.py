@@ -26,6 +26,17 @@ def scratch(purpose: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dty
     return held[key][: prod(shape)].view(shape)
 
 
+def convert(x: Tensor, table: RopeTable | None, purpose: str | None = None) -> Tensor:
+    """Raw keys or queries ``[..., D]`` in fp32; if they will be rotated, as complex numbers (see :func:`hipexp_kernels.rope.paired`).
+
+    ``purpose``: of the memory for complex numbers, which the next call uses again; new memory if it is None.
+    """
+    if table is None:
+        return x.float()
+    shape = (*x.shape[:-1], x.shape[-1] // 2)
+    return paired(x.float(), table, out=scratch(purpose, shape, x, torch.complex64) if purpose else None)
+
+
 class Rows:
     """Tokens ``[K, T, D]`` as rows ``[*, D]``: a view, if every head's tokens lie one after the other.
 
@@ -60,10 +71,7 @@ class KeyRows(Rows):
 
     def convert(self, x: Tensor, reuse: bool = False) -> Tensor:
         """Any keys or queries ``[..., D]`` in that form; ``reuse``: complex numbers in memory that the next such call uses again."""
-        if self.table is None:
-            return x.float()
-        shape = (*x.shape[:-1], x.shape[-1] // 2)
-        return paired(x.float(), self.table, out=scratch(f"{self.purpose}, paired", shape, x, torch.complex64) if reuse else None)
+        return convert(x, self.table, f"{self.purpose}, paired" if reuse else None)
 
     def gather(self, token: Tensor, heads: slice = slice(None)) -> Tensor:
         keys = super().gather(token, heads)

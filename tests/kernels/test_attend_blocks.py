@@ -1,7 +1,5 @@
 """Attention over sinks, selected blocks and window: brute force, dense equality, partition, padding."""
 
-import importlib
-
 import numpy as np
 import pytest
 import torch
@@ -13,7 +11,6 @@ from hypothesis import strategies as st
 import brute
 
 IMPLS = ("reference", "vectorized")
-VECTORIZED = importlib.import_module("hipexp_kernels.attend_blocks.vectorized")
 HEADS = [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (1, 4), (2, 4), (1, 8)]  # key/value heads, query heads of each
 MODES = (None, "streaming", "infllm", "native", "dynamic")
 
@@ -44,12 +41,12 @@ def table_rows(call, mode):
     return max(packed, true)
 
 
-def run(impl, call, mode=None, rotary=0, trained=0, softcap=None):
+def run(impl, call, mode=None, rotary=0, trained=0, softcap=None, held=None):
     tensors = {name: torch.from_numpy(np.ascontiguousarray(x)) if isinstance(x, np.ndarray) else x for name, x in call.items()}
     for name in "qkv":
         tensors[name] = tensors[name].float()
     rotation = mode and AttendRotation(mode, brute.rope_table(table_rows(call, mode), rotary), trained)
-    out, lse = attend_blocks(**tensors, rotation=rotation, softcap=softcap, impl=impl)
+    out, lse = attend_blocks(**tensors, rotation=rotation, softcap=softcap, held=held, impl=impl)
     assert out.shape == call["q"].shape and lse.shape == out.shape[:-1] and lse.dtype == torch.float32
     return out.numpy(), lse.numpy()
 
@@ -74,14 +71,26 @@ def test_brute_force(impl, mode, call, partial, trained, softcap):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@given(call=calls(), softcap=st.sampled_from([None, 2.0]), least=st.integers(1, 40))
-def test_any_cut_of_the_keys_of_a_single_query(mode, call, softcap, least):
-    call["q"] = call["q"][:, :, :1]
+@given(data=st.data(), call=calls(), softcap=st.sampled_from([None, 2.0]))
+def test_steps_that_share_what_is_held(mode, data, call, softcap):
+    """Steps that follow each other, repeat, jump, and change the selection, each as if it were alone."""
+    T, (S, _, M), held = call["k"].shape[1], call["blocks"].shape, Held()
     options = dict(mode=mode, rotary=call["q"].shape[-1] // 2 * 2, trained=64, softcap=softcap)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(VECTORIZED, "LEAST_TOK", least)
-        patch.setattr(VECTORIZED, "FLOATS", 1)
-        compare(call, run("vectorized", call, **options), brute.attend_blocks(**call, **options), atol=3e-5)
+    rng = np.random.default_rng(0)
+    call |= dict(exact=np.zeros(1, bool), blocks=call["blocks"][:, :1], counts=call["counts"][:, :1])
+    position = int(call["first"][0])
+    for move in data.draw(st.lists(st.sampled_from([1, 1, 1, 1, 0, -1, 5, "select"]), max_size=12)):
+        if move == "select":
+            grid = np.arange(call["sink_tok"], max(position, call["sink_tok"]) + 1, call["block_tok"])
+            call["counts"] = np.full((S, 1), min(M, len(grid)))
+            call["blocks"] = np.full((S, 1, M), -1)
+            for s in range(S):
+                call["blocks"][s, 0, : call["counts"][s, 0]] = np.sort(rng.choice(grid, call["counts"][s, 0], replace=False))
+            held.clear()
+        else:
+            position = min(max(0, position + move), T - 1)
+        call |= dict(first=np.array([position]), q=rng.standard_normal((call["q"].shape[0], 1, 1, call["q"].shape[3])))
+        compare(call, run("vectorized", call, **options, held=held), brute.attend_blocks(**call, **options), atol=3e-5)
 
 
 def prefill(D=32, H=4, K=2, T=300, Q=16, block=8, sink=16, window=64, keep=6, seed=0):
@@ -221,7 +230,8 @@ def test_what_is_held_is_what_would_be_made_again(lists, mode, dtype):
             for mine, theirs in zip(attend_blocks(**call, held=held, impl="vectorized"), wanted, strict=True):
                 torch.testing.assert_close(mine, theirs, atol=1e-5 if dtype == torch.float32 else 3e-2, rtol=1e-2)
         size = k.element_size() * 2 * 8
-        assert held.bytes == (0 if mode == "native" else 2 * (4 + 4 * 4) * size)  # the sinks and the longest list, once
+        far, window = 2 * (4 + 4 * 4), (16 + 16 // 4 if mode else 0)  # sinks and the longest list with their values; a quarter more keys
+        assert held.bytes == (far + window) * size
 
 
 def test_rows_that_are_held_are_not_read_again():
@@ -237,14 +247,32 @@ def test_rows_that_are_held_are_not_read_again():
     torch.testing.assert_close(again, wanted)
 
 
+def test_a_window_is_made_once():
+    """A step that follows the last one makes its own key alone, until the room is spent; any other makes the whole window."""
+    made, held = [], Held()
+
+    def make(origin, begin, end):
+        made.append((origin, begin, end))
+        return torch.arange(begin, end).view(1, -1, 1).float().expand(2, -1, 4)
+
+    wanted = {10: (3, 3, 10), 11: (3, 10, 11), 12: (3, 11, 12), 13: (3, 12, 13), 14: (7, 7, 14), 15: (7, 14, 15)}
+    for end, call in [*wanted.items(), (15, (8, 8, 15)), (16, (8, 15, 16)), (18, (11, 11, 18)), (5, (0, 0, 5))]:
+        begin = max(0, end - 7)
+        keys, origin = held.window(begin, end, 10, make)
+        assert made.pop() == call and origin == call[0] and not made
+        assert keys.shape == (2, end - begin, 4) and keys[0, :, 0].tolist() == list(range(begin, end))
+    assert held.bytes == 2 * 10 * 4 * 4
+
+
 def test_what_is_held_has_room_for_one_selection():
     held, few, many = Held(), torch.ones(2, 3, 4), torch.ones(2, 6, 4)
-    held.add(0, few, few, room=4)
+    held.grow(0, 3, (few, few), room=4)
     with pytest.raises(ValueError, match="9 rows of a list are more than the 4 there was room for"):
-        held.add(0, many, many, room=9)
+        held.grow(0, 6, (many, many), room=9)
     for rows in (many, torch.ones(1, 6, 4), torch.ones(2, 6, 4, dtype=torch.bfloat16)):  # longer, of one head, in another format
         held.clear()
-        held.add(0, rows, 2 * rows, room=9)
+        for memory, number in zip(held.grow(0, 6, (rows, rows), room=9), (1, 2), strict=True):
+            memory.copy_(number * rows)
         assert [x.tolist() for x in held.rows(0, 6)] == [rows.tolist(), (2 * rows).tolist()] and held.count(0) == 6
 
 

@@ -74,7 +74,22 @@ def english_words(rng, words=60000):
     return {str(number): word for number, word in enumerate(made)}
 
 
-def write_resources(folder, seed=7, more_words=True):
+def write_punkt(folder, text):
+    """The four files of ``punkt_tab/english``, learnt from a text; returns what was learnt."""
+    from nltk.tabdata import TabEncoder
+    from nltk.tokenize.punkt import PunktTrainer
+
+    learnt, encoder = PunktTrainer(text).get_params(), TabEncoder()
+    inside = folder / "punkt_tab/english"
+    inside.mkdir(parents=True)
+    (inside / "collocations.tab").write_text(encoder.tups2tab(learnt.collocations))
+    (inside / "sent_starters.txt").write_text(encoder.set2txt(learnt.sent_starters))
+    (inside / "abbrev_types.txt").write_text(encoder.set2txt(learnt.abbrev_types))
+    (inside / "ortho_context.tab").write_text(encoder.ivdict2tab(learnt.ortho_context))
+    return learnt
+
+
+def write_resources(folder, seed=7, more_words=True, punkt=False):
     """All files in ``folder``, which is made; returns it."""
     rng = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -83,4 +98,6 @@ def write_resources(folder, seed=7, more_words=True):
         made["english_words.json"] = english_words(rng)
     for name, data in made.items():
         (folder / name).write_text(json.dumps(data), encoding="utf-8")
+    if punkt:
+        write_punkt(folder, made["PaulGrahamEssays.json"]["text"])
     return folder

@@ -7,10 +7,11 @@ import pytest
 
 import official_data
 from hipexp.config.schema import ConfigError, Task
-from hipexp.suites import check_task, open_suite, origins, rules_of, subtasks_of
+from hipexp.suites import check_task, filled, open_suite, origins, rules_of, subtasks_of
 from hipexp.suites.framing import Cut, cut_text, frame, template_of
-from hipexp.suites.infbench_official import SUBTASKS
+from hipexp.suites.infbench_official import PROTOCOLS, SUBTASKS
 from hipexp.suites.sample import DataMissing, digest
+from hipexp.suites.scoring.infbench import LISTS
 
 pytest.importorskip("lm_eval")
 WHOLE = Cut(True, True)
@@ -28,8 +29,7 @@ class Characters:
         return SimpleNamespace(input_ids=[1] * add_special_tokens + [ord(character) for character in text])
 
     def decode(self, ids, skip_special_tokens):
-        assert skip_special_tokens
-        return "".join(chr(i) for i in ids if i != 1)
+        return "".join("<s>" if i == 1 else chr(i) for i in ids if i != 1 or not skip_special_tokens)
 
 
 class ChatTokenizer(Characters):
@@ -58,7 +58,7 @@ def task(name, data, **more):
     return Task(name=name, data=data, samples=2, **{"protocol": protocol} | more)
 
 
-ALL = [("longbench", {}), ("longbench2", {}), ("infbench", {}), ("infbench", {"protocol": "chat"}), ("infbench", {"protocol": "infllm"})]
+ALL = [("longbench", {}), ("longbench2", {}), *(("infbench", {"protocol": name}) for name in PROTOCOLS)]
 
 
 @pytest.mark.parametrize(("name", "more"), ALL)
@@ -116,7 +116,12 @@ def test_samsum_ends_with_its_line(data, plain):
 
 
 def test_completion_has_no_chat_template_and_chat_has_a_system_message(data, chatty):
-    for protocol, prompts in (("completion", ""), ("chat", "<s>[system]You are a helpful assistant[user]"), ("infllm", "<s>[user]")):
+    for protocol, prompts in (
+        ("completion", ""),
+        ("chat", "<s>[system]You are a helpful assistant[user]"),
+        ("infllm", "<s>[user]"),
+        ("minference", "<s>[system]"),
+    ):
         suite = open_suite(task("infbench", data, subtasks=["passkey"], protocol=protocol), chatty, 1000, 0)
         sample = suite.sample(suite.items()[0])
         assert sample.prompt.startswith(prompts or suite._rows["passkey"][0]["context"])
@@ -159,6 +164,7 @@ def test_a_space_between_the_ends(plain):
         ("longbench2", {}, Cut(True, True)),
         ("infbench", {"protocol": "completion"}, Cut(False, True)),
         ("infbench", {"protocol": "chat"}, Cut(True, True)),
+        ("infbench", {"protocol": "minference"}, Cut(False, framed=True)),
     ],
 )
 def test_cuts_of_the_official_scripts(name, more, cut, data):
@@ -172,6 +178,61 @@ def test_cut_prompts_are_recorded(data, plain):
     assert len(sample.tokens) == 100 and sample.removed_tok == len(whole.tokens) - 100
     assert sample.prompt == whole.prompt[:49] + whole.prompt[-50:]  # the start token counts
     assert "100 tokens, before the chat template" in suite.card().truncation["rule"]
+
+
+@pytest.mark.parametrize("odd", [0, 1])
+def test_minference_cuts_with_the_template_around_and_the_new_tokens_taken_off(data, chatty, odd):
+    """Half of what is left at each end, an odd token lost, as tokens: nothing is decoded and encoded again."""
+    suite = open_suite(task("infbench", data, subtasks=["passkey"], protocol="minference", truncate_tok=100 + odd + 15), chatty, 1000, 0)
+    (whole,) = (
+        open_suite(task("infbench", data, subtasks=["passkey"], protocol="minference"), chatty, 1000, 0).sample(item)
+        for item in suite.items()[:1]
+    )
+    sample = suite.sample(suite.items()[0])
+    assert whole.prompt.startswith("<s>[system]") and whole.prompt.endswith("It is[assistant]") and "[user]" not in whole.prompt
+    assert sample.tokens == whole.tokens[:50] + whole.tokens[-50:] and sample.removed_tok == len(whole.tokens) - 100
+    assert sample.prompt.startswith("<s>[system]") and sample.prompt.endswith("It is[assistant]") and sample.max_new_tok == 15
+    card = suite.card()
+    assert card.length_tok == {"passkey": 115 + odd}
+    assert card.truncation["rule"] == (
+        f"first and last half of the limit less the new tokens, rounded down, never decoded, {115 + odd} tokens, with the chat template"
+    )
+
+
+def test_minference_has_ten_tasks_limits_and_a_scorer_of_its_own(data, plain):
+    suite = open_suite(task("infbench", data, protocol="minference"), plain, 1000, 0)
+    card = suite.card()
+    assert tuple(card.new_tok) == LISTS["minference_10"]
+    assert (card.new_tok["passkey"], card.new_tok["number_string"], card.new_tok["kv_retrieval"], card.new_tok["code_debug"]) == (
+        15,
+        20,
+        80,
+        5,
+    )
+    assert (card.protocol, card.edition) == ("minference", "minference")
+    assert filled(task("infbench", data, protocol="minference"), 1000).edition == "minference"
+    assert filled(task("infbench", data, protocol="infllm"), 1000).edition == "2024-06"
+    sample = next(suite.sample(item) for item in suite.items() if item.subtask == "kv_retrieval")
+    assert suite.score(sample, f"The{sample.references[0]}</s>") == 100
+    with pytest.raises(
+        ConfigError, match=r"task\.truncate_tok=1201 leaves no prompt of longbook_sum_eng beside its 1200 new tokens; use 1202 or more"
+    ):
+        open_suite(task("infbench", data, protocol="minference", truncate_tok=1201), plain, 1000, 0)
+
+
+def test_a_template_that_takes_no_system_message_is_refused_when_it_is_opened(data, chatty):
+    from jinja2 import TemplateError
+
+    def refuse(turns, **_):
+        if turns[0]["role"] == "system":
+            raise TemplateError("no system messages")
+        return "<s>" + turns[0]["content"]
+
+    chatty.apply_chat_template = refuse
+    for protocol in ("chat", "minference"):
+        with pytest.raises(ConfigError, match=r"refuses turns of system.* use another task.protocol or model"):
+            open_suite(task("infbench", data, subtasks=["passkey"], protocol=protocol), chatty, 1000, 0)
+    open_suite(task("infbench", data, subtasks=["passkey"], protocol="infllm"), chatty, 1000, 0)
 
 
 def test_what_data_are_decides_the_run(data, tmp_path, plain):

@@ -20,7 +20,7 @@ from hipexp.suites.ruler import SUBTASKS, TASKS, check_subtasks, make_rows
 from hipexp.suites.ruler import resources as files
 from hipexp.suites.ruler.generate import Draft, Frame, search, shrunk, undisturbed, words_of
 from hipexp.suites.sample import DataMissing
-from ruler_data import essays, write_resources
+from ruler_data import essays, write_punkt, write_resources
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("wonderwords")
@@ -423,21 +423,6 @@ def test_a_changed_file_is_read_again(tmp_path):
     os.utime(path, (1, 1))
     assert files.essay_words(tmp_path) == ["three"]
     assert files.digests(tmp_path, ["essays", "squad"]) == {path.name: hashlib.sha256(path.read_bytes()).hexdigest()} != before
-
-
-def write_punkt(folder, text):
-    """The four files of ``punkt_tab/english``, learnt from a text."""
-    from nltk.tabdata import TabEncoder
-    from nltk.tokenize.punkt import PunktTrainer
-
-    learnt, encoder = PunktTrainer(text).get_params(), TabEncoder()
-    inside = folder / files.PUNKT
-    inside.mkdir(parents=True)
-    (inside / "collocations.tab").write_text(encoder.tups2tab(learnt.collocations))
-    (inside / "sent_starters.txt").write_text(encoder.set2txt(learnt.sent_starters))
-    (inside / "abbrev_types.txt").write_text(encoder.set2txt(learnt.abbrev_types))
-    (inside / "ortho_context.tab").write_text(encoder.ivdict2tab(learnt.ortho_context))
-    return learnt
 
 
 def test_sentences_end_as_the_files_in_the_folder_say(tmp_path):

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from hipexp.config.schema import ConfigError
 from hipexp.suites import infbench as generated
 from hipexp.suites.scoring import score_rows
-from hipexp.suites.scoring.infbench import EDITIONS, LISTS, METRICS, NEW, OLD, averages, labels_of, score_infbench
+from hipexp.suites.scoring.infbench import EDITIONS, LISTS, METRICS, MINFERENCE, NEW, OLD, averages, labels_of, score_infbench
 
 needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs lm_eval")
-BY_LM_EVAL = ("longbook_sum_eng", "longbook_qa_eng", "longbook_qa_chn", "code_run")
+BY_LM_EVAL = ("longbook_sum_eng", "longbook_qa_eng", "longbook_qa_chn")
 CHANGED = ("longbook_choice_eng", "code_debug", "longdialogue_qa_eng")  # by the edition of August 2024
 WITHOUT = [task for task in METRICS if task not in BY_LM_EVAL]
 TASKS = [pytest.param(task, marks=needs_lm_eval if task in BY_LM_EVAL else ()) for task in METRICS]
@@ -240,6 +240,28 @@ def test_trap_a_fraction_for_a_whole_number_scores_0():
     assert old("math_find", "none", [5]) == 0
 
 
+def test_minference_differs_from_the_first_edition_in_two_tasks():
+    def theirs(*case):
+        return score_infbench(*case, edition=MINFERENCE)
+
+    assert theirs("math_find", "5.7", [5]) == theirs("math_find", "5.0", [5]) == theirs("math_find", "5", [5]) == 100
+    assert theirs("math_find", "5.7", [5.5]) == theirs("math_find", "none", [5]) == 0
+    assert theirs("math_find", "9" * 400, [5.5]) == 0
+    for said in ("Theabc-1", "abc-1</s>", "Toabc-1."):
+        assert theirs("kv_retrieval", said, ["abc-1"]) == 100 and old("kv_retrieval", said, ["abc-1"]) == 0
+    assert theirs("kv_retrieval", "the abc-12", ["abc-1"]) == 0
+    assert theirs("code_debug", "B", ["run", "B"]) == 0 and theirs("code_debug", "B.", ["run", "B"]) == 100  # as in the first edition
+    assert theirs("longdialogue_qa_eng", "Miranda Bell", ["MIRANDA BELL"]) == 0
+
+
+@pytest.mark.parametrize("subtask", [one for one in TASKS if one.values[0] not in ("kv_retrieval", "math_find")])
+@given(prediction=st.text(st.sampled_from("ABCDEI 0123456789.,:\n*-"), max_size=30))
+@settings(max_examples=40, deadline=None)
+def test_minference_agrees_with_the_first_edition_on_all_other_tasks(subtask, prediction):
+    references = RIGHT[subtask][1]
+    assert old(subtask, prediction, references) == score_infbench(subtask, prediction, references, MINFERENCE)
+
+
 def test_trap_numbers_as_text_are_turned_back():
     assert old("math_find", "34", ["34"]) == 100
     assert old("math_find", "34.0", ["34"]) == 0
@@ -248,12 +270,13 @@ def test_trap_numbers_as_text_are_turned_back():
     assert labels_of("code_run", ["-12"]) == [-12]
 
 
-@needs_lm_eval
 def test_code_run_takes_the_last_word():
     assert old("code_run", "func_1(3) returns -17.", [-17]) == 100
     assert old("code_run", "func_1(3) returns -17.", ["-17"]) == 100
     assert old("code_run", "-17 it is", [-17]) == 0
     assert old("code_run", "17", [-17]) == 0
+    assert old("code_run", "", [0]) == old("code_run", "...", [0]) == old("code_run", "3x", [3]) == 0
+    assert old("code_run", "-17\x00", [-17]) == 0  # part of the word, and lm_eval takes it off
 
 
 def test_trap_math_calc_ignores_signs_and_stops_at_the_first_wrong_value():
@@ -387,5 +410,5 @@ def test_references_that_do_not_fit_get_no_score(subtask, references, message):
 
 
 def test_an_unknown_edition_is_refused():
-    with pytest.raises(ConfigError, match="use 2024-06 or 2024-08"):
+    with pytest.raises(ConfigError, match="use 2024-06, 2024-08, minference"):
         score_infbench("passkey", "1", ["1"], edition="2025")

@@ -73,7 +73,7 @@ def test_no_rows_give_no_scores():
 def test_unknown_suites_editions_and_flags_are_refused():
     with pytest.raises(ConfigError, match="use one of infbench, longbench, longbench2, ruler"):
         score_rows("babilong", [row()])
-    with pytest.raises(ConfigError, match="edition='2023' is no edition of the scorer of infbench; use 2024-06 or 2024-08"):
+    with pytest.raises(ConfigError, match="edition='2023' is no edition of the scorer of infbench; use 2024-06, 2024-08, minference"):
         score_rows("infbench", [row()], "2023")
     with pytest.raises(ConfigError, match="of ruler; use 2026-07"):
         score_rows("ruler", [row("vt")], "2024-06")

@@ -1,6 +1,7 @@
-"""Scores of ∞Bench's twelve tasks by the official rules (arXiv 2402.13718), in both editions of the official scorer.
+"""Scores of ∞Bench's twelve tasks by the official rules (arXiv 2402.13718), in both editions of the official scorer, and by MInference's.
 
-The published numbers were made with the edition of June 2024; that of August 2024 changed En.MC, En.Dia and Code.Debug.
+The published numbers were made with the edition of June 2024; that of August 2024 changed En.MC, En.Dia and Code.Debug. MInference scores
+by its own copy of the first, with other rules for Retrieve.KV and Math.Find (edition ``minference``).
 ``passkey``, ``number_string``, ``kv_retrieval``, the option tasks and the mathematics need nothing but Python.
 """
 
@@ -14,11 +15,14 @@ from functools import cache
 from typing import Any
 
 from hipexp.config.schema import ConfigError
-from hipexp.suites.lm_eval import VERSION, check_installed, suite_module
+from hipexp.suites.lm_eval import VERSION, check_installed
 from hipexp.suites.scoring.longbench import lm_metrics
 
-OLD, NEW = EDITIONS = ("2024-06", "2024-08")
-SCORER = f"hipexp-1: rules of OpenBMB/InfiniteBench 88b3daa (2024-06) and 51d9b37 (2024-08), functions of lm_eval {VERSION}"
+OLD, NEW, MINFERENCE = EDITIONS = ("2024-06", "2024-08", "minference")
+SCORER = (
+    "hipexp-2: rules of OpenBMB/InfiniteBench 88b3daa (2024-06) and 51d9b37 (2024-08) and of microsoft/MInference 3581688 (minference), "
+    f"functions of lm_eval {VERSION}"
+)
 DECIMALS = 2
 METRICS = {
     "passkey": "first_number",
@@ -59,7 +63,7 @@ def score_infbench(
     Raises ``ConfigError`` for an unknown task or edition, for references that do not fit, and where lm_eval is needed and missing.
     """
     if edition not in EDITIONS:
-        raise ConfigError(f"edition={edition!r} is no edition of the scorer of infbench; use {' or '.join(EDITIONS)}")
+        raise ConfigError(f"edition={edition!r} is no edition of the scorer of infbench; use {', '.join(EDITIONS)}")
     labels = labels_of(subtask, references, options)
     match subtask:
         case "passkey" | "number_string":
@@ -79,11 +83,11 @@ def score_infbench(
         case "code_debug":
             score = is_faulty_function(prediction, labels, edition)
         case "code_run":
-            score = suite_module("infinitebench.utils").process_results_code_run({"answer": [str(labels[0])]}, [prediction])["score"]
+            score = ends_with(prediction, labels[0])
         case "math_calc":
             score = leading_share(prediction, labels, drop_first_number)
         case "math_find":
-            score = is_number(prediction, labels[0])
+            score = is_number(prediction, labels[0], edition)
     return 100.0 * score
 
 
@@ -99,7 +103,9 @@ def spaced(text: str, characters: str = "\n:\"'.,?!{}") -> str:
 
 
 def has_value(prediction: str, label: Any, edition: str) -> bool:
-    """Whether ``label`` is one of the words of the output. A label that is itself a list is no word in the old edition."""
+    """Whether ``label`` is one of the words of the output. A label that is itself a list is a word in the new edition only."""
+    if edition == MINFERENCE:
+        prediction = re.sub("</s>|The|To", " ", spaced(prediction))
     if isinstance(label, list):
         return edition == NEW and label[0] in spaced(prediction).split()
     return label in spaced(prediction).split()
@@ -158,7 +164,7 @@ def is_choice(prediction: str, label: Sequence[str], edition: str) -> bool:
 def is_faulty_function(prediction: str, label: Sequence[str], edition: str) -> bool:
     """Code.Debug: whether the output chooses the function whose name and letter are ``label``."""
     text, letter = prediction.strip(), label[1]
-    if edition == OLD and text[:2] in (f"{letter}.", f"{letter}:"):
+    if edition != NEW and text[:2] in (f"{letter}.", f"{letter}:"):
         return True
     if edition == NEW and last_letter(text, LETTERS["code_debug"]) == letter:
         return True
@@ -182,12 +188,26 @@ def leading_share(prediction: str, labels: Sequence[int], drop_first_number: boo
     return sum(itertools.takewhile(bool, right)) / len(labels)
 
 
-def is_number(prediction: str, label: int | float) -> bool:
-    """Math.Find: whether the first number is ``label``. Where the official scorer fails, on a fraction for a whole one, it is not."""
+def ends_with(prediction: str, label: int) -> bool:
+    """Code.Run: whether the last word is ``label``. lm_eval takes control characters off before, which the official scorer does not."""
+    words = spaced(prediction, "\n.`'\":").split()
+    try:
+        return bool(words) and int(words[-1]) == label
+    except ValueError:
+        return False
+
+
+def is_number(prediction: str, label: int | float, edition: str) -> bool:
+    """Math.Find: whether the first number is ``label``. Where the official scorer fails, on a fraction for a whole one, it is not.
+
+    MInference's rounds the fraction down.
+    """
     found = re.search(NUMBER, prediction)
     try:
+        if found is not None and edition == MINFERENCE:
+            return type(label)(float(found[0])) == label
         return found is not None and type(label)(found[0]) == label
-    except ValueError:
+    except (ValueError, OverflowError):
         return False
 
 

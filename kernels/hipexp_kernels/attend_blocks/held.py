@@ -2,55 +2,81 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+NOTHING = torch.empty(0, 0, 0)
+
 
 class Held:
-    """Rotated keys, and values, of sinks and selected blocks of one sequence in one layer, for as long as its selection stays.
+    """What decode steps of one sequence in one layer attend to again: sinks and selected blocks, and the window, keys rotated.
 
     Between two selections the tokens before the window keep their places, and only grow at their end: the window moves on and leaves
-    tokens of selected blocks behind. ``clear`` it whenever something else is selected.
+    tokens of selected blocks behind. ``clear`` them whenever something else is selected. Of the window's keys only the distance to the
+    query counts, so they are rotated as if the sequence began at its origin, one token of it, and stay when the selection changes.
     """
 
     def __init__(self) -> None:
         self._rows: dict[int, list[Tensor]] = {}  # by number of the list: keys and values [K, room, D]
         self._counts: dict[int, int] = {}
+        self._window = NOTHING  # keys [K, room, D] of the tokens from origin to end
+        self._origin = self._end = 0
 
     def clear(self) -> None:
-        """Forget all rows; their memory is used again."""
+        """Forget sinks and selected blocks; their memory is used again."""
         self._counts.clear()
 
     def count(self, number: int) -> int:
         """How many rows of a list are held."""
         return self._counts.get(number, 0)
 
-    def add(self, number: int, keys: Tensor, values: Tensor, room: int) -> None:
-        """Hold ``keys`` and ``values`` ``[K, n, D]`` behind those that are held, of which there will never be more than ``room``."""
-        begin = self.count(number)
-        end, pair = begin + keys.shape[1], (keys, values)
-        if begin == 0 and not self._fits(number, pair, room):
-            with torch.inference_mode(False):  # usable within and outside
-                self._rows[number] = [torch.empty(x.shape[0], room, x.shape[2], dtype=x.dtype, device=x.device) for x in pair]
-        if end > self._rows[number][0].shape[1]:
-            raise ValueError(f"{end} rows of a list are more than the {self._rows[number][0].shape[1]} there was room for; clear it first")
-        for held, new in zip(self._rows[number], pair, strict=True):
-            held[:, begin:end] = new
-        self._counts[number] = end
+    def grow(self, number: int, n: int, like: tuple[Tensor, Tensor], room: int) -> tuple[Tensor, Tensor]:
+        """Memory for ``n`` more keys and values ``[K, n, D]`` of a list, to be written now; there will never be more than ``room`` rows.
 
-    def _fits(self, number: int, pair: tuple[Tensor, Tensor], room: int) -> bool:
-        held = self._rows.get(number, ())
-        return bool(held) and all(
-            (x.shape[0], x.shape[2], x.dtype, x.device) == (h.shape[0], h.shape[2], h.dtype, h.device) and h.shape[1] >= room
-            for x, h in zip(pair, held, strict=True)
-        )
+        ``like``: keys and values of the same heads.
+        """
+        begin, end = self.count(number), self.count(number) + n
+        if begin == 0:
+            held = self._rows.get(number, (NOTHING, NOTHING))
+            self._rows[number] = [_with_room(old, new, room) for old, new in zip(held, like, strict=True)]
+        keys, values = self._rows[number]
+        if end > keys.shape[1]:
+            raise ValueError(f"{end} rows of a list are more than the {keys.shape[1]} there was room for; clear it first")
+        self._counts[number] = end
+        return keys[:, begin:end], values[:, begin:end]
 
     def rows(self, number: int, n: int) -> tuple[Tensor, Tensor]:
         """The first ``n`` keys and values of a list."""
         keys, values = self._rows[number]
         return keys[:, :n], values[:, :n]
 
+    def window(self, begin: int, end: int, room: int, make: Callable[[int, int, int], Tensor]) -> tuple[Tensor, int]:
+        """Keys ``[K, end - begin, D]`` of the window from token ``begin`` to ``end``, and its origin.
+
+        ``make(origin, begin, end)`` rotates those of some tokens. A step that follows the last one adds its own token; any other makes all
+        anew, as does one for which ``room`` tokens from the origin on are not enough.
+        """
+        if not (self._origin <= begin <= self._end == end - 1 and end - self._origin <= self._window.shape[1]):
+            self._origin = self._end = begin
+        new, at = make(self._origin, self._end, end), self._end - self._origin
+        if at == 0:
+            self._window = _with_room(self._window, new, room)
+        self._window[:, at : at + new.shape[1]] = new
+        self._end = end
+        return self._window[:, begin - self._origin : end - self._origin], self._origin
+
     @property
     def bytes(self) -> int:
         """Bytes allocated."""
-        return sum(x.numel() * x.element_size() for pair in self._rows.values() for x in pair)
+        return sum(x.numel() * x.element_size() for x in (self._window, *(x for pair in self._rows.values() for x in pair)))
+
+
+def _with_room(held: Tensor, like: Tensor, room: int) -> Tensor:
+    """``held``, or new memory ``[K, room, D]`` if that does not fit rows such as ``like``."""
+    fits = (held.shape[0], held.shape[2], held.dtype, held.device) == (like.shape[0], like.shape[2], like.dtype, like.device)
+    if fits and held.shape[1] >= room:
+        return held
+    with torch.inference_mode(False):  # usable within and outside
+        return torch.empty(like.shape[0], room, like.shape[2], dtype=like.dtype, device=like.device)

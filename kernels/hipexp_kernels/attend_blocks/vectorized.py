@@ -1,4 +1,4 @@
-"""Block by block: one dense, unmasked attention over a packed tile of keys, and one small causal one over the block itself.
+"""Block by block: one dense, unmasked attention over packed keys, and one small causal one over the block itself.
 
 The query heads of a key/value head are rows of the same product. The two parts are merged by their log-sum-exp.
 """
@@ -8,13 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hipexp_kernels.attend_blocks.dense import attend_all
 from hipexp_kernels.attend_blocks.held import Held
+from hipexp_kernels.attend_blocks.vectorized_decode import attend_one
 from hipexp_kernels.merge_lse.vectorized import merge_lse
 from hipexp_kernels.rope import AttendRotation, turn
 from hipexp_kernels.rows import KeyRows, Rows
-
-# Keys in flight for a single query: few enough that they are in the cache when they are used.
-FLOATS, LEAST_TOK = 1 << 19, 64
 
 
 def attend_blocks(
@@ -24,6 +23,11 @@ def attend_blocks(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     H, N, Q, D = q.shape
     (K, T, _), exact = k.shape, exact.bool()
+    if Q == N == 1 and not exact[0]:
+        return attend_one(
+            q, k, v, blocks[:, 0], counts[:, 0], int(first[0]), held or Held(),
+            block_tok=block_tok, sink_tok=sink_tok, window_tok=window_tok, scale=scale, rotation=rotation, softcap=softcap,
+        )  # fmt: skip
     keys = KeyRows(
         k,
         rotation.table if rotation else None,
@@ -37,62 +41,27 @@ def attend_blocks(
     n_far = near.clamp(max=sink_tok) + n_selected
     rows = _queries(q, first, exact, n_far, first - near + 1, T, rotation).to(v.dtype).reshape(K, N, -1, D)
     out, lse = torch.zeros_like(rows), torch.full(rows.shape[:3], float("-inf"), device=q.device)
-    alone = int(Q == 1)  # a single query attends to itself with the others: no causal part is left
-    prefix = _true_keys(k, int((first[exact] + alone).amax()) if exact.any() else 0, keys)
-    tile = max(LEAST_TOK, FLOATS // (K * D))  # for a single query; many are worth a product over all keys
-    held = held if alone and N == 1 and (rotation is None or rotation.mode == "streaming") else None
+    prefix = _true_keys(k, int(first[exact].amax()) if exact.any() else 0, keys)
     lists = [slice(s, s + 1) for s in range(K)] if len(blocks) > 1 else [slice(0, K)]
     for n, (start, begin, is_exact) in enumerate(zip(first.tolist(), near.tolist(), exact.tolist(), strict=True)):
-        end, last = start + alone, start + Q - 1
         for s, heads in enumerate(lists):
+            if start == 0:
+                continue  # a block that begins with token 0 sees itself alone
             if is_exact:
-                if end:
-                    out[heads, n], lse[heads, n] = attend_all(
-                        rows[heads, n], prefix[heads, :end].to(v.dtype), v[heads, :end], scale, softcap
-                    )
-                continue
-            sinks, window = torch.arange(min(sink_tok, begin), device=k.device), torch.arange(begin, end, device=k.device)
-            token = torch.cat([sinks, selected[s, n, : n_selected[s, n]], window])
-            angle = rotation.keys(token, start, last, int(n_far[s, n]), window_tok) if rotation else None
-            far, n_keys = int(n_far[s, n]), len(token)
-            kept = held if len(sinks) == sink_tok else None  # from there on sinks and selected tokens keep their places
-            have = kept.count(s) if kept is not None else 0
-            parts = [attend_all(rows[heads, n], *kept.rows(s, have), scale, softcap)] if kept is not None and have else []
-            cuts = [*_cut(have, far, tile), *_cut(far, n_keys, tile)] if alone else _cut(0, n_keys, n_keys)
-            for part in cuts:
-                some = token[None, part]
-                if part.start >= far:  # window, one after the other: they can stay where they are
-                    run = slice(int(some[0, 0]), int(some[0, 0]) + some.shape[1])
-                    tile_k = keys.gather(some, heads) if keys.once else keys.convert(k[heads, run], reuse=True)
-                    tile_v = v[heads, run]
-                else:
-                    tile_k, tile_v = keys.gather(some, heads), values.gather(some, heads)
-                tile_k = (tile_k if angle is None else turn(tile_k, angle[part], scratch=True)).to(v.dtype)
-                if kept is not None and part.start < far:
-                    kept.add(s, tile_k, tile_v, sink_tok + selected.shape[2])
-                parts.append(attend_all(rows[heads, n], tile_k, tile_v, scale, softcap))
-            if parts:
-                out[heads, n], lse[heads, n] = merge_lse(*map(list, zip(*parts, strict=True))) if len(parts) > 1 else parts[0]
-    if not alone:
-        own_out, own_lse = _attend_own_block(q, keys, values, first, scale, softcap)
-        out, lse = merge_lse([out, own_out.view(out.shape)], [lse, own_lse.view(lse.shape)])
+                tile_k, tile_v = prefix[heads, :start], v[heads, :start]
+            else:
+                sinks, window = torch.arange(min(sink_tok, begin), device=k.device), torch.arange(begin, start, device=k.device)
+                token = torch.cat([sinks, selected[s, n, : n_selected[s, n]], window])
+                if not len(token):
+                    continue
+                tile_k, tile_v = keys.gather(token[None], heads), values.gather(token[None], heads)
+                if rotation:
+                    angle = rotation.keys(token, start, start + Q - 1, int(n_far[s, n]), window_tok)
+                    tile_k = turn(tile_k, angle, scratch=True)
+            out[heads, n], lse[heads, n] = attend_all(rows[heads, n], tile_k.to(v.dtype), tile_v, scale, softcap)
+    own_out, own_lse = _attend_own_block(q, keys, values, first, scale, softcap)
+    out, lse = merge_lse([out, own_out.view(out.shape)], [lse, own_lse.view(lse.shape)])
     return out.view(K, N, -1, Q, D).transpose(1, 2).reshape(H, N, Q, D), lse.view(K, N, -1, Q).transpose(1, 2).reshape(H, N, Q)
-
-
-def attend_all(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Softmax attention of ``q`` ``[K, R, D]`` over keys ``[K, n, D]`` (where ``mask`` is true): output and log-sum-exp ``[K, R]``."""
-    bias = None if mask is None else torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
-    if q.device.type == "cpu" and softcap is None:
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q[None], k[None], v[None], attn_mask=bias, scale=scale)
-        return out[0], lse[0].float()
-    logits = (q @ k.transpose(-1, -2)).float() * scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    if bias is not None:
-        logits = logits + bias
-    return torch.softmax(logits, -1).to(v.dtype) @ v, torch.logsumexp(logits, -1)
 
 
 def _selected(blocks: Tensor, counts: Tensor, near: Tensor, block_tok: int) -> tuple[Tensor, Tensor]:
@@ -111,11 +80,6 @@ def _queries(
     position = (first[:, None] + torch.arange(q.shape[3], device=q.device)).clamp(max=n_keys - 1)
     at = torch.where(exact[:, None], position, rotation.query(position, first[:, None], n_far[..., None], n_near[:, None]))
     return turn(q, rotation.table.factor[at].unsqueeze(-3))
-
-
-def _cut(begin: int, end: int, size: int) -> list[slice]:
-    """Parts of ``size`` from ``begin`` to ``end``, the last one shorter."""
-    return [slice(at, min(at + size, end)) for at in range(begin, end, size)] if begin < end else []
 
 
 def _true_keys(k: Tensor, length: int, keys: KeyRows) -> Tensor:

@@ -1,0 +1,82 @@
+"""A single query. What the step before attended to is held, rotated, and attended to again; only what is new is read and rotated."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hipexp_kernels.attend_blocks.dense import attend_all
+from hipexp_kernels.attend_blocks.held import Held
+from hipexp_kernels.merge_lse.vectorized import merge_lse
+from hipexp_kernels.rope import AttendRotation, RopeTable, turn
+from hipexp_kernels.rows import convert, scratch
+
+
+def attend_one(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, counts: Tensor, position: int, held: Held, *,
+    block_tok: int, sink_tok: int, window_tok: int, scale: float, rotation: AttendRotation | None, softcap: float | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output ``[H, 1, 1, D]`` and log-sum-exp of ``q`` ``[H, 1, 1, D]`` at ``position``; ``blocks`` ``[S, M]`` and ``counts`` ``[S]``."""
+    H, K, shape, table = len(q), len(k), q.shape, rotation.table if rotation else None
+    begin, end = max(0, position - window_tok + 1), position + 1
+    q = convert(q, table).view(K, H // K, -1)
+    near_rows, near_keys = _window(q, k, table, begin, end, window_tok, held)
+    places_stay = (rotation is None or rotation.mode == "streaming") and begin >= sink_tok
+    if not places_stay:
+        held.clear()
+    parts = []
+    for s, heads in enumerate([slice(s, s + 1) for s in range(K)] if len(blocks) > 1 else [slice(0, K)]):
+        part = [attend_all(near_rows[heads], near_keys[heads], v[heads, begin:end], scale, softcap)]
+        token = _far_tokens(blocks[s, : counts[s]], block_tok, min(sink_tok, begin), begin)
+        if n_far := len(token):
+            rows, angle = q[heads], None
+            if rotation:
+                angle = rotation.keys(token, position, position, n_far, window_tok)
+                at = rotation.query(torch.tensor(position), position, n_far, end - begin)
+                rows = turn(rows, rotation.table.factor[at])
+            room = sink_tok + blocks.shape[1] * block_tok
+            _hold(held, s, k[heads], v[heads], table, token, angle, room)
+            part.append(attend_all(rows.to(v.dtype), *held.rows(s, n_far), scale, softcap))
+        parts.append(merge_lse(*map(list, zip(*part, strict=True))))
+    out, lse = (torch.cat(some) for some in zip(*parts, strict=True))
+    return out.view(shape), lse.view(H, 1, 1)
+
+
+def _window(
+    q: Tensor, k: Tensor, table: RopeTable | None, begin: int, end: int, window_tok: int, held: Held
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Rows ``[K, R, D]`` of converted queries ``q`` and the window's keys ``[K, n, D]``, rotated as if the sequence began at its origin."""
+    if table is None:
+        return q.to(k.dtype), k[:, begin:end]
+    factor = table.factor
+
+    def make(origin: int, begin: int, end: int) -> Tensor:
+        keys = convert(k[:, begin:end], table, "window keys, paired")
+        return turn(keys, factor[begin - origin : end - origin], scratch=True).to(k.dtype)
+
+    keys, origin = held.window(begin, end, min(window_tok + window_tok // 4, len(factor)), make)
+    return turn(q, factor[end - 1 - origin]).to(k.dtype), keys
+
+
+def _far_tokens(blocks: Tensor, block_tok: int, n_sinks: int, begin: int) -> Tensor:
+    """Tokens of sinks and selected ``blocks`` before the window, which begins at token ``begin``."""
+    tokens = (blocks[:, None] + torch.arange(block_tok, device=blocks.device)).flatten()
+    return torch.cat([torch.arange(n_sinks, device=blocks.device), tokens[tokens < begin]])
+
+
+def _hold(
+    held: Held, number: int, k: Tensor, v: Tensor, table: RopeTable | None, token: Tensor, angle: Tensor | None, room: int
+) -> None:  # fmt: skip
+    """Add those of ``token`` that are not in a list yet, head by head: what is gathered is in the processor's cache when it is rotated."""
+    have = held.count(number)
+    if have >= len(token):
+        return
+    token = token[have:]
+    keys, values = held.grow(number, len(token), (k, v), room)
+    for raw_k, raw_v, new_k, new_v in zip(k, v, keys, values, strict=True):
+        torch.index_select(raw_v, 0, token, out=new_v)
+        if table is None or angle is None:
+            torch.index_select(raw_k, 0, token, out=new_k)
+            continue
+        raw = torch.index_select(raw_k, 0, token, out=scratch("held keys", (len(token), k.shape[2]), k))
+        new_k.copy_(turn(convert(raw, table, "held keys, paired"), angle[have:], scratch=True))
