@@ -18,7 +18,7 @@ DEV := $(VENV)/.dev
 PIP := $(RUN) -m pip --disable-pip-version-check install --constraint constraints.txt --no-build-isolation
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check needle needle-table aot bench-cpu gpu repro-table2
+.PHONY: help setup demo test test-all check check-official needle needle-table aot bench-cpu gpu repro-table2
 
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ test-all: $(DEV) ## the tests and the slow rest, an hour at most
 check: $(DEV) ## style and types
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
+
+check-official: $(DEV) ## our scores and RULER rows beside the official code, fetched at fixed commits (needs a network; about 10 minutes)
+	OMP_NUM_THREADS=1 $(RUN) tests/suites/official_code.py
 
 needle: $(CORE) ## train the embedded model from nothing (over an hour on 2 cores, minutes on a GPU; resumable)
 	$(RUN) -m hipexp.needle.train

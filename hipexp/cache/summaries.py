@@ -31,7 +31,7 @@ class KeySummaries:
             new = summarize(k[:, first_tok + self._n_pieces * piece_tok : first_tok + n_pieces * piece_tok], piece_tok=piece_tok)
             self._append(new, n_pieces)
         assert self._rows is not None
-        return Summaries(self._rows[:, :n_pieces], piece_tok)
+        return Summaries(self._rows[:, :n_pieces], piece_tok, first_tok)
 
     @property
     def bytes(self) -> int:

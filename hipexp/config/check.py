@@ -323,24 +323,20 @@ def _check_stages(stages: list[Stage], key: Key) -> None:
 
 
 def _check_bounds(stages: list[Stage], key: Key, plan: LayerPlan, window_key: str) -> None:
-    """Summaries serve the first stage, whose chunks are whole, where all keys of a chunk are rotated alike."""
+    """Summaries serve stages whose chunks are whole, where all keys of a chunk are rotated alike."""
+    longest = stages[0].chunk_tok if stages else 0
     for number, stage in enumerate(stages):
         if stage.representative is not Representative.bounds:
             continue
-        if number:
-            raise ConfigError(
-                f"{key(number, 'representative')}=bounds must be the first stage's: summaries are of chunks that follow each other; "
-                f"try descent, grid or exact"
-            )
         if stage.rope in BY_TRUE_POSITION:
             raise ConfigError(
                 f"{key(number, 'representative')}=bounds must not stand beside pruning at true positions, here {stage.rope.value}: "
                 f"the keys of a chunk have to be rotated alike; try pipeline.rope.prune=relative, chunk_indexed or infllm"
             )
-        if plan.window_tok < 2 * stage.chunk_tok:
+        if plan.window_tok < 2 * longest:
             raise ConfigError(
-                f"{window_key}={plan.window_tok} must be at least {2 * stage.chunk_tok}, twice {_short(key(number, 'chunk_tok'))}, for "
-                f"{_short(key(number, 'representative'))}=bounds: else chunks would end behind the query; try {2 * stage.chunk_tok}"
+                f"{window_key}={plan.window_tok} must be at least {2 * longest}, twice {_short(key(0, 'chunk_tok'))}, for "
+                f"{_short(key(number, 'representative'))}=bounds: else chunks would end behind the query; try {2 * longest}"
             )
 
 

@@ -24,7 +24,7 @@ class Representative(str, Enum):
     descent = "descent"  # binary descent, two probes per level (InfiniteHiP)
     grid = "grid"  # best of as many evenly spaced keys
     exact = "exact"  # best of all keys of the chunk
-    bounds = "bounds"  # best of two landmarks for every 64 keys, summarized once; first stage only
+    bounds = "bounds"  # best of two landmarks for every 64 keys (or chunk, if that is smaller), summarized once
 
 
 class PruneRope(str, Enum):

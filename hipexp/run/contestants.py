@@ -33,7 +33,7 @@ def decode_contestants(device: torch.device) -> list[Contestant]:
     """
     common = [Contestant("matmuls packed", _decode_matmuls), Contestant("flex packed", _decode_flex, missing_compiler)]
     if device.type == "cpu":
-        return [Contestant("sdpa packed", _decode_sdpa), *common]
+        return [Contestant("sdpa packed", _decode_sdpa), Contestant("matmuls, keys first", _decode_keys_first), *common]
     backends = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
     return [
         *(Contestant(f"sdpa {name} packed", partial(_decode_sdpa, backend=backend)) for name, backend in backends.items()),
@@ -65,6 +65,12 @@ def _decode_flash_gqa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _decode_matmuls(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     logits = (packed(q, k) * q.shape[-1] ** -0.5) @ k.mT
+    return (torch.softmax(logits, -1, dtype=torch.float32).to(v.dtype) @ v).view(q.shape)
+
+
+def _decode_keys_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same with keys as the left factor, which on some processors comes through memory twice as fast, and one copy of the logits."""
+    logits = (k @ (packed(q, k) * q.shape[-1] ** -0.5).mT).mT.contiguous()
     return (torch.softmax(logits, -1, dtype=torch.float32).to(v.dtype) @ v).view(q.shape)
 
 

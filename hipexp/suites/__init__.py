@@ -37,7 +37,7 @@ def _check_own(task: Task) -> None:
     from hipexp.suites.scoring.infbench import EDITIONS
 
     if task.edition is not None and task.edition not in EDITIONS:
-        raise ConfigError(f"task.edition={task.edition} is no edition of the official scorer; use {', '.join(EDITIONS)}")
+        raise ConfigError(f"task.edition={task.edition} is no edition of the official scorer; use {' or '.join(EDITIONS)}")
     own = task.protocol == OWN
     fields = {"edition": None, "data": None} if own else {"length_tok": None, "wording": "default"}
     for name, default in fields.items():

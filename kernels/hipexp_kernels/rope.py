@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -155,8 +156,11 @@ class AttendRotation:
     table: RopeTable
     trained_tok: int
 
-    def query(self, position: Tensor, first: int, n_far: int, window_tok: int) -> Tensor:
-        """Table rows of queries at ``position`` in a block that starts at ``first`` and attends to ``n_far`` keys before its window."""
+    def query(self, position: Any, first: Any, n_far: Any, window_tok: Any) -> Any:
+        """Table rows, ints or tensors of them, of queries at ``position`` in a block that starts at ``first``.
+
+        It attends to ``n_far`` keys before its window.
+        """
         if self.mode == "streaming":
             return position - first + n_far + window_tok - 1
         if self.mode == "infllm":

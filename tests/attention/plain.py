@@ -23,11 +23,10 @@ def first_candidates(plan, stages, first):
     return [start for start in range(plan.sink_tok, first, chunk) if start <= first - scan]
 
 
-def landmarks(plan, stages, k, chunks):
+def landmarks(plan, stage, k, chunks):
     """Those of every chunk ``[K][C]``: two for each piece, which is as long as the shortest chunk that is summarized, or 64 tokens."""
-    summarized = [part[0].chunk_tok for part in (plan.stages, plan.decode) if part[0].representative is Representative.bounds]
-    size, piece = stages[0].chunk_tok, min(64, *summarized)
-    return [[[x for p in range(c, c + size, piece) for x in brute.landmarks(keys[p : p + piece])] for c in chunks] for keys in k]
+    piece = min(64, *(each.chunk_tok for each in (*plan.stages, *plan.decode) if each.representative is Representative.bounds))
+    return [[[x for p in range(c, c + stage.chunk_tok, piece) for x in brute.landmarks(keys[p : p + piece])] for c in chunks] for keys in k]
 
 
 def select(plan, stages, q, k, at, rotary, trained, memory=None, due=0):
@@ -46,7 +45,7 @@ def select(plan, stages, q, k, at, rotary, trained, memory=None, due=0):
         scores, margins = brute.score_chunks(
             pooled[:, None], k, np.array(chunks, int)[None, None], np.array([[len(chunks)]]), np.array([limit]), stage.chunk_tok,
             stage.representative.value, mode, rotary, trained, scan, [group], [first], [first + size - 1],
-            landmarks=stage.representative is Representative.bounds and landmarks(plan, stages, k, chunks),
+            landmarks=stage.representative is Representative.bounds and landmarks(plan, stage, k, chunks),
         )  # fmt: skip
         best, keep = scores[:, 0].max(0), stage.keep_tok // stage.chunk_tok
         ranking = -np.sort(-best)

@@ -85,8 +85,8 @@ def on(impl, monkeypatch):
         monkeypatch.setattr(importlib.import_module(f"hipexp_kernels.{op}"), "choose", lambda _, known, device=None: known[impl])
 
 
-def layer(heads=Heads.shared, **first):
-    stages = [dataclasses.replace(STAGES[0], **first), *STAGES[1:]]
+def layer(heads=Heads.shared, second=None, **first):
+    stages = [dataclasses.replace(STAGES[0], **first), dataclasses.replace(STAGES[1], **(second or {})), *STAGES[2:]]
     plan = LayerPlan(0, stages, stages, sink_tok=16, window_tok=128, heads=heads, attend=AttendRope.streaming, groups=[])
     return LayerAttention(plan, "hip", RopeTables(cos_sin, 512), D**-0.5)
 
@@ -116,7 +116,8 @@ def test_a_step_is_a_few_launches(monkeypatch, counted, heads, first):
     from hipexp.config.schema import Representative
 
     on("triton", monkeypatch)
-    attention = layer(heads, representative=Representative(first))
+    by = dict(representative=Representative(first))
+    attention = layer(heads, second=by, **by)
     cached, full = (step(attention, 900, number, counted) for number in (CACHED, FULL))
     assert (cached.launches, cached.operations) == (1, [])
     assert (full.launches, full.operations) == (7, [])  # two for every stage, and attention, whose last program merges

@@ -84,10 +84,11 @@ def layers(draw, strategy):
     sizes = draw(st.sampled_from([(32, 8, 4), (16, 8, 8), (32, 4, 1), (16, 8, 2)]))
     keep, window = draw(st.integers(2, 5)) * sizes[0], draw(st.sampled_from([16, 32, 48, 64]))
     by_keys = [Representative.descent, Representative.grid, Representative.exact]
-    first = [*by_keys, Representative.bounds] if window >= 2 * sizes[0] and strategy not in BY_TRUE_POSITION else by_keys
+    summarized = window >= 2 * sizes[0] and strategy not in BY_TRUE_POSITION
+    known = [[*by_keys, Representative.bounds] if summarized and chunk != 2 else by_keys for chunk in sizes]  # of two keys none is farther
 
     def drawn(last_keep, last_block):
-        representatives = [draw(st.sampled_from(known)) for known in (first, by_keys, by_keys)]
+        representatives = [draw(st.sampled_from(some)) for some in known]
         numbers = (keep, 16, 4, 6), (32, 16, draw(st.sampled_from([1, 4])), 3), (last_keep, last_block, 1, 2)
         return [Stage(c, *n, r, strategy) for c, n, r in zip(sizes, numbers, representatives, strict=True)]
 

@@ -126,11 +126,6 @@ CASES = {
         [S3, "pipeline.stages.0.representative=bound"],
         "pipeline.stages.0.representative=bound is unknown; did you mean bounds?",
     ),
-    "bounds in a later stage": (
-        [S3, "pipeline.layers.early.stages.1={representative: bounds}"],
-        "pipeline.layers.early.stages.1.representative=bounds must be the first stage's: summaries are of chunks that follow each other; "
-        "try descent, grid or exact",
-    ),
     "bounds at true positions": (
         [S3, "pipeline.stages.0.representative=bounds", "pipeline.rope.prune=native"],
         "pipeline.stages[0].representative=bounds must not stand beside pruning at true positions, here native: the keys of a chunk have to "
@@ -139,6 +134,11 @@ CASES = {
     "bounds without room": (
         [S3, "pipeline.stages.0.representative=bounds", "pipeline.window_tok=448"],
         "pipeline.window_tok=448 must be at least 512, twice stages[0].chunk_tok, for stages[0].representative=bounds: else chunks would end "
+        "behind the query; try 512",
+    ),
+    "bounds without room, in a later stage": (
+        [S3, "pipeline.stages.1.representative=bounds", "pipeline.window_tok=448"],
+        "pipeline.window_tok=448 must be at least 512, twice stages[0].chunk_tok, for stages[1].representative=bounds: else chunks would end "
         "behind the query; try 512",
     ),
     "an unknown RoPE": ([S3, "pipeline.rope.prune=relatve"], "pipeline.rope.prune=relatve is unknown; did you mean relative?"),

@@ -118,6 +118,20 @@ def test_bounds(impl, case):
     compare(scores, *brute.score_chunks(**call, **(turn or {}), landmarks=by_chunk))
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@given(case=bounds_calls(), data=st.data())
+def test_bounds_of_listed_chunks(impl, case, data):
+    """Some of the chunks, out of a later stage's list."""
+    call, landmarks, piece, turn = case
+    C, begin = call["starts"].shape[2], call["k"].shape[1] - landmarks.shape[1] * piece
+    some = sorted(data.draw(st.sets(st.integers(0, C - 1)))) if C else []
+    call |= dict(starts=call["starts"][:, :, some], counts=np.minimum(call["counts"], len(some)))
+    summaries = Summaries(torch.from_numpy(landmarks).float(), piece, begin)
+    scores = run(impl, call | dict(summaries=summaries), turn and rotation_of(**turn))
+    by_chunk = landmarks.reshape(len(landmarks), -1, 2 * call["chunk_tok"] // piece, landmarks.shape[-1])[:, some]
+    compare(scores, *brute.score_chunks(**call, **(turn or {}), landmarks=by_chunk))
+
+
 @given(case=bounds_calls(), size=st.integers(1, 2000))
 def test_bounds_in_any_cut(case, size):
     call, landmarks, piece, turn = case

@@ -1,5 +1,7 @@
 """Triton's chunk scores against the reference: heads, rows, modes, cut chunks, lists of all kinds, padding, NaN."""
 
+import dataclasses
+
 import pytest
 import torch
 from hipexp_kernels import score_chunks, summarize
@@ -62,7 +64,7 @@ def compare(call, turn=None, tolerance=2e-5, share=1.0):
     expected = score_chunks(**call, rotation=turn, impl="reference")
     on, turn = moved(call, turn)
     if "summaries" in on:
-        on["summaries"] = Summaries(on_device(on["summaries"].rows), on["summaries"].piece_tok)
+        on["summaries"] = dataclasses.replace(on["summaries"], rows=on_device(on["summaries"].rows))
     scores = score_chunks(**on, rotation=turn, impl="triton").cpu()
     assert scores.shape == expected.shape and scores.dtype == torch.float32
     assert torch.equal(scores == -torch.inf, expected == -torch.inf)
@@ -205,6 +207,26 @@ def test_bounds(mode, rows, sizes):
         compare(call | dict(summaries=Summaries(rows_of, piece)), rotation(call, mode))
 
 
+@pytest.mark.parametrize("mode", [None, *ScoreRotation.ONE_ANGLE_A_CHUNK])
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("lists", [1, 2])
+@pytest.mark.parametrize("sizes", [(32, 32), (32, 8), (1, 1)])
+def test_bounds_of_listed_chunks(mode, rows, lists, sizes):
+    """Chunks of a later stage: another list for every block and key/value head, some places in it empty."""
+    chunk, piece = sizes
+    n_chunks, C, rng = 40, 13, torch.Generator().manual_seed(rows)
+    call = make(K=2, G=4, D=48, C=C, R=rows, N=3, chunk=chunk, T=16 + n_chunks * chunk, representative="bounds")
+    drawn = torch.stack([torch.randperm(n_chunks, generator=rng)[:C].sort().values for _ in range(lists * 3)]).view(lists, 3, C)
+    call["counts"] = torch.randint(0, C + 1, (lists, 3), generator=rng)
+    call["starts"] = (16 + chunk * drawn).masked_fill(torch.arange(C) >= call["counts"][..., None], -1)
+    call["limits"] = torch.tensor([16 + 30 * chunk, 16 + n_chunks * chunk, 16 + 5 * chunk])
+    landmarks = Summaries(summarize(call["k"][:, 16:], piece_tok=piece, impl="reference"), piece, 16)
+    turn = rotation(call, mode)
+    compare(call | dict(summaries=landmarks), turn)
+    wanted, got = (score_chunks(**call, summaries=landmarks, rotation=turn, impl=impl) for impl in ("reference", "vectorized"))
+    torch.testing.assert_close(got, wanted, atol=2e-5, rtol=1e-5)
+
+
 @pytest.mark.device
 def test_bounds_in_half_precision():
     call = make(R=4, D=64, C=8, T=2100, chunk=256, representative="bounds")
@@ -266,6 +288,6 @@ def test_sizes_of_tiles_are_powers_of_two():
                 ("rank", 16, 3, 4, True),
                 ("relative", 64, 16, 2, False),
             ):
-                _, _, sizes, _ = kernels.launch(mode, rows, group, dim, rotary, chunk, representative, landmarks, itemsize, hopper)
+                _, _, sizes, _ = kernels.launch(mode, rows, group, dim, rotary, chunk, representative, landmarks, False, itemsize, hopper)
                 for name in {"TILE", "TOGETHER", "COLUMNS"} & set(sizes):
                     assert sizes[name] & (sizes[name] - 1) == 0, (dim, rotary, representative, name, sizes[name])

@@ -37,8 +37,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def ruler(tokenizer, count, folder):
-    def open_with(subtasks=QUICK, samples=2, template=TEMPLATE, resources=folder, seed=42):
-        return Ruler(subtasks, samples, LENGTH_TOK, lambda text: tokenizer(text).input_ids, count, seed, resources, template)
+    def open_with(subtasks=QUICK, samples=2, template=TEMPLATE, resources=folder, seed=42, length_tok=LENGTH_TOK):
+        return Ruler(subtasks, samples, length_tok, lambda text: tokenizer(text).input_ids, count, seed, resources, template)
 
     return open_with
 
@@ -139,3 +139,46 @@ def test_what_is_missing_or_wrong_is_found_when_it_is_opened(ruler, tmp_path):
         ruler(("qa_2",), samples=41)
     with pytest.raises(ConfigError, match="'niah' is not a task of RULER"):
         ruler(("niah",))
+
+
+@pytest.mark.parametrize("subtask", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in NEEDLES)])
+def test_a_length_that_holds_no_sample_is_refused_when_it_is_opened(ruler, subtask):
+    with pytest.raises(ConfigError, match=rf"task\.length_tok=300 is too short for {subtask} with this tokenizer: .*; use a longer one"):
+        ruler((subtask,), length_tok=300)
+
+
+def test_a_chat_template_that_leaves_no_room_is_refused_when_it_is_opened(ruler):
+    with pytest.raises(ConfigError, match="is too short for vt"):
+        ruler(("vt",), length_tok=LENGTH_TOK, template=("word " * LENGTH_TOK, ""))
+
+
+@pytest.mark.parametrize("subtask", QUICK)
+@pytest.mark.parametrize("length_tok", [1200, 2048, 4096, 5000])
+def test_what_can_be_opened_can_be_made(ruler, count, folder, subtask, length_tok):
+    try:
+        suite = ruler((subtask,), samples=1, length_tok=length_tok)
+    except ConfigError as refused:
+        assert "is too short" in str(refused)
+        with pytest.raises(ConfigError, match="is too short"):
+            make_rows(subtask, length_tok, 1, 42, count, folder, template=TEMPLATE)
+    else:
+        assert len(suite.sample(suite.items()[0]).tokens) <= length_tok
+
+
+@pytest.mark.parametrize("subtask", SUBTASKS)
+def test_lengths_that_are_long_enough_for_any_task_are_not_tried_out(ruler, subtask, monkeypatch):
+    from hipexp.suites.ruler import generate as module
+
+    monkeypatch.setattr(module, "make_rows", None)
+    for length_tok in (8192, 131_072):
+        ruler((subtask,), length_tok=length_tok)
+
+
+def test_cwe_needs_its_second_list_from_the_length_on_at_which_all_words_of_the_first_fit(ruler, tmp_path):
+    """About 130K tokens with a tokenizer of words in a few parts, and far more with the small one of the embedded model."""
+    alone = write_resources(tmp_path, more_words=False)
+    ruler(("cwe",), resources=alone, length_tok=131_072)
+    with pytest.raises(DataMissing, match=r"english_words.json is missing: .*run: python -m hipexp data pull ruler"):
+        ruler(("cwe",), resources=alone, length_tok=262_144)
+    ruler(("cwe",), length_tok=262_144)
+    ruler(("vt",), resources=alone, length_tok=262_144)

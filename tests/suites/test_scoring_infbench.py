@@ -410,5 +410,5 @@ def test_references_that_do_not_fit_get_no_score(subtask, references, message):
 
 
 def test_an_unknown_edition_is_refused():
-    with pytest.raises(ConfigError, match="use 2024-06, 2024-08, minference"):
+    with pytest.raises(ConfigError, match="use 2024-06 or 2024-08 or minference"):
         score_infbench("passkey", "1", ["1"], edition="2025")

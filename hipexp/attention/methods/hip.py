@@ -6,6 +6,7 @@ against a block of queries by a few of its keys, and keeps the best chunks; the 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -53,6 +54,7 @@ def select(
         of_keys = None
         if stage.representative is Representative.bounds:
             of_keys = (summaries or KeySummaries()).upto(keys, plan.sink_tok, piece_tok(plan))
+            of_keys = of_keys if i else replace(of_keys, first_tok=None)  # the first candidates follow each other
         scores = _score(stage, queries, keys, starts, counts, limits, scan_window_tok, tables, of_keys)
         following = stages[min(i + 1, len(stages) - 1)]
         starts, counts = keep_top(
@@ -66,8 +68,8 @@ def select(
 
 def piece_tok(plan: LayerPlan) -> int:
     """Tokens of a piece that is summarized: a divisor of all chunks that are scored by summaries, in prefill and decode."""
-    firsts = [stages[0] for stages in (plan.stages, plan.decode) if stages]
-    return min(PIECE_TOK, *(stage.chunk_tok for stage in firsts if stage.representative is Representative.bounds))
+    scored = (stage.chunk_tok for stage in (*plan.stages, *plan.decode) if stage.representative is Representative.bounds)
+    return min(PIECE_TOK, *scored)
 
 
 def first_candidates(queries: QueryBlocks, sink_tok: int, scan_window_tok: int, chunk_tok: int) -> Candidates:

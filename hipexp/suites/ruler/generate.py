@@ -36,6 +36,10 @@ HOPS, NAME_LETTERS, EXAMPLE_LETTERS, EXAMPLE_VALUE, EXAMPLE_TOK, EXAMPLE_STEP = 
 COMMON, PROBE_WORDS = 10, 4096
 WORD_LETTERS, TOK_PER_CODED_WORD, ALPHA, ASKED, STEPS = 6, 50, 2.0, 3, 32  # of fwe: vocabulary of L / 50 words, steps of L / 32
 
+PROSE = "The wind of the morning goes over the fields and along the road to the sea. "
+ROOM = {"niah": 6_000, "vt": 6_000, "cwe": 20_000, "fwe": 6_000, "qa": 16_000}  # characters of prose longer than the smallest sample
+LISTS_TOK = 48_000  # fewest tokens in which cwe can have as many words as wonderwords has (8166): each stands three times, with its number
+
 
 @dataclass(frozen=True)
 class Draft:
@@ -92,7 +96,7 @@ def make_rows(
     (the same: the template is counted here, where the official field has it added later), ``index`` (a counter, but in needle rows the
     character at which the first answer stands) and in those ``token_position_answer`` (tokens of ``input`` before it, no template).
     With an empty template and the official files ``input``, ``outputs``, ``answer_prefix`` and ``length`` are meant to be those of the
-    official scripts, draw by draw (not compared with rows that these have written: docs/protocols.md).
+    official scripts, draw by draw (compared with copies of them: docs/protocols.md).
     A chat template differs: the official scripts put it around the solved example of ``cwe`` too, and turn "are" into "is" in it.
 
     The states of ``random`` and numpy are as before when it returns; while it runs no other thread may draw from them.
@@ -108,6 +112,26 @@ def make_rows(
         random.seed(seed)
         np.random.seed(seed)
         return [row_of(index, task, frame, *made) for index, made in enumerate(draw(samples))]
+
+
+def check_length(
+    subtask: str, length_tok: int, seed: int, count_tok: CountTok, resources: Path, template: tuple[str, str] = ("", "")
+) -> None:
+    """Refuse at once a length for which no row can be made. Raises as :func:`make_rows`.
+
+    In doubt, for lengths shorter than some pages of prose, the first row is made; others may still be too long. Where ``cwe`` may need the
+    second word list, which is not there, one sample of all words of the first is made: it needs the second if these fit.
+    """
+    task = TASKS[subtask]
+    if length_tok < count_tok(PROSE * (ROOM[task.family] // len(PROSE) + 1)) + count_tok("".join(template)):
+        make_rows(subtask, length_tok, 1, seed, count_tok, resources, template=template)
+    elif task.family == "cwe" and length_tok >= LISTS_TOK and not files.has(resources, "more_words"):
+        frame = Frame(subtask, length_tok, task.new_tok, *template, count_tok)
+        first, build = lists(task, frame, seed, resources)
+        with undisturbed():
+            random.seed(seed)
+            if frame.prompt_tok(build(first)) + task.new_tok <= length_tok:
+                files.find(resources, "more_words")
 
 
 @contextmanager
@@ -272,11 +296,8 @@ def qa(task: RulerTask, frame: Frame, seed: int, folder: Path) -> Draw:
     return checked
 
 
-def cwe(task: RulerTask, frame: Frame, seed: int, folder: Path) -> Draw:
-    """A numbered list in which ten words are more common than the others, and a solved smaller one in front. A unit is a word.
-
-    Lists of less than ten words are refused; the official generator asks for ten words of them, and knows fewer answers.
-    """
+def lists(task: RulerTask, frame: Frame, seed: int, folder: Path) -> tuple[int, Callable[[int], Draft]]:
+    """How many words the first list of ``cwe`` has, and what builds a sample of so many words: of the second list, if these are more."""
     module = suite_module("ruler.cwe_utils")
     words = sorted(module.WORDS)
     random.Random(seed).shuffle(words)
@@ -301,15 +322,25 @@ def cwe(task: RulerTask, frame: Frame, seed: int, folder: Path) -> Draw:
         text, answers = listed(size, *repeats)
         return Draft(f"{solved}{prefix} {answer}\n{text}", prefix, answers)
 
+    return len(words), build
+
+
+def cwe(task: RulerTask, frame: Frame, seed: int, folder: Path) -> Draw:
+    """A numbered list in which ten words are more common than the others, and a solved smaller one in front. A unit is a word.
+
+    Lists of less than ten words are refused; the official generator asks for ten words of them, and knows fewer answers.
+    """
+    first, build = lists(task, frame, seed, folder)
+
     def measure(size: int) -> int:
-        if size > len(words) and not files.has(folder, "more_words"):
+        if size > first and not files.has(folder, "more_words"):
             return frame.length_tok + 1  # too long; the official generator would draw a sample of other words here
         return frame.prompt_tok(build(size))
 
     def draw(samples: int) -> Iterator[tuple[Draft, int]]:
         most = int(frame.length_tok // per_unit(measure, PROBE_WORDS, frame)) * 2
         size = search(measure, task.step, most, frame)
-        if size == len(words):
+        if size == first:
             files.find(folder, "more_words")  # more of them may fit
         for _ in range(samples):
             yield shrunk(build, size, task.step, COMMON, frame)

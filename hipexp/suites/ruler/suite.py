@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hipexp.suites.lm_eval import check_installed
 from hipexp.suites.ruler import resources as files
-from hipexp.suites.ruler.generate import CountTok, Row, make_rows, words_of
+from hipexp.suites.ruler.generate import CountTok, Row, check_length, make_rows, words_of
 from hipexp.suites.ruler.tasks import EDITION, SEED, TASKS, check_subtasks
 from hipexp.suites.sample import Encode, Item, ProtocolCard, Sample, digest
 
@@ -18,7 +18,8 @@ class Ruler:
     ``length_tok``. ``template`` is the chat template: the text before the task text, and between it and the answer prefix, which the model
     has to continue. Made for ``seed`` 42, that of the official rows. ``resources`` is a folder, see ``hipexp.suites.ruler.resources``.
     The rows of one task are made together when the first of them is asked for, and kept until another task is: so go task by task.
-    Raises ``ConfigError`` for an unknown task, a damaged file and more samples than questions, ``DataMissing`` for a file not there.
+    Raises ``ConfigError`` for an unknown task, a damaged file, more samples than questions and a length that holds no sample,
+    ``DataMissing`` for a file not there.
     """
 
     def __init__(
@@ -39,6 +40,8 @@ class Ruler:
         check_installed()
         for name in self._needs():
             files.check(resources, name, samples)
+        for name in self.subtasks:
+            check_length(name, length_tok, seed, tokenizer_count, resources, template)
 
     def items(self) -> list[Item]:
         return [Item(name, index, self.length_tok) for name in self.subtasks for index in range(self.samples)]

@@ -73,7 +73,7 @@ def checked_edition(rules: ModuleType, suite: str, edition: str | None) -> str:
     if edition is None:
         return str(rules.EDITIONS[0])
     if edition not in rules.EDITIONS:
-        raise ConfigError(f"edition={edition!r} is no edition of the scorer of {suite}; use {', '.join(rules.EDITIONS)}")
+        raise ConfigError(f"edition={edition!r} is no edition of the scorer of {suite}; use {' or '.join(rules.EDITIONS)}")
     return edition
 
 

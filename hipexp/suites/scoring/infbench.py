@@ -63,7 +63,7 @@ def score_infbench(
     Raises ``ConfigError`` for an unknown task or edition, for references that do not fit, and where lm_eval is needed and missing.
     """
     if edition not in EDITIONS:
-        raise ConfigError(f"edition={edition!r} is no edition of the scorer of infbench; use {', '.join(EDITIONS)}")
+        raise ConfigError(f"edition={edition!r} is no edition of the scorer of infbench; use {' or '.join(EDITIONS)}")
     labels = labels_of(subtask, references, options)
     match subtask:
         case "passkey" | "number_string":

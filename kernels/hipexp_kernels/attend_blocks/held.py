@@ -16,6 +16,8 @@ class Held:
     Between two selections the tokens before the window keep their places, and only grow at their end: the window moves on and leaves
     tokens of selected blocks behind. ``clear`` them whenever something else is selected. Of the window's keys only the distance to the
     query counts, so they are rotated as if the sequence began at its origin, one token of it, and stay when the selection changes.
+
+    ``sinks``: as many first rows of every list stay as well.
     """
 
     def __init__(self) -> None:
@@ -23,10 +25,11 @@ class Held:
         self._counts: dict[int, int] = {}
         self._window = NOTHING  # keys [K, room, D] of the tokens from origin to end
         self._origin = self._end = 0
+        self.sinks = 0
 
     def clear(self) -> None:
-        """Forget sinks and selected blocks; their memory is used again."""
-        self._counts.clear()
+        """Forget the selected blocks, and what lies behind ``sinks`` rows; their memory is used again."""
+        self._counts = {number: min(count, self.sinks) for number, count in self._counts.items()}
 
     def count(self, number: int) -> int:
         """How many rows of a list are held."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hipexp_kernels.attend_blocks.dense import attend_all
+from hipexp_kernels.attend_blocks.dense import attend_parts
 from hipexp_kernels.attend_blocks.held import Held
-from hipexp_kernels.merge_lse.vectorized import merge_lse
 from hipexp_kernels.rope import AttendRotation, RopeTable, turn
 from hipexp_kernels.rows import convert, scratch
 
@@ -22,23 +21,25 @@ def attend_one(
     q = convert(q, table).view(K, H // K, -1)
     near_rows, near_keys = _window(q, k, table, begin, end, window_tok, held)
     places_stay = (rotation is None or rotation.mode == "streaming") and begin >= sink_tok
+    held.sinks = sink_tok if places_stay else 0
     if not places_stay:
         held.clear()
-    parts = []
+    made = []
     for s, heads in enumerate([slice(s, s + 1) for s in range(K)] if len(blocks) > 1 else [slice(0, K)]):
-        part = [attend_all(near_rows[heads], near_keys[heads], v[heads, begin:end], scale, softcap)]
-        token = _far_tokens(blocks[s, : counts[s]], block_tok, min(sink_tok, begin), begin)
-        if n_far := len(token):
-            rows, angle = q[heads], None
+        parts = [(near_rows[heads], near_keys[heads], v[heads, begin:end])]
+        listed, n_sinks = blocks[s, : counts[s]], min(sink_tok, begin)
+        n_far = n_sinks + int((begin - listed).clamp(0, block_tok).sum())
+        if n_far:
+            if n_far > held.count(s):
+                token = _far_tokens(listed, block_tok, n_sinks, begin)
+                angle = rotation.keys(token, position, position, n_far, window_tok) if rotation else None
+                _hold(held, s, k[heads], v[heads], table, token, angle, sink_tok + blocks.shape[1] * block_tok)
+            rows = q[heads]
             if rotation:
-                angle = rotation.keys(token, position, position, n_far, window_tok)
-                at = rotation.query(torch.tensor(position), position, n_far, end - begin)
-                rows = turn(rows, rotation.table.factor[at])
-            room = sink_tok + blocks.shape[1] * block_tok
-            _hold(held, s, k[heads], v[heads], table, token, angle, room)
-            part.append(attend_all(rows.to(v.dtype), *held.rows(s, n_far), scale, softcap))
-        parts.append(merge_lse(*map(list, zip(*part, strict=True))))
-    out, lse = (torch.cat(some) for some in zip(*parts, strict=True))
+                rows = turn(rows, rotation.table.factor[rotation.query(position, position, n_far, end - begin)])
+            parts.append((rows.to(v.dtype), *held.rows(s, n_far)))
+        made.append(attend_parts(parts, scale, softcap))
+    out, lse = (torch.cat(some) for some in zip(*made, strict=True))
     return out.view(shape), lse.view(H, 1, 1)
 
 
@@ -69,8 +70,6 @@ def _hold(
 ) -> None:  # fmt: skip
     """Add those of ``token`` that are not in a list yet, head by head: what is gathered is in the processor's cache when it is rotated."""
     have = held.count(number)
-    if have >= len(token):
-        return
     token = token[have:]
     keys, values = held.grow(number, len(token), (k, v), room)
     for raw_k, raw_v, new_k, new_v in zip(k, v, keys, values, strict=True):

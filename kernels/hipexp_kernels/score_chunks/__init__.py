@@ -42,8 +42,9 @@ def score_chunks(
     no more), each the centre of its part of the chunk, or the last token of a chunk that ends before it. Probed as right halves.
     ``exact``: the best token of the chunk, probed as a right half.
     ``bounds``: the best landmark of ``summaries`` (see :func:`hipexp_kernels.summarize`) in the chunk, probed as a right half; no key is
-    read. The chunks follow each other without gaps from the summaries' first token on, ``starts`` is ``[1, 1, C]``, and none is cut short.
-    Strategies that give the tokens of a chunk different positions are refused.
+    read. No chunk is cut short, and each begins where a piece does. For summaries without ``first_tok`` the chunks follow each other
+    without gaps from their first token on, and ``starts`` is ``[1, 1, C]``. Strategies that give the
+    tokens of a chunk different positions are refused.
     Products are in fp32; on a GPU all but those of a descent of one row are in the number format of ``k``, summed in fp32.
     ``chunk_tok`` is a power of two. Raises ``ValueError`` if it is not, and on shapes that do not match.
     """
@@ -75,11 +76,15 @@ def _require_summaries(k: Tensor, starts: Tensor, chunk_tok: int, rotation: Scor
     assert summaries is not None
     (K, _, D), C, (rows, piece_tok) = k.shape, starts.shape[2], (summaries.rows, summaries.piece_tok)
     require(chunk_tok % piece_tok == 0, f"score_chunks: pieces of {piece_tok} tokens do not make up chunks of {chunk_tok}")
+    listed = summaries.first_tok is not None
     require(
-        rows.ndim == 4 and (rows.shape[0], *rows.shape[2:]) == (K, 2, D) and rows.shape[1] * piece_tok >= C * chunk_tok,
+        rows.ndim == 4 and (rows.shape[0], *rows.shape[2:]) == (K, 2, D) and (listed or rows.shape[1] * piece_tok >= C * chunk_tok),
         f"score_chunks: summaries {tuple(rows.shape)} do not go with k {tuple(k.shape)} and {C} chunks of {chunk_tok // piece_tok} pieces",
     )
-    require(starts.shape[:2] == (1, 1), f"score_chunks: representative='bounds' needs starts [1, 1, C], not {tuple(starts.shape)}")
+    require(
+        listed or starts.shape[:2] == (1, 1),
+        f"score_chunks: representative='bounds' needs starts [1, 1, C] where summaries have no first_tok, not {tuple(starts.shape)}",
+    )
     require(
         rotation is None or rotation.mode in ScoreRotation.ONE_ANGLE_A_CHUNK,
         f"score_chunks: representative='bounds' does not go with score rotation {rotation and rotation.mode!r}, which turns the tokens "

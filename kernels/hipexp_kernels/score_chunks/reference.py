@@ -42,7 +42,8 @@ def score_chunks(
                 elif representative == "bounds":
                     assert summaries is not None
                     pieces = chunk_tok // summaries.piece_tok
-                    landmarks = summaries.rows[h // group, c * pieces : (c + 1) * pieces].flatten(0, 1).float()
+                    piece = c * pieces if summaries.first_tok is None else (left - summaries.first_tok) // summaries.piece_tok
+                    landmarks = summaries.rows[h // group, piece : piece + pieces].flatten(0, 1).float()
                     score = max(product(landmark, left, q_right, c) for landmark in landmarks)
                 else:
                     step = probe_step(representative, chunk_tok)

@@ -57,11 +57,13 @@ def score_chunks(
     starts = starts if starts.stride(2) == 1 else starts.contiguous()
     rotary = 2 * rotation.table.cos.shape[1] if rotation else D // 2 * 2
     mode = rotation.mode if rotation else "none"
-    landmarks = 0
+    landmarks, first_tok = 0, None
     if summaries is not None and representative == "bounds":
-        k, landmarks = summaries.rows.flatten(1, 2), 2 * chunk_tok // summaries.piece_tok
+        k, landmarks, first_tok = summaries.rows.flatten(1, 2), 2 * chunk_tok // summaries.piece_tok, summaries.first_tok
     n_sm, hopper = gpu(k.device)
-    kernel, tuned, constexprs, options = launch(mode, R, H // K, D, rotary, chunk_tok, representative, landmarks, k.element_size(), hopper)
+    kernel, tuned, constexprs, options = launch(
+        mode, R, H // K, D, rotary, chunk_tok, representative, landmarks, first_tok is not None, k.element_size(), hopper
+    )
     n_tiles, more = triton.cdiv(C, constexprs["TILE"]), {}
     if kernel is _scan:
         more["tiles"] = tiles = max(1, min(tuned["tiles"], N * K * n_tiles // (PROGRAMS_PER_SM * n_sm)))
@@ -81,6 +83,7 @@ def score_chunks(
             T=T,
             trained_tok=rotation.trained_tok if rotation else 0,
             scan_window_tok=rotation.scan_window_tok if rotation else 0,
+            first_tok=first_tok or 0,
         ),
         **more,
         **constexprs,
@@ -98,12 +101,13 @@ def _angles(rotation: ScoreRotation | None, unused: Tensor) -> Angles:
 
 
 def launch(
-    mode: str, rows: int, group: int, dim: int, rotary: int, chunk_tok: int, representative: str, landmarks: int, itemsize: int,
-    hopper: bool,
+    mode: str, rows: int, group: int, dim: int, rotary: int, chunk_tok: int, representative: str, landmarks: int, listed: bool,
+    itemsize: int, hopper: bool,
 ) -> tuple:  # fmt: skip
     """The kernel for ``rows`` query rows a block, what it was tuned to, its constexpr arguments and the compiler options.
 
-    ``landmarks``: of a chunk; ``itemsize``: bytes of a number of the keys; ``hopper``: the GPU is of that kind (:func:`dispatch.gpu`).
+    ``landmarks``: of a chunk; ``listed``: chunks with landmarks may be anywhere.
+    ``itemsize``: bytes of a number of the keys; ``hopper``: the GPU is of that kind (:func:`dispatch.gpu`).
     """
     constexprs = dict(MODE=mode, GROUP=group, HALF=rotary // 2, REST=dim - rotary, CHUNK=chunk_tok)
     padded = max(16, triton.next_power_of_2(rotary // 2)) + (max(16, triton.next_power_of_2(dim - rotary)) if dim > rotary else 0)
@@ -121,7 +125,7 @@ def launch(
         whole = itemsize == 2 and 2 * padded == rotary == dim  # products of tiles with padding, and of fp32, take more registers
         columns = min(max(16, triton.next_power_of_2(group * rows)), max(16, min(tuned["columns"], 256 if whole else 128) // heavy))
         tile = max(16 // together, tuned["keys"] // heavy // together, 1)
-        constexprs |= dict(ROWS=rows, COLUMNS=columns, STEP=step, EACH=each, TOGETHER=together, TILE=tile)
+        constexprs |= dict(ROWS=rows, COLUMNS=columns, STEP=step, LISTED=listed, EACH=each, TOGETHER=together, TILE=tile)
     elif rows == 1:
         kernel, tuned = _descend_one_row, ONE_ROW
         constexprs |= dict(TILE=max(1, tuned["keys"] // wide // triton.next_power_of_2(group)), HEAD_AXIS=HEAD_AXIS)
@@ -144,10 +148,12 @@ def aot_cases(dtype: str, dim: int, group: int, hopper: bool) -> Iterator[tuple[
         scores="*fp32",
     )
     modes = dict(descent=("relative", "rank", "dynamic"), grid=("relative",), exact=("relative",), bounds=("relative", "rank"))
+    modes["bounds, listed"] = ("relative", "rank")
     rows_of = dict(exact=(1, 16, 64))
     for representative, mode, rows in ((r, mode, rows) for r in modes for mode in modes[r] for rows in rows_of.get(r, (1, 16))):
-        landmarks = 8 if representative == "bounds" else 0
+        scored_by, listed = representative.split(",")[0], "listed" in representative
+        landmarks = (2 if listed else 16) if scored_by == "bounds" else 0  # in pieces of 32 tokens
         kernel, _, constants, options = launch(
-            mode, rows, group, dim, dim, 256 if landmarks else 32, representative, landmarks, 4 if dtype == "fp32" else 2, hopper
+            mode, rows, group, dim, dim, 256 if landmarks == 16 else 32, scored_by, landmarks, listed, 4 if dtype == "fp32" else 2, hopper
         )
         yield f"{representative} {mode}, {rows} rows", kernel, dict.fromkeys(kernel.arg_names, "i32") | types, constants, options

@@ -58,6 +58,7 @@ def _descend_one_row(
     T,
     trained_tok,
     scan_window_tok,
+    first_tok,
     MODE: tl.constexpr,
     GROUP: tl.constexpr,
     HALF: tl.constexpr,
@@ -68,7 +69,7 @@ def _descend_one_row(
 ):
     n, kv, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rank = tile * TILE + tl.arange(0, TILE)
-    sizes = Sizes(list_stride, block_stride, count_stride, N, C, T, trained_tok, scan_window_tok)
+    sizes = Sizes(list_stride, block_stride, count_stride, N, C, T, trained_tok, scan_window_tok, first_tok)
     scores += (kv * N + n).to(tl.int64) * C
     count = _count(lists, sizes, kv, n)
     if tile * TILE >= count:
@@ -129,6 +130,7 @@ def _descend_rows(
     T,
     trained_tok,
     scan_window_tok,
+    first_tok,
     MODE: tl.constexpr,
     GROUP: tl.constexpr,
     HALF: tl.constexpr,
@@ -139,7 +141,7 @@ def _descend_rows(
 ):
     n, kv, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rank = tile * TILE + tl.arange(0, TILE)
-    sizes = Sizes(list_stride, block_stride, count_stride, N, C, T, trained_tok, scan_window_tok)
+    sizes = Sizes(list_stride, block_stride, count_stride, N, C, T, trained_tok, scan_window_tok, first_tok)
     scores += (kv * N + n).to(tl.int64) * C
     count = _count(lists, sizes, kv, n)
     if tile * TILE >= count:

@@ -38,6 +38,7 @@ def _scan(
     T,
     trained_tok,
     scan_window_tok,
+    first_tok,
     tiles,
     MODE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -47,12 +48,13 @@ def _scan(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
+    LISTED: tl.constexpr,
     EACH: tl.constexpr,
     TOGETHER: tl.constexpr,
     TILE: tl.constexpr,
 ):
     n, kv, begin = tl.program_id(0), tl.program_id(1), tl.program_id(2) * tiles * TILE
-    sizes = Sizes(list_stride, block_stride, count_stride, N, C, T, trained_tok, scan_window_tok)
+    sizes = Sizes(list_stride, block_stride, count_stride, N, C, T, trained_tok, scan_window_tok, first_tok)
     scores += (kv * N + n).to(tl.int64) * C
     count = _count(lists, sizes, kv, n).to(tl.int32)
     live = tl.minimum(tl.maximum(count - begin + TILE - 1, 0) // TILE, tiles)  # tiles with chunks
@@ -82,6 +84,8 @@ def _scan(
                 probe = offset + at_once % TOGETHER
                 if STEP:
                     token = start + tl.minimum(STEP // 2 + probe * STEP, length - 1)
+                elif LISTED:
+                    token = tl.maximum(start - first_tok, 0) // CHUNK * EACH + probe
                 else:
                     token = tl.minimum(key_rank, C - 1) * EACH + probe
                 k1, k2, k3 = _keys(k, token[:, None], keys.tok, HALF, REST, 16)

@@ -30,7 +30,8 @@ class Lists(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Lengths of dimensions, strides of the lists (0 where one serves all heads, or all blocks), and what positions depend on."""
+    """Lengths of dimensions, strides of the lists (0 where one serves all heads, or all blocks), what positions depend on, and the first
+    token that has landmarks."""
 
     list_stride: object
     block_stride: object
@@ -40,6 +41,7 @@ class Sizes(NamedTuple):
     T: object
     trained_tok: object
     scan_window_tok: object
+    first_tok: object
 
 
 class Angles(NamedTuple):

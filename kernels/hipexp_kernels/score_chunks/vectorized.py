@@ -5,6 +5,7 @@ Blocks are taken in groups whose keys and products fit the processor's cache, in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -16,7 +17,8 @@ from hipexp_kernels.rows import KeyRows, scratch
 from hipexp_kernels.score_chunks.probes import probe_step
 from hipexp_kernels.summarize import Summaries
 
-FLOATS = 1 << 20  # of gathered keys or products in flight: 4 MiB, found best on two cores with 0.5 MiB of L2 each
+FLOATS = 1 << 20  # of gathered keys or products in flight: 4 MiB, found best on two cores
+FEW_ROWS, PARTS = 8, 8  # up to so many rows, head by head is the fastest way through, its keys in parts that several threads multiply
 WHOLE_TOK = 8  # chunks no longer than this are multiplied as a whole in decode
 NONE = float("-inf")
 
@@ -25,8 +27,13 @@ def score_chunks(
     q: Tensor, k: Tensor, starts: Tensor, counts: Tensor, limits: Tensor, *,
     chunk_tok: int, representative: str, rotation: ScoreRotation | None, summaries: Summaries | None,
 ) -> Tensor:  # fmt: skip
+    if not starts.shape[2]:
+        return torch.empty(len(k), q.shape[1], 0, device=k.device)
     if summaries is not None and representative == "bounds":
-        return _compare(q, summaries, starts[0, 0], counts, limits.clamp(max=k.shape[1]), chunk_tok, rotation)
+        if summaries.first_tok is None:
+            return _compare(q, summaries, starts[0, 0], counts, limits.clamp(max=k.shape[1]), chunk_tok, rotation)
+        k, starts, limits, chunk_tok = _as_keys(summaries, starts, limits.clamp(max=k.shape[1]), chunk_tok)
+        representative = "exact"
     H, N, R, D = q.shape
     K, T, _ = k.shape
     C, limits = starts.shape[2], limits.clamp(max=T)
@@ -34,18 +41,19 @@ def score_chunks(
     scores = torch.full((K, N, C), NONE, device=k.device)
     keys = KeyRows(k, rotation.table if rotation and rotation.turns_keys else None, once=K * T <= H * N * C, purpose="probed keys")
     step_tok = 0 if representative == "descent" else probe_step(representative, chunk_tok)
+    few, at_once = _few(N, H // K * R), not step_tok and R == 1 and 1 < chunk_tok <= WHOLE_TOK
     if step_tok:  # a scan: all probes of a chunk, for all heads of a group
-        offsets = torch.arange(step_tok // 2, chunk_tok, step_tok, device=k.device).split(max(1, FLOATS // max(H * R, K * D)))
-        width = max(1, FLOATS // (chunk_tok // step_tok * max(H * R, K * D)))  # chunks at a time
+        floats = max(H * R, D if few else K * D)  # of a probe
+        offsets = torch.arange(step_tok // 2, chunk_tok, step_tok, device=k.device).split(max(1, FLOATS // floats))
+        width = max(1, FLOATS // (chunk_tok // step_tok * floats))  # chunks at a time
     else:  # one key for every head
-        offsets, width = (), max(64, FLOATS // (H * max(R, D)))
+        offsets, width = (), max(64, FLOATS // (chunk_tok * D if at_once and few else H * max(R, D)))
     step = max(1, min(N, width // max(1, C)))  # blocks at a time
     for n in range(0, N, step):
         part = slice(n, n + step)
         of_part = _of_blocks(rotation, part)
         right = _Probe(q_right[:, part], keys, of_part)
         left = right if q_right is q_left else _Probe(q_left[:, part], keys, of_part)
-        at_once = representative == "descent" and R == 1 and 1 < chunk_tok <= WHOLE_TOK
         both = _Probe(torch.cat([q_left[:, part], q_right[:, part]], 2), keys, of_part) if at_once and left is not right else right
         candidates = int(counts[:, part].amax())
         for c in range(0, candidates, width):
@@ -125,6 +133,12 @@ def _scan(right: _Probe, start: Tensor, size: Tensor | int, rank: Tensor, offset
     return best
 
 
+def _as_keys(summaries: Summaries, starts: Tensor, limits: Tensor, chunk_tok: int) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Landmarks ``[K, P * 2, D]`` as keys, and starts, limits and size of chunks among them."""
+    starts, limits = (2 * torch.div(x - summaries.first_tok, summaries.piece_tok, rounding_mode="floor") for x in (starts, limits))
+    return summaries.rows.flatten(1, 2), starts, limits, 2 * chunk_tok // summaries.piece_tok
+
+
 def _compare(
     q: Tensor, summaries: Summaries, starts: Tensor, counts: Tensor, limits: Tensor, chunk_tok: int, rotation: ScoreRotation | None
 ) -> Tensor:
@@ -136,7 +150,7 @@ def _compare(
     width = max(1, min(C, FLOATS // (K * each * max(H // K * R, D))))  # chunks at a time
     step = max(1, min(N, FLOATS // (H * R * width * each)))  # blocks at a time
     products = scratch("products", (H * step * R * width * each,), q)
-    for c in range(0, int(counts.amax()) if C else 0, width):
+    for c in range(0, int(counts.amax()), width):
         rank = torch.arange(c, min(c + width, C), device=q.device)
         landmarks = summaries.rows.flatten(1, 2)[:, c * each : (c + len(rank)) * each].float()
         if rotation and rotation.turns_keys:
@@ -148,9 +162,12 @@ def _compare(
             if not present.any():
                 continue
             rows = q[:, part].flatten(1, 2)
-            found = products[: K * rows.shape[1] * len(rank) * each].view(K, rows.shape[1], -1)
-            torch.bmm(rows, landmarks.transpose(1, 2), out=found)
-            best = found.view(K, -1, q.shape[2], len(rank) * each).amax(2)
+            if _few(N, rows.shape[1]):
+                found = torch.bmm(landmarks, rows.mT).mT
+            else:
+                found = products[: K * rows.shape[1] * len(rank) * each].view(K, rows.shape[1], -1)
+                torch.bmm(rows, landmarks.mT, out=found)
+            best = found.unflatten(1, (-1, q.shape[2])).amax(2)
             scores[:, part, c : c + len(rank)] = best.unflatten(2, (len(rank), each)).amax(3).masked_fill_(~present, NONE)
     return scores
 
@@ -171,19 +188,42 @@ class _Probe:
     def products(self, token: Tensor, rank: Tensor) -> Tensor:
         """All products ``[K, n, G, R, C]``, in memory that the next call uses again."""
         K, n, G, R, D = self.q.shape
+        factor = None
         if self.rotation:
             at = rank if self.rotation.mode == "rank" else self.rotation.keys(token, rank)
             token = token.expand(-1, at.shape[1] if at.ndim > 1 else -1, -1, -1)
             assert self.keys.table is not None, "keys that are rotated come with a table"
             factor = self.keys.table.factor.index_select(0, at.flatten()).unflatten(0, at.shape)
-            keys = turn(self.keys.gather(token), factor, scratch=True)
-        else:
-            keys = self.keys.gather(token)
+        if token.shape[2] == 1 and _few(n, G * R):
+            return self._by_head(token, factor).view(K, n, G, R, token.shape[3])
+        keys = self._gather(token, factor)
         batch, C = keys.shape[:3].numel(), token.shape[3]
         rows = self.q.view(batch, -1, D)  # those that look at the same keys go into one product
         products = scratch("products", (batch, rows.shape[1], C), rows)
         torch.bmm(rows, keys.view(batch, C, D).transpose(1, 2), out=products)
         return products.view(K, n, G, R, C)
+
+    def _by_head(self, token: Tensor, factor: Tensor | None) -> Tensor:
+        """The same for one block: ``[K, rows, C]``."""
+        rows = self.q.flatten(1, 3)
+        products = scratch("products", (*rows.shape[:2], token.shape[3]), rows)
+        parts = math.gcd(token.shape[3], PARTS)
+        for head, (row, product) in enumerate(zip(rows, products, strict=True)):
+            mine_token, mine_factor = (x[head : head + 1] if x is not None and x.ndim > 2 and len(x) > 1 else x for x in (token, factor))
+            assert mine_token is not None
+            keys = self._gather(mine_token, mine_factor, slice(head, head + 1)).view(parts, -1, row.shape[1])
+            found = torch.bmm(row.expand(parts, -1, -1), keys.mT)
+            product.unflatten(1, (parts, -1)).transpose(0, 1).copy_(found)
+        return products
+
+    def _gather(self, token: Tensor, factor: Tensor | None, heads: slice = slice(None)) -> Tensor:
+        keys = self.keys.gather(token, heads)
+        return keys if factor is None else turn(keys, factor, scratch=True)
+
+
+def _few(n_blocks: int, n_rows: int) -> bool:
+    """Whether a key/value head has so few query rows that they are worth a product of their own."""
+    return n_blocks == 1 and n_rows <= FEW_ROWS
 
 
 def _of_blocks(rotation: ScoreRotation | None, part: slice) -> ScoreRotation | None:

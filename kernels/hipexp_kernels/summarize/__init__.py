@@ -13,10 +13,15 @@ from hipexp_kernels.summarize.vectorized import summarize as vectorized
 
 @dataclass(frozen=True)
 class Summaries:
-    """Landmarks ``rows`` ``[K, P, 2, D]`` of consecutive pieces of ``piece_tok`` keys: where a list of chunks begins, so do they."""
+    """Landmarks ``rows`` ``[K, P, 2, D]`` of consecutive pieces of ``piece_tok`` keys.
+
+    ``first_tok``: the first key of the first piece, for chunks from anywhere behind it. None: chunks follow each other without gaps from
+    there on, so that landmarks are read in one stream.
+    """
 
     rows: Tensor
     piece_tok: int
+    first_tok: int | None = None
 
 
 def summarize(k: Tensor, *, piece_tok: int, impl: str = "auto") -> Tensor:
