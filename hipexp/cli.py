@@ -52,7 +52,7 @@ commands:
 {commands}
 
 environment: HIPEXP_RUNS (default runs), HIPEXP_DATA (official data; default ~/.cache/hipexp/data), HIPEXP_CONF (another folder of
-configuration files). They move files only.
+configuration files): they move files only. OPENAI_API_KEY goes to the server of model=openai and is written nowhere.
 exit code: 0 done, 2 bad configuration or input, 1 anything else."""
 
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from importlib.util import find_spec
+from urllib.parse import urlsplit
 
 from hipexp.config.model import ModelFacts, read_facts
 from hipexp.config.overrides import DENSE
@@ -47,11 +48,14 @@ TASKS = {
 }
 TEXTS = ("drifting", "isolated_needles", "near_equal_needles")  # of recall with a geometry
 OFFICIAL = ("ruler", "longbench", "longbench2")  # tasks with the official prompts only
-PROTOCOLS = {"infbench": ("hipexp", "completion", "chat", "infllm"), **dict.fromkeys(OFFICIAL, ("official",))}
+PROTOCOLS = {"infbench": ("hipexp", "completion", "chat", "infllm", "minference"), **dict.fromkeys(OFFICIAL, ("official",))}
 MOST = 2**31  # of anything counted, tokens above all
 OFFLOADS = ("none",)
 TRACKERS = ("local", "wandb")
 BY_TRUE_POSITION = (PruneRope.dynamic, PruneRope.self_extend, PruneRope.native)
+PROMPTS = ("auto", "tokens", "text", "chat")
+SERVED = ("tokenizer", "prompt", "server", "concurrent", "timeout_s")  # fields of ``Model`` that a loaded one does not use
+LOADED = ("dtype", "prefill_chunk_tok")  # and a served one
 TRACK_MODES = ("offline", "online", "auto", "disabled")
 
 Key = Callable[[int, str], str]  # (stage number, field) -> the key that set it
@@ -66,6 +70,8 @@ def check_experiment(experiment: Experiment) -> None:
     _at_least("seed", experiment.seed, 0, most=math.inf)
     _check_model_fields(experiment.model)
     _check_task(experiment.task)
+    if experiment.model.base_url is not None:
+        _check_served(experiment)
     if experiment.pipeline is None and experiment.task.dense_max_tok is not None:
         raise ConfigError(
             f"task.dense_max_tok={experiment.task.dense_max_tok} leaves dense out beyond a length, and without a pipeline there is nothing "
@@ -128,6 +134,46 @@ def _check_model_fields(model: Model) -> None:
     _at_least("model.prefill_chunk_tok", model.prefill_chunk_tok, 1)
     if model.trained_tok is not None:
         _at_least("model.trained_tok", model.trained_tok, 1)
+    _one_of("model.prompt", model.prompt, PROMPTS)
+    _at_least("model.concurrent", model.concurrent, 1, most=1024)
+    _at_least("model.timeout_s", model.timeout_s, 1, most=MOST // 1000)
+    if model.base_url is not None:
+        _check_url(model.base_url)
+    whose = "a model that is loaded here, and a server has chosen" if model.base_url is not None else "a served model (model=openai)"
+    for item in fields(model):
+        value = getattr(model, item.name)
+        if item.name in (SERVED if model.base_url is None else LOADED) and value != item.default:
+            raise ConfigError(f"model.{item.name}={value} is for {whose}; leave it out")
+
+
+def _check_url(text: str) -> None:
+    """Refuse what is no address of a server. The message shows no credentials: everything else of it is written into run folders."""
+    try:
+        url = urlsplit(text)
+        whole = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:
+        raise ConfigError("model.base_url has a host or a port that is none; write it like http://localhost:8000/v1") from None
+    if "@" in url.netloc or url.query or url.fragment:
+        raise ConfigError(
+            "model.base_url must not hold a user, a password or a query, since it is written into run folders; "
+            "put the key into OPENAI_API_KEY"
+        )
+    if not whole or any(letter.isspace() for letter in text):
+        raise ConfigError(f"model.base_url={text} is no address of a server; write it like http://localhost:8000/v1")
+
+
+def _check_served(experiment: Experiment) -> None:
+    """Refuse what cannot be asked of a server: another attention, and what is measured inside of a model."""
+    task, repair = experiment.task, "load the model here for that, as in model=hf model.path=…"
+    if experiment.pipeline is not None:
+        name = experiment.pipeline.name or experiment.pipeline.method
+        raise ConfigError(f"pipeline={name} changes the attention of a model, and a server's cannot be changed from here; {repair}")
+    if task.name in ("latency", "recall"):
+        raise ConfigError(
+            f"task={task.name} measures inside of a model, and a served one (model.base_url) shows only its answers; {repair}"
+        )
+    if task.batch != 1:
+        raise ConfigError(f"task.batch={task.batch} is for a model that is loaded here; for several requests at once use model.concurrent")
 
 
 def _check_task(task: Task) -> None:

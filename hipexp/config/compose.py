@@ -60,7 +60,7 @@ def _build(config: DictConfig, choices: Any) -> Experiment:
     for group in GROUPS:
         part = getattr(experiment, group)
         if part is not None and not part.name:
-            part.name = experiment.model.path.rstrip("/").split("/")[-1] if choices[group] == ANY_MODEL else str(choices[group])
+            part.name = experiment.model.path.rstrip("/").split("/")[-1] if choices[group] in ANY_MODEL else str(choices[group])
     check_experiment(experiment)
     return experiment
 

@@ -15,26 +15,34 @@ PACKAGE = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the checks need to know of a model: ``layers`` and the trained length ``trained_tok``."""
+    """What the checks need to know of a model: ``layers`` (0: served, and nobody's business) and the trained length ``trained_tok``."""
 
     layers: int
     trained_tok: int
 
 
+def files_of(model: Model) -> tuple[str, str]:
+    """The key that says where a model's files are, and its value; of a served model they are those of its tokenizer."""
+    return ("model.path", model.path) if model.tokenizer is None else ("model.tokenizer", model.tokenizer)
+
+
 def model_folder(model: Model) -> Path | None:
-    """The folder of a model that is on this machine, or None for a hub id.
+    """The folder of a model (of a served one, of its tokenizer) that is on this machine, or None for a hub id.
 
     ``hipexp/…`` lies inside this package, wherever it is installed; anything else is a folder if it exists, else a hub
     id if it looks like one. Raises ConfigError if it is neither.
     """
-    if model.path.startswith("hipexp/"):
-        return PACKAGE / model.path.removeprefix("hipexp/")
-    folder = Path(model.path).expanduser()
+    key, path = files_of(model)
+    if path.startswith("hipexp/"):
+        return PACKAGE / path.removeprefix("hipexp/")
+    folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model.path):
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
         return None
-    raise ConfigError(f"model.path={model.path} is no folder here and no hub id like 'org/model'; check the path")
+    served = model.base_url is not None and model.tokenizer is None
+    repair = "name the served model's tokenizer, as in model.tokenizer=<folder or hub id>" if served else "check the path"
+    raise ConfigError(f"{key}={path} is no folder here and no hub id like 'org/model'; {repair}")
 
 
 def read_facts(model: Model) -> ModelFacts | None:
@@ -50,19 +58,24 @@ def read_config(path: Path, model: Model) -> dict[str, Any]:
         if not isinstance(config, dict):
             raise ValueError("no JSON object")
     except (OSError, ValueError) as error:
-        repair = "train it with `make needle`" if model.path.startswith("hipexp/") else "check the path"
-        raise ConfigError(f"model.path={model.path} must hold a model, but {path.parent} has no readable config.json; {repair}") from error
+        key, place = files_of(model)
+        repair = "train it with `make needle`" if place.startswith("hipexp/") else "check the path"
+        repair = "set model.trained_tok" if model.base_url is not None else repair
+        raise ConfigError(f"{key}={place} must hold a model, but {path.parent} has no readable config.json; {repair}") from error
     return config
 
 
 def facts_in(path: Path, model: Model) -> ModelFacts:
     """Layers and trained length from the ``config.json`` at ``path``. Raises ConfigError if they are not there."""
+    served = model.base_url is not None
+    if served and model.trained_tok:
+        return ModelFacts(0, model.trained_tok)
     config = read_config(path, model)
     config = config.get("text_config", config)
     layers, trained_tok = config.get("num_hidden_layers"), model.trained_tok or config.get("max_position_embeddings")
-    if not layers or not trained_tok:
+    if not (layers or served) or not trained_tok:
         raise ConfigError(
-            f"model.path={model.path}: config.json must give num_hidden_layers and max_position_embeddings; "
+            f"{'='.join(files_of(model))}: config.json must give num_hidden_layers and max_position_embeddings; "
             "for a missing trained length set model.trained_tok"
         )
-    return ModelFacts(layers, trained_tok)
+    return ModelFacts(0 if served else layers, trained_tok)

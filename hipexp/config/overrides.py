@@ -21,7 +21,7 @@ from hipexp.config.model import PACKAGE
 from hipexp.config.schema import ConfigError
 
 GROUPS = ("model", "pipeline", "offload", "task", "track")
-ANY_MODEL = "hf"  # the model option that leaves the model to the user
+ANY_MODEL = ("hf", "openai")  # the model options that leave the model to the user
 DENSE = "dense"  # the pipeline option that leaves the pipeline out
 NOTHING = ("None", "null")
 LAYER_GROUP = re.compile(r"pipeline\.layers\.\w+")

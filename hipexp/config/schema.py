@@ -191,13 +191,20 @@ class Offload:
 
 @dataclass
 class Model:
-    """A model to load.
+    """A model to load, or with a ``base_url`` one that a server runs.
 
-    ``path``              ``hipexp/…`` for a folder inside this package, a local folder, or a hub id such as ``org/model``
+    ``path``              ``hipexp/…`` for a folder inside this package, a local folder, or a hub id such as ``org/model``;
+                          of a served model its id there
     ``revision``          commit, tag or branch of a hub id
     ``dtype``             ``float32``, ``float16``, ``bfloat16`` or ``auto``
     ``prefill_chunk_tok`` tokens given to the model at once during prefill
     ``trained_tok``       trained length; None takes ``max_position_embeddings`` from the model's ``config.json``
+    ``base_url``          of an OpenAI-compatible server, as in ``http://localhost:8000/v1``; None loads the model here. The rest is for it:
+    ``tokenizer``         the served model's, as ``path`` of a loaded model; None is ``path``
+    ``prompt``            ``tokens`` or ``text`` of a completion, ``auto`` (tokens where the server takes them), or ``chat``
+    ``server``            what runs the model, in your words, part of the run key; None is ``base_url``
+    ``concurrent``        requests at once
+    ``timeout_s``         longest wait for an answer
     """
 
     path: str
@@ -206,6 +213,12 @@ class Model:
     dtype: str = "auto"
     prefill_chunk_tok: int = 8192
     trained_tok: int | None = None
+    base_url: str | None = None
+    tokenizer: str | None = None
+    prompt: str = "auto"
+    server: str | None = None
+    concurrent: int = 1
+    timeout_s: int = 1800
 
 
 @dataclass
@@ -228,7 +241,8 @@ class Task:
     ``divisors``     of the recall task: every stage keeps so many times less; None is 1, 4 and 8
     ``layer``        the layer whose groups apply, in a model of 32 or more; None is a layer without any
     ``protocol``     whose prompts: ``hipexp`` are our own words, never an official score; ``official``, or of ∞Bench one of several
-    ``edition``      of the official scorer of ∞Bench: ``2024-06``, which published scores were made with, or ``2024-08``; None is the first
+    ``edition``      of the official scorer of ∞Bench: ``2024-06``, which published scores were made with, or ``2024-08``; ``minference`` for
+                     that protocol; None is the protocol's usual one
     ``data``         folder with official data; None is ``$HIPEXP_DATA``, else the folder that ``python -m hipexp data pull`` fills
     ``wording``      ``default``, or ``heldout``: a noise text and a wording that the embedded model never saw in training
     ``batch``        samples per forward pass

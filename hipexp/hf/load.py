@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hipexp.config.model import model_folder
+from hipexp.config.model import files_of, model_folder
 from hipexp.config.schema import ConfigError, Model
 from hipexp.hf.window import check_transformers
 
@@ -41,13 +41,17 @@ def load(config: Model) -> Loaded:
 
 
 def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, without its weights; it never warns about long text, that being the point. Raises as :func:`load`."""
+    """The tokenizer of a model, without its weights; it never warns about long text, that being the point. Raises as :func:`load`.
+
+    Beside that of a served model there need not be a ``config.json``.
+    """
     source, hub = _source(config)
+    place = "{}={!r}".format(*files_of(config))
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **hub)
     except ValueError as failure:
         also = " (or its tokenizer was never fetched: `hf download` the model)" if hub else ""
-        raise ConfigError(f"model.path={config.path!r} must come with a tokenizer that transformers can load{also}: {failure}") from failure
+        raise ConfigError(f"{place} must come with a tokenizer that transformers can load{also}: {failure}") from failure
     tokenizer.model_max_length = sys.maxsize
     return tokenizer
 
@@ -56,7 +60,7 @@ def _source(config: Model) -> tuple[str, dict[str, str | None]]:
     """What transformers is asked for: a folder, or a hub id with its revision."""
     folder = model_folder(config)
     if folder is None:
-        return config.path, {"revision": config.revision}
-    if not (folder / "config.json").exists():
+        return files_of(config)[1], {"revision": config.revision}
+    if config.base_url is None and not (folder / "config.json").exists():
         raise ConfigError(f"model.path={config.path!r} must be a folder with config.json, or a hub id; {folder} has none")
     return str(folder), {}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hipexp import __version__
+from hipexp.config.schema import Model
 from hipexp.run.identity import processor, version_of
 from hipexp.run.ledger import replacing
 
@@ -36,6 +37,12 @@ def describe_environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "git": git_revision(Path(__file__).parent),
     }
+
+
+def describe_run(model: Model) -> dict[str, Any]:
+    """The surroundings of a run with a model: of a served one the device is its server's, which nobody knows here."""
+    told = describe_environment()
+    return told if model.base_url is None else told | {"device": f"not known: {model.path} at {model.base_url}"}
 
 
 def git_revision(folder: Path) -> str | None:

@@ -15,12 +15,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hipexp.config.model import ModelFacts, facts_in, model_folder, read_config
+from hipexp.config.model import ModelFacts, facts_in, files_of, model_folder, read_config
 from hipexp.config.runkey import run_key
 from hipexp.config.schema import Experiment, Model, Task
 from hipexp.suites import filled, infbench, origins, rules_of
 from hipexp.suites.sample import DataMissing
 from hipexp.suites.scoring import open_rules
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
 def key_of(experiment: Experiment) -> str:
@@ -106,13 +108,25 @@ def version_of(package: str) -> str | None:
 
 
 def model_revision(model: Model) -> str:
-    """What the weights are: a hash of the files of a local folder (README aside), or the commit of a hub model."""
+    """What the weights are: a hash of the files of a local folder (README aside), or the commit of a hub model.
+
+    Nobody knows a served model's. Its id, the server and what is read here stand for them: text that the server's template wraps, or the
+    tokens of a prompt (whether these are sent as text or as numbers makes no difference).
+    """
+    if model.base_url is None:
+        return files_revision(model)
+    given = "chat" if model.prompt == "chat" else "completions"
+    return f"{model.path} of {model.server or model.base_url.rstrip('/')}, {given}, tokenizer {files_revision(model, without=WEIGHTS)}"
+
+
+def files_revision(model: Model, without: tuple[str, ...] = ()) -> str:
+    """A hash of the files of a model's folder (README and endings ``without`` aside), or its commit on a hub."""
     folder = model_folder(model)
     if folder is None:
         return hub_config(model).parent.name
     if not folder.is_dir():
         return "missing"
-    files = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix != ".md")
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix not in (".md", *without))
     return _hash_files(str(folder), tuple((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files))
 
 
@@ -129,8 +143,8 @@ def _hash_files(folder: str, known_by: tuple[tuple[str, int, int], ...]) -> str:
 
 
 def dtype_of(model: Model) -> str:
-    """The number format of the weights: the configured one, or for ``auto`` what the model's ``config.json`` says."""
-    if model.dtype != "auto":
+    """The number format of the weights: the configured one, or for ``auto`` what ``config.json`` says; ``auto`` of a served model."""
+    if model.dtype != "auto" or model.base_url is not None:
         return model.dtype
     path = config_path(model)
     config = read_config(path, model) if path.is_file() else {}
@@ -153,7 +167,7 @@ def hub_config(model: Model) -> Path:
     from huggingface_hub import hf_hub_download
 
     with fetching(model):
-        return Path(hf_hub_download(model.path, "config.json", revision=model.revision))
+        return Path(hf_hub_download(files_of(model)[1], "config.json", revision=model.revision))
 
 
 @contextmanager
@@ -164,7 +178,8 @@ def fetching(model: Model, kind: type[Exception] = Exception) -> Iterator[None]:
     except kind as error:
         if model_folder(model) is not None or getattr(error, "errno", None) in (ENOSPC, ENOMEM, EACCES):
             raise
-        fetch = f"hf download {model.path}" + (f" --revision {model.revision}" if model.revision else "")
+        key, path = files_of(model)
+        fetch = f"hf download {path}" + (f" --revision {model.revision}" if model.revision else "")
         raise DataMissing(
-            f"model.path={model.path} is not here, or not all of it, and could not be fetched ({error}); where there is a network: {fetch}"
+            f"{key}={path} is not here, or not all of it, and could not be fetched ({error}); where there is a network: {fetch}"
         ) from error

@@ -29,19 +29,21 @@ from hipexp.suites.sample import DataMissing
 
 LOG = logging.getLogger("hipexp")
 FAILURES = ("out_of_memory", "data_missing", "bad_config", "interrupted", "error")
-# What every line of samples.jsonl holds; one without a score is a measurement of times and holds more.
-NUMBER = (int, float)
+# What every line of samples.jsonl holds; one without a score is a measurement of times and holds more. What nobody can know of a
+# served model is None.
+NUMBER, UNKNOWN = (int, float), type(None)
 LINE = {
     **dict.fromkeys(("subtask", "prediction", "status"), (str,)),
-    **dict.fromkeys(("sample", "context_tok", "new_tok", "removed_tok", "length_tok", "peak_bytes"), (int,)),
+    **dict.fromkeys(("sample", "context_tok", "new_tok", "removed_tok", "length_tok"), (int,)),
+    "peak_bytes": (int, UNKNOWN),
     "references": (list,),
     "traffic": (dict,),
-    "prefill_ms": NUMBER,
-    "decode_ms": (*NUMBER, type(None)),
+    "prefill_ms": (*NUMBER, UNKNOWN),
+    "decode_ms": (*NUMBER, UNKNOWN),
 }
 # What a finished run's files must hold for its report.
 WHOLE = {"summary.json": {"scores", "latency", "protocol", "note", "exact"}, "card.json": {"model", "strategy"}}
-SCORED, TIMED = LINE | {"score": NUMBER, "exact": (bool,)}, LINE | {"impl": (str,), "steps_ms": (list,)}
+SCORED, TIMED = LINE | {"score": NUMBER, "exact": (bool, UNKNOWN)}, LINE | {"impl": (str,), "steps_ms": (list,)}
 
 
 class RunFailed(Exception):

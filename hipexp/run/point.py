@@ -38,8 +38,10 @@ LOG = logging.getLogger("hipexp")
 Load = Callable[[Model], "Loaded"]
 Say = Callable[[str], None]
 EXACT = "exact everywhere: nothing was pruned"
+REQUESTS = "request s: median of a whole request, with the server's queue and the way there"
 MEMORY = "peak MiB: memory above the loaded model"
 COSTS = ("prefill s", "decode ms/step", "peak MiB")
+SERVED_COSTS = ("request s",)
 
 
 def run_point(experiment: Experiment, overrides: Sequence[str] | None = None) -> Path:
@@ -86,7 +88,9 @@ def model_name(experiment: Experiment) -> str:
 
 
 def pipeline_name(experiment: Experiment) -> str | None:
-    """What to call the pipeline: the preset it came from, else its method; None for dense attention."""
+    """What to call the pipeline: the preset it came from, else its method; None for dense attention, ``served`` for a server's own."""
+    if experiment.model.base_url is not None:
+        return "served"
     return None if experiment.pipeline is None else experiment.pipeline.name or experiment.pipeline.method
 
 
@@ -133,6 +137,10 @@ def _run(experiment: Experiment, ledger: Ledger, load: Load | None, say: Say) ->
         from hipexp.run import attention_point, recall
 
         job = attention_point.job(experiment) if experiment.task.name == "latency" else recall.job(experiment, None)
+    elif experiment.model.base_url is not None:
+        from hipexp.run import served
+
+        job = served.job(experiment, ledger)
     else:
         job = model_job(experiment, ledger, load)
     ledger.keep(job.points)
@@ -142,7 +150,7 @@ def _run(experiment: Experiment, ledger: Ledger, load: Load | None, say: Say) ->
     if ledger.rows:
         say(f"continuing after {len(ledger.rows)} finished sample(s)")
     ledger.write("card.json", job.card)
-    ledger.write("env.json", environment.describe_environment())
+    ledger.write("env.json", environment.describe_run(experiment.model))
     head = head_of(experiment, ledger.key)
     with following(experiment, ledger.folder, ledger.key, job.card) as trackers:
         summary = head | job.measure(ledger, trackers)
@@ -362,7 +370,7 @@ def summarize(card: ProtocolCard, rows: list[dict[str, Any]]) -> dict[str, Any]:
     Each score has its 95 % interval over samples. Under an official protocol scores are as the official scorer groups and rounds them, and
     ``averages`` those means it prints of which all tasks are there.
     """
-    decode = [row["decode_ms"] for row in rows if row["decode_ms"] is not None]
+    prefill, decode = ([row[name] for row in rows if row[name] is not None] for name in ("prefill_ms", "decode_ms"))
     traffic: dict[str, float] = {}
     for row in rows:
         for name, value in row["traffic"].items():
@@ -372,12 +380,12 @@ def summarize(card: ProtocolCard, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "protocol": card.protocol,
         "edition": card.edition,
         "note": card.note,
-        "exact": all(row["exact"] for row in rows),
+        "exact": None if any(row["exact"] is None for row in rows) else all(row["exact"] for row in rows),
         "latency": {
-            "prefill_ms": round(statistics.median(row["prefill_ms"] for row in rows), 3),
+            "prefill_ms": round(statistics.median(prefill), 3) if prefill else None,
             "decode_ms": round(statistics.median(decode), 3) if decode else None,
         },
-        "memory": {"peak_bytes": max(row["peak_bytes"] for row in rows)},
+        "memory": {"peak_bytes": max((row["peak_bytes"] for row in rows if row["peak_bytes"] is not None), default=None)},
         "traffic": traffic,
         "recall": {},
     }
@@ -445,7 +453,8 @@ def report(experiment: Experiment, folder: Path, overrides: Sequence[str] | None
         return "\n".join(filter(None, [latency.table(summary["latency"]["rows"]), few, exact]))
     dense = None if experiment.pipeline is None else dataclasses.replace(experiment, pipeline=None)
     dense_rows = read_rows(folder_of(dense)) if dense and stored(dense) else None
-    lines = [score_table(summary, read_rows(folder), dense_rows), MEMORY, summary["note"], exact]
+    cost = MEMORY if experiment.model.base_url is None else REQUESTS
+    lines = [score_table(summary, read_rows(folder), dense_rows), cost, summary["note"], exact]
     if dense and dense_rows is None and overrides is not None:
         lines.append(f"dense on the same samples: {dense_command(overrides)}")
     return "\n".join(filter(None, lines))
@@ -453,7 +462,8 @@ def report(experiment: Experiment, folder: Path, overrides: Sequence[str] | None
 
 def score_table(summary: dict[str, Any], rows: list[dict[str, Any]], dense_rows: list[dict[str, Any]] | None) -> str:
     """Scores, times and memory per subtask; with ``dense_rows`` also the dense score and how many answers changed."""
-    header = ["subtask", "protocol", "samples", "score", "95 %", "dense", "difference", "better/worse", *COSTS]
+    price, names = (request_s, SERVED_COSTS) if "request_ms" in rows[0] else (costs, COSTS)
+    header = ["subtask", "protocol", "samples", "score", "95 %", "dense", "difference", "better/worse", *names]
     ours, theirs, table = grouped(summary, rows), grouped(summary, dense_rows or []), []
     by_key = {(row["subtask"], row["sample"]): row for row in rows}
     protocol = summary["protocol"] if summary["protocol"] == OWN else f"{summary['protocol']}, {summary['edition']}"
@@ -461,7 +471,7 @@ def score_table(summary: dict[str, Any], rows: list[dict[str, Any]], dense_rows:
         mine, dense = ours[name], theirs.get(name, {})
         pairs = [(score, dense[key]) for key, score in mine.items() if key in dense]
         cells = [name, protocol, cell["n"], cell["score"], span(cell.get("interval"))]
-        table.append([*cells, *against(pairs), *costs([by_key[key] for key in mine])])
+        table.append([*cells, *against(pairs), *price([by_key[key] for key in mine])])
     if not dense_rows:
         header, table = drop_columns(header, table, ("dense", "difference", "better/worse"))
     means = [[name, protocol, None, value, *[None] * (len(header) - 4)] for name, value in summary.get("averages", {}).items()]
@@ -499,6 +509,11 @@ def costs(rows: list[dict[str, Any]]) -> list[Any]:
     decode = [row["decode_ms"] for row in rows if row["decode_ms"] is not None]
     prefill = statistics.median(row["prefill_ms"] for row in rows) / 1000
     return [prefill, statistics.median(decode) if decode else None, max(row["peak_bytes"] for row in rows) / 2**20]
+
+
+def request_s(rows: list[dict[str, Any]]) -> list[Any]:
+    """Median seconds of a request to a server."""
+    return [statistics.median(row["request_ms"] for row in rows) / 1000]
 
 
 def drop_columns(header: list[str], rows: list[list[Any]], names: Sequence[str]) -> tuple[list[str], list[list[Any]]]:

@@ -136,7 +136,7 @@ def check_subtasks(names: list[str] | tuple[str, ...]) -> tuple[str, ...]:
         if name in OFFICIAL_ONLY:
             raise ConfigError(
                 f"task.subtasks: {name!r} needs official data and prompts: `python -m hipexp data pull infbench subtask={name}`, then "
-                f"task.protocol=completion or chat. In our own words there are {', '.join(SUBTASKS)}"
+                f"task.protocol=completion, chat, infllm or minference. In our own words there are {', '.join(SUBTASKS)}"
             )
         if name not in SUBTASKS:
             official = ", ".join(OFFICIAL_ONLY)

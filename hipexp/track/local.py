@@ -18,7 +18,8 @@ class LocalTracker:
     def log(self, row: dict[str, Any], means: dict[str, float]) -> None:
         mean = means.get(row["subtask"])
         so_far = "" if mean is None else f", mean so far {mean:.1f}"
-        LOG.info("%s %s: score %s, prefill %.0f ms%s", row["subtask"], row["sample"], row["score"], row["prefill_ms"], so_far)
+        took = f"request {row['request_ms']:.0f} ms" if row["prefill_ms"] is None else f"prefill {row['prefill_ms']:.0f} ms"
+        LOG.info("%s %s: score %s, %s%s", row["subtask"], row["sample"], row["score"], took, so_far)
 
     def finish(self, summary: dict[str, Any] | None, pictures: list[Path]) -> None:
         LOG.info("stopped early" if summary is None else f"done, average {summary['average']}")

@@ -100,8 +100,9 @@ def test_the_methods_that_are_accepted_are_the_ones_there_are():
 @pytest.mark.parametrize("group", [group for group in OPTIONS if group != "pipeline"])
 def test_every_option_of_every_group_composes(group):
     for name in OPTIONS[group]:
-        needed = {"hf": ["++model.path='org/model'"], "recall": ["+pipeline=3stage"]}.get(name, [])
-        assert getattr(compose_point([f"{group}={name}", *needed]), group).name == {"hf": "model"}.get(name, name)
+        path = "++model.path='org/model'"
+        needed = {"hf": [path], "openai": [path, "++model.base_url='http://localhost/v1'"], "recall": ["+pipeline=3stage"]}.get(name, [])
+        assert getattr(compose_point([f"{group}={name}", *needed]), group).name == {"hf": "model", "openai": "model"}.get(name, name)
 
 
 def test_without_a_pipeline_attention_is_dense():
