@@ -50,7 +50,7 @@ needle-table: $(CORE) ## the long form of the demo: accuracy and time by length 
 aot: $(DEV) ## compile every kernel for five kinds of GPU, without one: registers, spills, shared memory against the record
 	$(RUN) -m hipexp_kernels.aot
 
-bench-cpu: $(CORE) ## attention alone on this CPU: 3stage and 3stage_scan against torch's fastest dense path, with recall (about 10 minutes)
+bench-cpu: $(CORE) ## attention alone on this CPU: 3stage and 3stage_scan against torch's fastest dense path, with recall (11 minutes)
 	$(RUN) -m hipexp -m +pipeline=3stage,3stage_scan $(ALONE) 'task.phases=[prefill]'
 	$(RUN) -m hipexp -m +pipeline=3stage,3stage_scan $(ALONE) 'task.contexts_tok=[131072,524288,1048576]' 'task.phases=[decode]'
 

@@ -17,8 +17,8 @@ class Memory:
     """Refresh state of one sequence in one layer: decode steps done, and what each stage was given by the one before.
 
     ``lists[i]``: the candidates of stage ``i`` (those of the first are not kept); ``lists[len(stages)]``: the final selection. A stage
-    that runs again writes over its last result where that has the right size. ``held``: what attention made of the final
-    selection, for the steps that reuse it; None if there will be none.
+    that runs again writes over its last result where that has the right size. ``held``: what attention made of window,
+    sinks and final selection, for the steps that follow; None if there will be none.
     """
 
     step: int = 0

@@ -24,7 +24,7 @@ class Representative(str, Enum):
     descent = "descent"  # binary descent, two probes per level (InfiniteHiP)
     grid = "grid"  # best of as many evenly spaced keys
     exact = "exact"  # best of all keys of the chunk
-    bounds = "bounds"  # best of two landmarks for every 64 keys (or chunk, if that is smaller), summarized once
+    bounds = "bounds"  # best of two landmarks for every 64 keys, or fewer in smaller chunks; summarized once
 
 
 class PruneRope(str, Enum):
@@ -241,8 +241,8 @@ class Task:
     ``divisors``     of the recall task: every stage keeps so many times less; None is 1, 4 and 8
     ``layer``        the layer whose groups apply, in a model of 32 or more; None is a layer without any
     ``protocol``     whose prompts: ``hipexp`` are our own words, never an official score; ``official``, or of ∞Bench one of several
-    ``edition``      of the official scorer of ∞Bench: ``2024-06``, which published scores were made with, or ``2024-08``; ``minference`` for
-                     that protocol; None is the protocol's usual one
+    ``edition``      of the official scorer of ∞Bench: ``2024-06``, which published scores were made with, or ``2024-08``; ``minference``
+                     for that protocol; None is the protocol's usual one
     ``data``         folder with official data; None is ``$HIPEXP_DATA``, else the folder that ``python -m hipexp data pull`` fills
     ``wording``      ``default``, or ``heldout``: a noise text and a wording that the embedded model never saw in training
     ``batch``        samples per forward pass

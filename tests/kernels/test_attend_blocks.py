@@ -264,16 +264,62 @@ def test_a_window_is_made_once():
     assert held.bytes == 2 * 10 * 4 * 4
 
 
-def test_what_is_held_has_room_for_one_selection():
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_what_is_held_has_the_room_that_was_reserved(sinks):
     held, few, many = Held(), torch.ones(2, 3, 4), torch.ones(2, 6, 4)
-    held.grow(0, 3, (few, few), room=4)
-    with pytest.raises(ValueError, match="9 rows of a list are more than the 4 there was room for"):
-        held.grow(0, 6, (many, many), room=9)
+    held.sinks = sinks
+    held.reserve(0, (few, few), room=4)
+    held.grow(0, 3)
+    with pytest.raises(ValueError, match="9 rows of a list are more than the 4 that were reserved"):
+        held.grow(0, 6)
+    held.clear()
+    assert held.count(0) == sinks
     for rows in (many, torch.ones(1, 6, 4), torch.ones(2, 6, 4, dtype=torch.bfloat16)):  # longer, of one head, in another format
-        held.clear()
-        for memory, number in zip(held.grow(0, 6, (rows, rows), room=9), (1, 2), strict=True):
+        held.reserve(0, (rows, rows), room=9)
+        assert held.count(0) == 0
+        for memory, number in zip(held.grow(0, 6), (1, 2), strict=True):
             memory.copy_(number * rows)
         assert [x.tolist() for x in held.rows(0, 6)] == [rows.tolist(), (2 * rows).tolist()] and held.count(0) == 6
+        held.clear()
+    where = [x.data_ptr() for x in held.rows(0, 1)]
+    held.reserve(0, (rows, rows), room=5)
+    assert held.count(0) == sinks and where == [x.data_ptr() for x in held.rows(0, 1)]  # the same memory again
+
+
+def large(impl, dtype, **change):
+    """A step with one query row, 6000 keys in reach, and what was changed."""
+    k = torch.zeros(1, 6000, 8, dtype=dtype)
+    call = dict(
+        q=torch.ones(1, 1, 1, 8, dtype=dtype), k=k, v=torch.full_like(k, 20), blocks=torch.empty(1, 1, 0, dtype=torch.int64),
+        counts=torch.zeros(1, 1, dtype=torch.int64), first=torch.tensor([5999]), exact=torch.tensor([False]), block_tok=4, sink_tok=4,
+        window_tok=5900, scale=1.0,
+    )  # fmt: skip
+    return attend_blocks(**call | change, impl=impl)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_sums_of_half_precision_do_not_overflow(exact):
+    out, _ = large("vectorized", torch.float16, softcap=50.0, exact=torch.tensor([exact]))
+    torch.testing.assert_close(out, torch.full_like(out, 20), atol=0.05, rtol=0)
+
+
+def test_logits_may_be_large():
+    k = torch.zeros(1, 6000, 8)
+    k[0, 5000:] = 30
+    out, lse = large("vectorized", torch.float32, k=k, v=k)
+    torch.testing.assert_close(out, torch.full_like(out, 30), atol=0, rtol=3e-5)  # a sum over a thousand
+    assert lse.item() == pytest.approx(240 + np.log(1000), rel=1e-5)
+
+
+@pytest.mark.parametrize("G", [1, 12])
+def test_any_strides(G):
+    """Keys, values and queries whose last dimension is not contiguous."""
+    call = prefill(H=G, K=1, T=100, Q=16)
+    expected = run("vectorized", call)
+    rest = {name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in call.items() if name not in "qkv"}
+    q, k, v = (torch.from_numpy(call[name]).float().transpose(-1, -2).contiguous().transpose(-1, -2) for name in "qkv")
+    assert k.stride(-1) != 1
+    compare(call, [x.numpy() for x in attend_blocks(q, k, v, **rest, impl="vectorized")], expected)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -216,10 +216,14 @@ def test_bounds_of_listed_chunks(mode, rows, lists, sizes):
     chunk, piece = sizes
     n_chunks, C, rng = 40, 13, torch.Generator().manual_seed(rows)
     call = make(K=2, G=4, D=48, C=C, R=rows, N=3, chunk=chunk, T=16 + n_chunks * chunk, representative="bounds")
-    drawn = torch.stack([torch.randperm(n_chunks, generator=rng)[:C].sort().values for _ in range(lists * 3)]).view(lists, 3, C)
+    of_pieces = torch.arange(0, n_chunks * chunk - chunk + 1, piece)  # chunks need not lie on a grid of their own
+    drawn = torch.stack([torch.randperm(len(of_pieces), generator=rng)[:C].sort().values for _ in range(lists * 3)]).view(lists, 3, C)
     call["counts"] = torch.randint(0, C + 1, (lists, 3), generator=rng)
-    call["starts"] = (16 + chunk * drawn).masked_fill(torch.arange(C) >= call["counts"][..., None], -1)
-    call["limits"] = torch.tensor([16 + 30 * chunk, 16 + n_chunks * chunk, 16 + 5 * chunk])
+    call["starts"] = (16 + of_pieces[drawn]).masked_fill(torch.arange(C) >= call["counts"][..., None], -1)
+    ends = [16 + n * chunk for n in (30, n_chunks, 5)]
+    call["limits"] = torch.tensor(ends)
+    crosses = (call["starts"] < call["limits"][:, None]) & (call["starts"] + chunk > call["limits"][:, None])
+    call["starts"] = call["starts"].masked_fill(crosses, 16)  # none is cut short
     landmarks = Summaries(summarize(call["k"][:, 16:], piece_tok=piece, impl="reference"), piece, 16)
     turn = rotation(call, mode)
     compare(call | dict(summaries=landmarks), turn)

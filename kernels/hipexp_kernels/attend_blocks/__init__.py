@@ -38,9 +38,9 @@ def attend_blocks(
     ``i < sink_tok, i <= edge``, the selected tokens ``i <= edge`` and the window ``edge < i <= p``: every key once.
     Blocks with ``exact[n]`` (bools, or ints) attend to all keys ``i <= p`` at their true positions instead.
     ``rotation`` says how positions become angles; None leaves queries and keys as they are (layers without RoPE).
-    ``softcap`` bounds the logits to ``softcap * tanh(logit / softcap)``. ``held``: what the step before made of
-    the same selection, which ``vectorized`` does not make again for one block of one query, without ``rotation`` or with ``streaming``; the
-    others need no such thing. Raises ``ValueError`` on shapes that do not match.
+    ``softcap`` bounds the logits to ``softcap * tanh(logit / softcap)``. ``held``: what the steps before made, which ``vectorized`` does
+    not make again for one block of one query: the window's keys, and without ``rotation`` or with ``streaming`` sinks and the same
+    selection; ``clear`` it when another is selected. The others need no such thing. Raises ``ValueError`` on shapes that do not match.
     """
     H, N, _, D = q.shape
     S = blocks.shape[0]

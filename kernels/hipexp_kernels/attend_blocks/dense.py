@@ -20,6 +20,7 @@ def attend_all(
     bias = None if mask is None else torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
     if not _by_flash(q, softcap):
         return _attend([(q, k, v)], scale, softcap, bias)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # this operator takes it for 1
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q[None], k[None], v[None], attn_mask=bias, scale=scale)
     return out[0], lse[0].float()
 
@@ -46,8 +47,8 @@ def _attend(parts: Sequence[Part], scale: float, softcap: float | None, bias: Te
     top = logits.amax(-1, keepdim=True)
     weight = logits.sub_(top).exp_()
     total = weight.sum(-1, keepdim=True)
-    each = weight.to(parts[0][2].dtype).split([k.shape[1] for _, k, _ in parts], -1)
+    each = weight.div_(total).to(parts[0][2].dtype).split([k.shape[1] for _, k, _ in parts], -1)
     out = each[0] @ parts[0][2]
     for some, (_, _, v) in zip(each[1:], parts[1:], strict=True):
         out += some @ v
-    return out.float().div_(total).to(out.dtype), (top + total.log()).squeeze(-1)
+    return out, (top + total.log()).squeeze(-1)

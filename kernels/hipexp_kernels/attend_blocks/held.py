@@ -35,18 +35,22 @@ class Held:
         """How many rows of a list are held."""
         return self._counts.get(number, 0)
 
-    def grow(self, number: int, n: int, like: tuple[Tensor, Tensor], room: int) -> tuple[Tensor, Tensor]:
-        """Memory for ``n`` more keys and values ``[K, n, D]`` of a list, to be written now; there will never be more than ``room`` rows.
+    def reserve(self, number: int, like: tuple[Tensor, Tensor], room: int) -> None:
+        """Make room for so many rows of a list, of the heads and in the format of keys and values ``like``.
 
-        ``like``: keys and values of the same heads.
+        Rows that are held in memory that does not fit are forgotten.
         """
+        held = self._rows.get(number, [NOTHING, NOTHING])
+        self._rows[number] = [_with_room(old, new, room) for old, new in zip(held, like, strict=True)]
+        if any(old is not now for old, now in zip(held, self._rows[number], strict=True)):
+            self._counts[number] = 0
+
+    def grow(self, number: int, n: int) -> tuple[Tensor, Tensor]:
+        """Memory for ``n`` more keys and values ``[K, n, D]`` of a list, to be written now. Raises ValueError beyond what was reserved."""
         begin, end = self.count(number), self.count(number) + n
-        if begin == 0:
-            held = self._rows.get(number, (NOTHING, NOTHING))
-            self._rows[number] = [_with_room(old, new, room) for old, new in zip(held, like, strict=True)]
         keys, values = self._rows[number]
         if end > keys.shape[1]:
-            raise ValueError(f"{end} rows of a list are more than the {keys.shape[1]} there was room for; clear it first")
+            raise ValueError(f"{end} rows of a list are more than the {keys.shape[1]} that were reserved")
         self._counts[number] = end
         return keys[:, begin:end], values[:, begin:end]
 

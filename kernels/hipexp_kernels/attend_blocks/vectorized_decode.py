@@ -20,9 +20,9 @@ def attend_one(
     begin, end = max(0, position - window_tok + 1), position + 1
     q = convert(q, table).view(K, H // K, -1)
     near_rows, near_keys = _window(q, k, table, begin, end, window_tok, held)
-    places_stay = (rotation is None or rotation.mode == "streaming") and begin >= sink_tok
-    held.sinks = sink_tok if places_stay else 0
-    if not places_stay:
+    packed = rotation is None or rotation.mode == "streaming"  # the place in a list is all that counts
+    held.sinks = sink_tok if packed else 0
+    if not packed:
         held.clear()
     made = []
     for s, heads in enumerate([slice(s, s + 1) for s in range(K)] if len(blocks) > 1 else [slice(0, K)]):
@@ -30,10 +30,11 @@ def attend_one(
         listed, n_sinks = blocks[s, : counts[s]], min(sink_tok, begin)
         n_far = n_sinks + int((begin - listed).clamp(0, block_tok).sum())
         if n_far:
+            held.reserve(s, (k[heads], v[heads]), sink_tok + blocks.shape[1] * block_tok)
             if n_far > held.count(s):
                 token = _far_tokens(listed, block_tok, n_sinks, begin)
                 angle = rotation.keys(token, position, position, n_far, window_tok) if rotation else None
-                _hold(held, s, k[heads], v[heads], table, token, angle, sink_tok + blocks.shape[1] * block_tok)
+                _hold(held, s, k[heads], v[heads], table, token, angle)
             rows = q[heads]
             if rotation:
                 rows = turn(rows, rotation.table.factor[rotation.query(position, position, n_far, end - begin)])
@@ -66,12 +67,12 @@ def _far_tokens(blocks: Tensor, block_tok: int, n_sinks: int, begin: int) -> Ten
 
 
 def _hold(
-    held: Held, number: int, k: Tensor, v: Tensor, table: RopeTable | None, token: Tensor, angle: Tensor | None, room: int
+    held: Held, number: int, k: Tensor, v: Tensor, table: RopeTable | None, token: Tensor, angle: Tensor | None
 ) -> None:  # fmt: skip
     """Add those of ``token`` that are not in a list yet, head by head: what is gathered is in the processor's cache when it is rotated."""
     have = held.count(number)
     token = token[have:]
-    keys, values = held.grow(number, len(token), (k, v), room)
+    keys, values = held.grow(number, len(token))
     for raw_k, raw_v, new_k, new_v in zip(k, v, keys, values, strict=True):
         torch.index_select(raw_v, 0, token, out=new_v)
         if table is None or angle is None:

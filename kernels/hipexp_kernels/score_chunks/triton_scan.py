@@ -85,7 +85,7 @@ def _scan(
                 if STEP:
                     token = start + tl.minimum(STEP // 2 + probe * STEP, length - 1)
                 elif LISTED:
-                    token = tl.maximum(start - first_tok, 0) // CHUNK * EACH + probe
+                    token = tl.maximum(start - first_tok, 0) // (2 * CHUNK // EACH) * 2 + probe
                 else:
                     token = tl.minimum(key_rank, C - 1) * EACH + probe
                 k1, k2, k3 = _keys(k, token[:, None], keys.tok, HALF, REST, 16)

@@ -41,7 +41,8 @@ def score_chunks(
     scores = torch.full((K, N, C), NONE, device=k.device)
     keys = KeyRows(k, rotation.table if rotation and rotation.turns_keys else None, once=K * T <= H * N * C, purpose="probed keys")
     step_tok = 0 if representative == "descent" else probe_step(representative, chunk_tok)
-    few, at_once = _few(N, H // K * R), not step_tok and R == 1 and 1 < chunk_tok <= WHOLE_TOK
+    at_once = not step_tok and R == 1 and 1 < chunk_tok <= WHOLE_TOK
+    few = _few(N, H // K * (2 if at_once else R))
     if step_tok:  # a scan: all probes of a chunk, for all heads of a group
         floats = max(H * R, D if few else K * D)  # of a probe
         offsets = torch.arange(step_tok // 2, chunk_tok, step_tok, device=k.device).split(max(1, FLOATS // floats))
@@ -149,7 +150,6 @@ def _compare(
     each = 2 * chunk_tok // summaries.piece_tok  # landmarks of a chunk
     width = max(1, min(C, FLOATS // (K * each * max(H // K * R, D))))  # chunks at a time
     step = max(1, min(N, FLOATS // (H * R * width * each)))  # blocks at a time
-    products = scratch("products", (H * step * R * width * each,), q)
     for c in range(0, int(counts.amax()), width):
         rank = torch.arange(c, min(c + width, C), device=q.device)
         landmarks = summaries.rows.flatten(1, 2)[:, c * each : (c + len(rank)) * each].float()
@@ -165,7 +165,7 @@ def _compare(
             if _few(N, rows.shape[1]):
                 found = torch.bmm(landmarks, rows.mT).mT
             else:
-                found = products[: K * rows.shape[1] * len(rank) * each].view(K, rows.shape[1], -1)
+                found = scratch("products", (K, rows.shape[1], len(rank) * each), q)
                 torch.bmm(rows, landmarks.mT, out=found)
             best = found.unflatten(1, (-1, q.shape[2])).amax(2)
             scores[:, part, c : c + len(rank)] = best.unflatten(2, (len(rank), each)).amax(3).masked_fill_(~present, NONE)
