@@ -28,7 +28,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "hipexp/needle": (CONFIG | {"hipexp.needle", "hipexp.suites", "tokenizers", "torch", "tqdm", "transformers"}, set()),
     "hipexp/suites": (
         {"hipexp.config.schema", "hipexp.suites", "numpy"},
-        {"datasets", "huggingface_hub", "jieba", "lm_eval", "nltk", "rouge_score"},
+        {"datasets", "huggingface_hub", "jieba", "jinja2", "lm_eval", "nltk", "rouge_score"},
     ),
     "hipexp/track": (CONFIG | {"hipexp.track"}, {"wandb"}),
     "hipexp/report": (

@@ -139,6 +139,8 @@ def _check_model_fields(model: Model) -> None:
     _at_least("model.timeout_s", model.timeout_s, 1, most=MOST // 1000)
     if model.base_url is not None:
         _check_url(model.base_url)
+        if not model.path.strip():
+            raise ConfigError("model.path= must be the model's id at model.base_url, and is empty; see what the server lists under /models")
     whose = "a model that is loaded here, and a server has chosen" if model.base_url is not None else "a served model (model=openai)"
     for item in fields(model):
         value = getattr(model, item.name)
@@ -150,7 +152,8 @@ def _check_url(text: str) -> None:
     """Refuse what is no address of a server. The message shows no credentials: everything else of it is written into run folders."""
     try:
         url = urlsplit(text)
-        whole = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        whole = text.startswith(("http://", "https://")) and bool(url.hostname) and url.port != 0
+        (url.hostname or "").encode("idna")  # no part of a name is empty or longer than 63 characters
     except ValueError:
         raise ConfigError("model.base_url has a host or a port that is none; write it like http://localhost:8000/v1") from None
     if "@" in url.netloc or url.query or url.fragment:
@@ -158,8 +161,15 @@ def _check_url(text: str) -> None:
             "model.base_url must not hold a user, a password or a query, since it is written into run folders; "
             "put the key into OPENAI_API_KEY"
         )
-    if not whole or any(letter.isspace() for letter in text):
+    if not text.isascii():
+        raise ConfigError(
+            f"model.base_url={text} must be ASCII, as addresses are sent; write other letters of a host as xn--…, of a path as %…"
+        )
+    if not whole or not text.isprintable() or " " in text:
         raise ConfigError(f"model.base_url={text} is no address of a server; write it like http://localhost:8000/v1")
+    for end in ("/chat/completions", "/completions"):
+        if url.path.rstrip("/").endswith(end):
+            raise ConfigError(f"model.base_url={text} must end before {end}, which is added here; use {text.rstrip('/').removesuffix(end)}")
 
 
 def _check_served(experiment: Experiment) -> None:

@@ -30,13 +30,14 @@ def model_folder(model: Model) -> Path | None:
     """The folder of a model (of a served one, of its tokenizer) that is on this machine, or None for a hub id.
 
     ``hipexp/…`` lies inside this package, wherever it is installed; anything else is a folder if it exists, else a hub
-    id if it looks like one. Raises ConfigError if it is neither.
+    id if it looks like one. Raises ConfigError if it is neither, and for a revision of a served model's folder.
     """
     key, path = files_of(model)
-    if path.startswith("hipexp/"):
-        return PACKAGE / path.removeprefix("hipexp/")
-    folder = Path(path).expanduser()
-    if folder.is_dir():
+    inside = path.startswith("hipexp/")
+    folder = PACKAGE / path.removeprefix("hipexp/") if inside else Path(path).expanduser()
+    if inside or folder.is_dir():
+        if model.base_url is not None and model.revision is not None:
+            raise ConfigError(f"model.revision={model.revision} is for a tokenizer on a hub, and {key}={path} is a folder; leave it out")
         return folder
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
         return None

@@ -7,13 +7,14 @@ import ipaddress
 import json
 import logging
 import os
+import re
 import socket
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Event
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,6 +29,7 @@ DELAYS_S = (1.0, 2.0, 4.0, 8.0, 16.0)  # between tries
 MOST_DELAY_S = 60.0  # of what a server asks for
 CONNECT_S, ASIDE_S = 10.0, 10.0
 SHOWN = 300  # characters of an answer that a message shows
+SHORT = 8  # a key of fewer characters may be a part of other words
 ENDS = ("stop", "length", "eos_token", "stop_sequence", None)  # None: some servers give no reason
 REPAIRS = {
     401: f"set {KEY} to a key of this server",
@@ -39,7 +41,19 @@ REPAIRS = {
 
 
 class Refused(ConfigError):
-    """The server will not do what it was asked, however often."""
+    """The server will not do what it was asked, however often; ``code`` is its HTTP status."""
+
+    def __init__(self, reason: str, code: int):
+        super().__init__(reason)
+        self.code = code
+
+
+class Unwell(RunFailed):
+    """The server did not do what it was asked in any try; ``code`` is its last HTTP status, None without one."""
+
+    def __init__(self, reason: str, code: int | None):
+        super().__init__(reason)
+        self.code = code
 
 
 @dataclass(frozen=True)
@@ -65,10 +79,11 @@ class Endpoint:
 
     def __init__(self, base_url: str, timeout_s: float):
         self.base_url, self._timeout_s, self._stopped = base_url.rstrip("/"), timeout_s, Event()
-        self._ids: list[Any] = []
+        self._ids: list[str] = []
         self._key = os.environ.get(KEY, "").strip()
         if not (self._key.isascii() and self._key.isprintable()):
             raise ConfigError(f"{KEY} must be printable ASCII, which it is not; set it again, or unset it for a server without keys")
+        self._secret = pattern_of(self._key)
         proxies = [urllib.request.ProxyHandler({})] if is_here(base_url) else []
         self._opener = urllib.request.build_opener(NoRedirect, Http, Https, *proxies)
 
@@ -84,17 +99,25 @@ class Endpoint:
         """The answer to messages. Raises as ``complete``."""
         return self._answer("/chat/completions", body)
 
+    def count_chat(self, body: dict[str, Any]) -> int | None:
+        """The tokens that the server counts in messages, whatever it answers; None if it does not count. Raises as ``post``."""
+        usage = self.post("/chat/completions", body)[0].get("usage")
+        return count(usage, "prompt_tokens") if isinstance(usage, dict) else None
+
     def _answer(self, path: str, body: dict[str, Any]) -> Answer:
         told, request_ms = self.post(path, body)
         try:
-            return read_answer(told, request_ms)
+            made = read_answer(told, request_ms)
+            if len(self._key) >= SHORT and self._secret.search(made.text):
+                raise ValueError(f"its text holds {KEY}, which is written nowhere")
+            return replace(made, by=self._hide(made.by))
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            why = str(error) if isinstance(error, ValueError) else "it has not the form of an answer"
+            why = self._hide(str(error)) if isinstance(error, ValueError) else "it has not the form of an answer"
             raise RunFailed(f"{self.base_url}{path} answered with what cannot be scored: {why} ({self._show(json.dumps(told))})") from error
 
     def post(self, path: str, body: dict[str, Any]) -> tuple[dict[str, Any], float]:
         """What the server answers, and how many ms it took. Raises ``Refused`` for what trying again cannot mend, else ``RunFailed``."""
-        url = self.base_url + path
+        url, code = self.base_url + path, None
         for number, delay in enumerate((*DELAYS_S, None), start=1):
             started = time.perf_counter()
             try:
@@ -102,30 +125,34 @@ class Endpoint:
                     data = self._send(url, json.dumps(body).encode(), self._timeout_s)
                 return self._read(url, data), (time.perf_counter() - started) * 1e3
             except urllib.error.HTTPError as error:
-                reason, asked_s = self._reason(url, error), wait_of(error)
+                reason, asked_s, code = self._reason(url, error), wait_of(error), error.code
                 if error.code not in BUSY:
-                    raise Refused(reason) from error
+                    raise Refused(reason, error.code) from error
             except Broken as error:
-                reason, asked_s = str(error), 0.0
+                reason, asked_s, code = self._hide(str(error)), 0.0, None
             if delay is None or self._stopped.is_set():
                 break
             pause = min(max(delay, asked_s), MOST_DELAY_S)
             LOG.warning("%s; try %d of %d in %.0f s", reason, number + 1, len(DELAYS_S) + 1, pause)
             if self._stopped.wait(pause):
                 break
-        raise RunFailed(f"{reason}; the same command continues once the server is well")
+        raise Unwell(f"{reason}; the same command continues once the server is well", code)
 
     def about(self, model: str) -> dict[str, Any]:
         """What the server says of itself and of a model, as far as it does not change by itself: ``version``, and its entry in the list."""
         listed = self._look(f"{self.base_url}/models").get("data")
-        entries = {one["id"]: one for one in listed if isinstance(one, dict) and "id" in one} if isinstance(listed, list) else {}
+        models = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
+        entries = {one["id"]: one for one in models if isinstance(one.get("id"), str)}
         self._ids = list(entries)
         entry = entries.get(model, {})
         version = self._look(f"{self.base_url.removesuffix('/v1')}/version").get("version")
-        return {"version": version, "lists": {name: entry[name] for name in ("owned_by", "root", "max_model_len", "meta") if name in entry}}
+        lists = {name: entry[name] for name in ("owned_by", "root", "max_model_len", "meta") if name in entry}
+        with suppress(RecursionError):
+            return {"version": self._hide_in(version), "lists": self._hide_in(lists)}
+        return {"version": None, "lists": {}}
 
     def _look(self, url: str) -> dict[str, Any]:
-        with suppress(OSError, http.client.HTTPException, ValueError):
+        with suppress(OSError, http.client.HTTPException, ValueError, RecursionError):
             told = json.loads(self._send(url, None, ASIDE_S))
             return told if isinstance(told, dict) else {}
         return {}
@@ -138,14 +165,14 @@ class Endpoint:
             return bytes(response.read())
 
     def _read(self, url: str, data: bytes) -> dict[str, Any]:
-        try:
+        with suppress(ValueError, RecursionError):
             told = json.loads(data)
+            json.dumps(told)  # so that nothing later is nested too deeply
             if isinstance(told, dict):
                 return told
-        except ValueError:
-            pass
         raise RunFailed(
-            f"{url} answered with no JSON object, as no OpenAI-compatible server does: {self._show(data.decode(errors='replace'))}"
+            f"{url} answered with no JSON object, or one too deep, as no OpenAI-compatible server does: "
+            f"{self._show(data.decode(errors='replace'))}"
         )
 
     def _reason(self, url: str, error: urllib.error.HTTPError) -> str:
@@ -156,13 +183,34 @@ class Endpoint:
                 body = ""
         repair = f"; {REPAIRS[error.code]}" if error.code in REPAIRS else ""
         if error.code == 404 and self._ids:
-            repair += f" (the server has {', '.join(map(str, self._ids[:10]))})"
-        return f"{url} answered {error.code} {error.reason}: {self._show(body) or 'nothing more'}{repair}"
+            repair += f" (the server has {self._hide(', '.join(self._ids[:10]))})"
+        return f"{url} answered {error.code} {self._hide(str(error.reason))}: {self._show(body) or 'nothing more'}{repair}"
 
     def _show(self, text: str) -> str:
         """The beginning of an answer, on one line, without the key."""
-        text = " ".join((text.replace(self._key, "***") if self._key else text).split())
+        text = " ".join(self._hide(text).split())
         return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+
+    def _hide(self, text: str) -> str:
+        """A text of the server without the key, and with U+FFFD for what is no character."""
+        return self._secret.sub("***", text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+
+    def _hide_in(self, told: Any) -> Any:
+        """What JSON holds, without the key. Raises ``RecursionError`` where it is nested too deeply."""
+        if isinstance(told, dict):
+            return {self._hide(name): self._hide_in(value) for name, value in told.items()}
+        if isinstance(told, list):
+            return [self._hide_in(value) for value in told]
+        return self._hide(told) if isinstance(told, str) else told
+
+
+def pattern_of(key: str) -> re.Pattern[str]:
+    """Finds a key in a text, also as JSON writes it; a short one only as a whole word, and an empty one never."""
+    if not key:
+        return re.compile(r"(?!)")
+    quoted = json.dumps(key)[1:-1]
+    forms = "|".join(map(re.escape, (quoted.replace("/", r"\/"), quoted, key)))
+    return re.compile(rf"(?<!\w)(?:{forms})(?!\w)" if len(key) < SHORT else forms)
 
 
 class Broken(Exception):
@@ -198,11 +246,13 @@ def read_answer(told: dict[str, Any], request_ms: float) -> Answer:
     choice, usage = told["choices"][0], told.get("usage") or {}
     finish = choice.get("finish_reason")
     if finish not in ENDS:
-        raise ValueError(f"it ended by {finish!r}, which is neither a stop nor the limit of new tokens")
-    by = " ".join(str(told[name]) for name in ("model", "system_fingerprint") if told.get(name))
+        raise ValueError(f"it ended by {json.dumps(finish)}, which is neither a stop nor the limit of new tokens")
+    by = " ".join(told[name] for name in ("model", "system_fingerprint") if isinstance(told.get(name), str))
     text = choice["text"] if "text" in choice else text_of_message(choice["message"])
     if not isinstance(text, str):
         raise ValueError("its text is none")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError("its text holds half of a surrogate pair, which is no character")
     return Answer(text, finish, count(usage, "prompt_tokens"), count(usage, "completion_tokens"), by, request_ms)
 
 

@@ -106,6 +106,10 @@ def execute(experiment: Experiment, load: Load | None = None, say: Say = lambda 
     """
     key, folder = key_of(experiment), folder_of(experiment)
     if is_done(folder, key):
+        if experiment.model.base_url is not None:
+            from hipexp.run import served
+
+            served.check_kind(read_json(folder / "card.json")["model"]["served"], experiment.model)
         _tell_sweep(experiment, folder, say)
         return folder
     with open_ledger(folder, key) as ledger:

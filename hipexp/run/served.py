@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from hipexp.config.schema import ConfigError, Experiment, Model
-from hipexp.run.endpoint import Answer, Endpoint, Refused
+from hipexp.run.endpoint import Answer, Endpoint, Refused, Unwell
 from hipexp.run.identity import WEIGHTS, facts_of, files_revision, model_revision, version_of
 from hipexp.run.job import Job
 from hipexp.run.ledger import Ledger, RunFailed, read_json
@@ -28,7 +28,13 @@ CHAT = (
     "model.prompt=chat: every prompt is one user turn of the server's chat template, whatever the protocol says; a system message or the "
     "beginning of an answer stands inside of it, and lengths do not count the template"
 )
+UNMEASURED = (
+    "the server did not count the tokens of its chat template (usage.prompt_tokens): a prompt that it cut by no more than these looks whole"
+)
 UNCHECKED = "the server does not count the tokens of prompts (usage.prompt_tokens): nobody knows whether it read them whole"
+UNEXPLAINED = "the server does not say why answers ended (finish_reason): nobody knows whether it cut them"
+UNTAKEN = (400, 415, 422, 501)  # what servers that take no token ids answer
+SEAM_TOK = 2  # tokens that can differ where two texts meet, or between what was made and its text
 
 
 class UserTurn:
@@ -78,16 +84,18 @@ def job(experiment: Experiment, ledger: Ledger) -> Job:
     check_unchanged(experiment, ledger.key)
     points = [(item.subtask, item.index) for item in suite.items()]
     server = Endpoint(model.base_url, model.timeout_s)
-    before = read_json(ledger.folder / "card.json").get("model", {}).get("served")
-    told = before if before and all(ledger.has(*one) for one in points) else introduce(server, model, tokenizer)
-    if before and ledger.rows:
+    before = read_json(ledger.folder / "card.json").get("model", {}).get("served") if ledger.rows else None
+    if before:
+        check_kind(before, model)
+    told = before if before and all(ledger.has(*one) for one in points) else introduce(server, model, tokenizer, before)
+    if before:
         check_same(before, told, model)
     card = card_of(suite, model, told)
     plain = card.to_dict() | {"strategy": strategy(told)}
 
     def measure(ledger: Ledger, trackers: Trackers) -> dict[str, Any]:
         try:
-            run_samples(experiment, suite, tokenizer, server, told["prompt"], ledger, trackers)
+            run_samples(experiment, suite, tokenizer, server, told, ledger, trackers)
         finally:
             server.stop()
         final = dataclasses.replace(card, note=note_of(card.note, ledger.rows))
@@ -101,23 +109,57 @@ def job(experiment: Experiment, ledger: Ledger) -> Job:
     return Job(points, plain, measure)
 
 
-def introduce(server: Endpoint, model: Model, tokenizer: Any) -> dict[str, Any]:
-    """How the server is asked, and what it says of itself, for the card. ``auto`` prompts are decided by asking it to continue a token."""
+def introduce(server: Endpoint, model: Model, tokenizer: Any, before: dict[str, Any] | None = None) -> dict[str, Any]:
+    """How the server is asked, and what it says of itself, for the card; what a run began with (``before``) decides for ``auto``."""
     about, prompt = server.about(model.path), model.prompt
     if prompt == "auto":
-        try:
-            server.complete(request(model, "prompt", list(tokenizer("a").input_ids), 1))
-            prompt = "tokens"
-        except Refused:
-            prompt = "text"
+        prompt = before["prompt"] if before else find_kind(server, model, tokenizer)
     endpoint = "/chat/completions" if prompt == "chat" else "/completions"
-    asked = {"base_url": server.base_url, "endpoint": endpoint, "prompt": prompt, "model": model.path, "server": model.server}
+    asked: dict[str, Any] = {
+        "base_url": server.base_url,
+        "endpoint": endpoint,
+        "prompt": prompt,
+        "model": model.path,
+        "server": model.server,
+    }
+    if prompt == "chat":
+        asked["template_tok"] = count_template(server, model, tokenizer)
     return asked | {"temperature": 0, "concurrent": model.concurrent} | about
+
+
+def find_kind(server: Endpoint, model: Model, tokenizer: Any) -> str:
+    """``tokens`` if the server continues one, else ``text``. Raises as ``Endpoint.complete`` for what has other causes."""
+    try:
+        server.complete(request(model, "prompt", list(tokenizer("a").input_ids), 1))
+    except (Refused, Unwell) as error:
+        if error.code in UNTAKEN:
+            return "text"
+        if error.code is None or error.code < 500:
+            raise
+        raise RunFailed(
+            f"{error}; it was asked to continue token ids, and if it is these that it cannot take: model.prompt=text"
+        ) from error
+    return "tokens"
+
+
+def count_template(server: Endpoint, model: Model, tokenizer: Any) -> int | None:
+    """The tokens that the server's chat template puts around a user turn; None if it does not count."""
+    counted = server.count_chat(request(model, "messages", [{"role": "user", "content": "a"}], 1))
+    return None if counted is None else max(0, counted - len(tokenizer("a", add_special_tokens=False).input_ids))
+
+
+def check_kind(before: dict[str, Any], model: Model) -> None:
+    """Raise ``RunFailed`` if prompts are to be sent in another way than those of the rows that are there (one run, one way)."""
+    if model.prompt not in ("auto", before["prompt"]):
+        raise RunFailed(
+            f"model.prompt={model.prompt} is not how this run began, whose prompts were sent as {before['prompt']}; "
+            f"use model.prompt={before['prompt']} or auto, or move the folder of the run away"
+        )
 
 
 def check_same(before: dict[str, Any], told: dict[str, Any], model: Model) -> None:
     """Raise ``RunFailed`` if the server says other things than when the run began (one run, one server); silence tells nothing."""
-    both = [name for name in ("version", "lists") if before.get(name) and told.get(name)]
+    both = [name for name in ("version", "lists", "template_tok") if before.get(name) and told.get(name)]
     changed = [name for name in both if before[name] != told[name]]
     if changed:
         was, now = ({name: one[name] for name in changed} for one in (before, told))
@@ -153,18 +195,18 @@ def card_of(suite: Suite, model: Model, told: dict[str, Any]) -> ProtocolCard:
         stops=[stop + ", cut off here" if "line" in stop else stop for stop in stops],
         decoding="greedy (temperature 0; penalties are the server's, and off unless somebody set them there)",
         chat_template="the server's own" if chat else card.chat_template,
-        note="; ".join(filter(None, [card.note, CHAT if chat else ""])),
+        note="; ".join(filter(None, [card.note, CHAT if chat else "", UNMEASURED if chat and told.get("template_tok") is None else ""])),
     )
 
 
 def note_of(note: str, rows: list[dict[str, Any]]) -> str:
     """The card's note, with what could not be checked."""
-    unchecked = sum(row["served_tok"] is None for row in rows)
-    return "; ".join(filter(None, [note, f"{UNCHECKED} ({unchecked} of {len(rows)} samples)" if unchecked else ""]))
+    unknown = {words: sum(row[name] is None for row in rows) for name, words in (("served_tok", UNCHECKED), ("finish", UNEXPLAINED))}
+    return "; ".join(filter(None, [note, *(f"{words} ({n} of {len(rows)} samples)" for words, n in unknown.items() if n)]))
 
 
 def run_samples(
-    experiment: Experiment, suite: Suite, tokenizer: Any, server: Endpoint, prompt: str, ledger: Ledger, trackers: Trackers
+    experiment: Experiment, suite: Suite, tokenizer: Any, server: Endpoint, told: dict[str, Any], ledger: Ledger, trackers: Trackers
 ) -> None:
     """Do every sample that is not in the ledger yet, ``model.concurrent`` at a time; rows are in the order of the samples."""
     from hipexp.run.point import mean_scores, token_bar
@@ -176,7 +218,7 @@ def run_samples(
 
     with token_bar(sum(item.length_tok for item in todo)) as bar:
         # Questions are made in this thread: a tokenizer cannot be used by two at once.
-        questions = (question_of(suite.sample(item), tokenizer, prompt) for item in todo)
+        questions = (question_of(suite.sample(item), tokenizer, told["prompt"], told.get("template_tok") or 0) for item in todo)
         for item, (question, made) in zip(todo, in_order(ask, questions, experiment.model.concurrent), strict=True):
             ledger.append(row_of(suite, question.sample, made, tokenizer))
             trackers.log(ledger.rows[-1], mean_scores(ledger.rows))
@@ -210,28 +252,32 @@ def begin(work: Callable[[Question], Answer], question: Question) -> Future[Answ
     return future
 
 
-def question_of(sample: Sample, tokenizer: Any, prompt: str) -> Question:
-    """A sample as it is sent. Raises as ``text_of``."""
+def question_of(sample: Sample, tokenizer: Any, prompt: str, template_tok: int = 0) -> Question:
+    """A sample as it is sent; a chat template puts ``template_tok`` tokens around it. Raises as ``text_of``."""
     if prompt == "chat":
         text = text_of(sample, tokenizer, exact=False)
         least = len(tokenizer(text.strip(), add_special_tokens=False).input_ids)  # templates strip
-        return Question(sample, "messages", [{"role": "user", "content": text}], least, None)
+        return Question(sample, "messages", [{"role": "user", "content": text}], least + max(0, template_tok - SEAM_TOK), None)
     told = sample.tokens if prompt == "tokens" else text_of(sample, tokenizer)
     return Question(sample, "prompt", told, len(sample.tokens), len(sample.tokens))
 
 
 def answer(server: Endpoint, model: Model, question: Question) -> Answer:
-    """The greedy answer to a sample. Raises as ``Endpoint.post``, and ``RunFailed`` if the server did not read what was sent."""
+    """The greedy answer to a sample.
+
+    Raises as ``Endpoint.post``, naming a sample that is refused, and ``RunFailed`` if the server did not read what was sent.
+    """
     sample = question.sample
     name, send = f"{sample.subtask} {sample.index}", server.chat if question.kind == "messages" else server.complete
     try:
         made = send(request(model, question.kind, question.told, sample.max_new_tok))
     except Refused as error:
+        if error.code not in (*UNTAKEN, 413):
+            raise
         size = f"{len(sample.tokens)} tokens and up to {sample.max_new_tok} new ones"
         other = "; if the server takes no token ids: model.prompt=text" if model.prompt == "tokens" else ""
         raise ConfigError(f"{name} ({size}): {error}{other}") from error
     check_prompt(made, question.least_tok, question.most_tok, name)
-    check_length(made, sample.max_new_tok, name)
     return made
 
 
@@ -276,24 +322,28 @@ def check_prompt(made: Answer, least: int, most: int | None, name: str) -> None:
     raise RunFailed(f"{name} was sent as {least} tokens, and the server read {counted} (usage.prompt_tokens): {why}")
 
 
-def check_length(made: Answer, limit: int, name: str) -> None:
-    """Raise ``RunFailed`` if an answer is longer than allowed, or was cut before that."""
+def count_new(made: Answer, tokenizer: Any, sample: Sample) -> int:
+    """The tokens of an answer, as the server counts them, else as we do. Raises ``RunFailed`` for too many, or a cut before the limit."""
+    name, limit = f"{sample.subtask} {sample.index}", sample.max_new_tok
     if made.new_tok is None:
-        return
-    if made.new_tok > limit:
-        raise RunFailed(f"{name} got {made.new_tok} new tokens where max_tokens={limit} was asked for; this server heeds no limit")
-    if made.finish == "length" and made.new_tok < limit:
-        raise RunFailed(f"{name} got {made.new_tok} of {limit} new tokens, and then the server's context was full; give it a longer one")
+        new_tok, least = len(tokenizer(made.text, add_special_tokens=False).input_ids), limit - SEAM_TOK
+    else:
+        new_tok, least = made.new_tok, limit
+        if new_tok > limit:
+            raise RunFailed(f"{name} got {new_tok} new tokens where max_tokens={limit} was asked for; this server heeds no limit")
+    if made.finish == "length" and new_tok < least:
+        raise RunFailed(f"{name} got {new_tok} of {limit} new tokens, and then the server's context was full; give it a longer one")
+    return new_tok
 
 
 def row_of(suite: Suite, sample: Sample, made: Answer, tokenizer: Any) -> dict[str, Any]:
     """The line of ``samples.jsonl`` of an answer. ``request_ms`` is the whole request, the server's queue and the way included.
 
     ``context_tok`` and ``new_tok`` are as the server counts (with its template, and mostly with the stop token), else as we do.
-    ``finish``, ``served_tok`` (its count of the prompt) and ``answered_by`` are what it said; None is unknown.
+    ``finish``, ``served_tok`` (its count of the prompt) and ``answered_by`` are what it said; None is unknown. Raises as ``count_new``.
     """
     prediction = first_line(made.text) if sample.one_line else made.text
-    new_tok = len(tokenizer(made.text, add_special_tokens=False).input_ids) if made.new_tok is None else made.new_tok
+    new_tok = count_new(made, tokenizer, sample)
     return {
         "subtask": sample.subtask,
         "sample": sample.index,

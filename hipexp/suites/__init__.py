@@ -34,7 +34,7 @@ def _check_own(task: Task) -> None:
     """Refuse what only our own words of ∞Bench have, or only the official ones."""
     if task.name != "infbench":
         return
-    from hipexp.suites.scoring.infbench import EDITIONS
+    from hipexp.suites.scoring.infbench import EDITIONS, MINFERENCE
 
     if task.edition is not None and task.edition not in EDITIONS:
         raise ConfigError(f"task.edition={task.edition} is no edition of the official scorer; use {' or '.join(EDITIONS)}")
@@ -46,6 +46,11 @@ def _check_own(task: Task) -> None:
                 "official prompts and rows; choose a task.protocol of them" if own else "prompts in our own words (task.protocol=hipexp)"
             )
             raise ConfigError(f"task.{name}={getattr(task, name)} is for {whose}, or leave it out")
+    if task.edition is not None and (task.edition == MINFERENCE) != (task.protocol == "minference"):
+        raise ConfigError(
+            f"task.edition={task.edition} does not go with task.protocol={task.protocol}: edition minference is for protocol minference, "
+            "which has no other; leave task.edition out"
+        )
 
 
 def subtasks_of(task: Task) -> tuple[str, ...]:

@@ -43,6 +43,21 @@ CASES = {
     ),
     "no host": ([*SERVED, "model.base_url=http:///v1"], "is no address of a server"),
     "a strange port": ([*SERVED, "model.base_url=http://localhost:80a/v1"], "model.base_url has a host or a port that is none"),
+    "no id": ([*SERVED[:2], "model.path="], "model.path= must be the model's id"),
+    "an empty part of a host": ([*SERVED, "model.base_url=http://a..b/v1"], "model.base_url has a host or a port that is none"),
+    "a long part of a host": ([*SERVED, f"model.base_url=http://{'a' * 64}.org/v1"], "model.base_url has a host or a port that is none"),
+    "a host in other letters": ([*SERVED, "model.base_url=http://bücher.example/v1"], "must be ASCII, as addresses are sent"),
+    "a path in other letters": ([*SERVED, "model.base_url=http://localhost/größe/v1"], "must be ASCII, as addresses are sent"),
+    "a control character": ([*SERVED, "model.base_url=http://localhost/\x7f"], "is no address of a server"),
+    "a scheme in capitals": ([*SERVED, "model.base_url=HTTP://localhost:8000/v1"], "is no address of a server; write it like http://"),
+    "an endpoint": (
+        [*SERVED, "model.base_url=http://localhost:8000/v1/completions"],
+        "must end before /completions, which is added here; use http://localhost:8000/v1",
+    ),
+    "an endpoint of chats": (
+        [*SERVED, "model.base_url=http://localhost:8000/v1/chat/completions/"],
+        "must end before /chat/completions, which is added here; use http://localhost:8000/v1",
+    ),
     "offload": ([*SERVED, "offload=host"], "offload=host is unknown"),
     "prompt of a loaded model": (["model.prompt=chat"], "model.prompt=chat is for a served model (model=openai); leave it out"),
     "tokenizer of a loaded model": (["model.tokenizer=org/model"], "model.tokenizer=org/model is for a served model"),
@@ -84,6 +99,14 @@ def test_a_tokenizer_is_here_or_on_a_hub_or_asked_for(tmp_path):
         check_model(compose([*SERVED, "model.path=gpt"]))
     with pytest.raises(ConfigError, match=r"model\.tokenizer=nowhere is no folder here and no hub id .*; check the path"):
         check_model(compose([*SERVED, "model.path=gpt", "model.tokenizer=nowhere"]))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_folder_has_no_revision(tmp_path, inside):
+    folder = "hipexp/needle/model" if inside else str(tmp_path)
+    with pytest.raises(ConfigError, match=rf"model\.revision=main is for a tokenizer on a hub, and model\.tokenizer={folder} is a folder"):
+        check_model(compose([*SERVED, f"model.tokenizer={folder}", "model.revision=main", "model.trained_tok=512"]))
+    assert check_model(compose([*SERVED, "model.tokenizer=org/tokenizer", "model.revision=main"])) is None
 
 
 def test_the_trained_length_of_a_served_model(tmp_path):

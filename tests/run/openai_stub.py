@@ -36,16 +36,18 @@ class Reply:
     change: object = None
     cut: bool = False
     wait_s: float = 0.0
+    reason: str | None = None
 
 
 class Stub:
     """``with Stub() as server``: ``server.url``, ``server.asked`` (path, headers, body).
 
-    ``replies`` are used up one a request, then all are good, or as ``always`` says. ``takes_ids`` False refuses token ids, as some servers do.
+    A request gets what ``choose(body)`` gives for it, else one of ``replies``, which are used up, else ``always``, which is good at first.
+    ``takes_ids`` False refuses token ids, as some servers do.
     """
 
     def __init__(self, takes_ids=True):
-        self.asked, self.replies, self.always, self.takes_ids = [], [], Reply(), takes_ids
+        self.asked, self.replies, self.always, self.takes_ids, self.choose = [], [], Reply(), takes_ids, lambda body: None
         self.version, self.models, self.busy, self.most_busy = "1.0", [{"id": "served", "owned_by": "stub", "created": 1}], 0, 0
         self.lock = threading.Lock()
 
@@ -98,7 +100,7 @@ class Handler(BaseHTTPRequestHandler):
             self.stub.asked.append((self.path, dict(self.headers), body))
             self.stub.busy += 1
             self.stub.most_busy = max(self.stub.busy, self.stub.most_busy)
-            reply = self.stub.replies.pop(0) if self.stub.replies else self.stub.always
+            reply = self.stub.choose(body) or (self.stub.replies.pop(0) if self.stub.replies else self.stub.always)
         time.sleep(reply.wait_s)
         with self.stub.lock:
             self.stub.busy -= 1
@@ -110,7 +112,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send(reply, json.dumps(told).encode() if reply.body is None else reply.body)
 
     def send(self, reply, data):
-        self.send_response(reply.status)
+        self.send_response(reply.status, reply.reason)
         for name, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **reply.headers}.items():
             self.send_header(name, value)
         self.end_headers()

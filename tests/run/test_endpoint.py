@@ -1,7 +1,9 @@
 """Requests to a server: what is tried again, what is an error, and that the key stays where it belongs."""
 
+import json
 import logging
 import socket
+import threading
 import urllib.error
 
 import pytest
@@ -101,12 +103,14 @@ def first(**changed):
     [
         (Reply(body=b"<html>Welcome</html>"), "answered with no JSON object, .*<html>Welcome"),
         (Reply(body=b"[]"), "answered with no JSON object"),
+        (Reply(body=b'{"choices":' * 100_000), "answered with no JSON object, or one too deep"),
+        (Reply(change=first(text="71 \ud83d")), "its text holds half of a surrogate pair"),
         (Reply(body=b'{"error": {"message": "no such adapter"}}'), "it holds no choice .*no such adapter"),
         (Reply(change=lambda told: told | {"choices": []}), "it holds no choice"),
         (Reply(change=lambda told: told | {"choices": ["text"]}), "it has not the form of an answer"),
         (Reply(change=first(text=None)), "its text is none"),
-        (Reply(change=first(finish_reason="content_filter")), "it ended by 'content_filter'"),
-        (Reply(change=first(finish_reason="abort")), "it ended by 'abort'"),
+        (Reply(change=first(finish_reason="content_filter")), 'it ended by "content_filter"'),
+        (Reply(change=first(finish_reason="abort")), 'it ended by "abort"'),
     ],
 )
 def test_what_is_no_answer_is_an_error(server, reply, words):
@@ -143,6 +147,66 @@ def test_the_key_goes_to_the_server_and_nowhere_else(server, monkeypatch, caplog
     assert {headers["Authorization"] for _, headers, _ in server.asked} == {f"Bearer {SECRET}"}
 
 
+KEYS = ["sk-very-secret", 'sk"very\\secret', "sk/very/secret", "sk-1"]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_the_key_is_taken_out_of_all_that_a_server_says(server, monkeypatch, caplog, key):
+    monkeypatch.setenv(endpoint.KEY, key)
+    escaped = json.dumps(key)[1:-1]
+    asked, hidden = Endpoint(server.url, 5.0), (key, escaped, escaped.replace("/", r"\/"))
+    server.version, server.models = f"1 {key}", [{"id": "served", "root": f"/{key}", "meta": {key: [{"of": key}]}}, {"id": f"for {key}"}]
+    told = asked.about("served")
+    assert told == {"version": "1 ***", "lists": {"root": "/***", "meta": {"***": [{"of": "***"}]}}}
+    server.always.change = lambda told: told | {"model": f"of {key}", "system_fingerprint": key}
+    assert asked.complete(BODY).by == "of *** ***"
+    shown = []
+    for form in hidden:
+        for reply in (
+            Reply(404, f"no {form}".encode(), reason=f"No {form}"),
+            Reply(500, f"no {form}".encode(), reason=f"No {form}"),
+            Reply(body=f"<p>{form}</p>".encode()),
+            Reply(change=first(finish_reason=key)),
+            Reply(change=first(finish_reason={"why": key})),
+        ):
+            server.always = reply
+            with caplog.at_level(logging.WARNING, logger="hipexp"), pytest.raises((RunFailed, Refused)) as caught:
+                asked.complete(BODY)
+            shown.append(str(caught.value))
+    assert all("***" in text for text in shown)
+    assert not any(form in text for form in hidden for text in (*shown, caplog.text))
+
+
+def test_the_key_is_taken_out_of_what_is_no_http(monkeypatch, caplog):
+    monkeypatch.setenv(endpoint.KEY, SECRET)
+
+    def answer():
+        for _ in range(4):
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(f"no {SECRET}\r\n\r\n".encode())
+
+    with socket.create_server(("127.0.0.1", 0)) as server, caplog.at_level(logging.WARNING, logger="hipexp"):
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(RunFailed, match=r"broke off \(no \*\*\*") as caught:
+            Endpoint(f"http://127.0.0.1:{server.getsockname()[1]}/v1", 5.0).complete(BODY)
+    assert SECRET not in f"{caught.value}{caplog.text}"
+
+
+def test_an_answer_that_holds_the_key_is_none_but_a_short_key_may_be_a_word(server, monkeypatch):
+    server.always.change = first(text=f"it is {SECRET}")
+    monkeypatch.setenv(endpoint.KEY, SECRET)
+    with pytest.raises(RunFailed, match="its text holds OPENAI_API_KEY") as caught:
+        ask(server)
+    assert SECRET not in str(caught.value)
+    monkeypatch.setenv(endpoint.KEY, "it")
+    assert ask(server).text == f"it is {SECRET}"
+    server.always = Reply(400, b"it is written, and it limits")
+    with pytest.raises(Refused, match=r"\*\*\* is written, and \*\*\* limits"):
+        ask(server)
+
+
 @pytest.mark.parametrize("key", ["sk\nevil", "schlüssel"])
 def test_a_key_that_no_header_can_hold(monkeypatch, key):
     monkeypatch.setenv(endpoint.KEY, key)
@@ -164,6 +228,13 @@ def test_no_proxy_leads_to_this_machine(server, monkeypatch):
 def test_what_a_server_says_of_itself(server):
     server.models = [{"id": "other"}, {"id": "served", "max_model_len": 4096, "root": "/models/a", "created": 7}, "strange"]
     assert Endpoint(f"{server.url}/", 5.0).about("served") == {"version": "1.0", "lists": {"root": "/models/a", "max_model_len": 4096}}
+    server.models, server.version = [{"id": ["served"]}, {"id": "served", "root": "\ud83d"}], "\udc00 1"
+    assert Endpoint(server.url, 5.0).about("served") == {"version": "\ufffd 1", "lists": {"root": "\ufffd"}}
+    deep = []
+    for _ in range(700):
+        deep = [deep]
+    server.models, server.version = [{"id": "served", "meta": deep}], "1"
+    assert Endpoint(server.url, 5.0).about("served")["lists"] in ({}, {"meta": deep})
     server.models, server.version = None, None
     assert Endpoint(server.url, 5.0).about("served") == {"version": None, "lists": {}}
 

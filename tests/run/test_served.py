@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import time
+import threading
 
 import pyarrow.parquet as pq
 import pytest
@@ -14,7 +14,7 @@ from hipexp.run.identity import key_of
 from hipexp.run.ledger import RunFailed, is_done, read_json, read_rows
 from hipexp.run.point import check_point, execute, folder_of, report, run_point, stored
 from hipexp.suites.framing import Cut, frame, template_of
-from hipexp.suites.sample import Sample
+from hipexp.suites.sample import ProtocolCard, Sample
 from openai_stub import TOKENIZER, Reply, Stub
 
 SECRET = "sk-very-secret"
@@ -114,8 +114,8 @@ def test_token_ids_that_are_refused_name_the_repair(point, server):
 
 def test_a_chat_is_one_user_turn_and_says_so(point, server):
     folder = execute(point(prompt="chat"))
-    path, _, body = server.asked[0]
-    assert path == "/v1/chat/completions"
+    assert {path for path, _, _ in server.asked} == {"/v1/chat/completions"}
+    body = server.prompts[0]
     assert [message["role"] for message in body["messages"]] == ["user"]
     card, row = read_json(folder / "card.json"), read_rows(folder)[0]
     assert card["chat_template"] == "the server's own"
@@ -150,6 +150,149 @@ def test_what_was_not_read_as_sent_is_no_score(point, server, prompt, change, wo
     assert not (folder_of(one) / "summary.json").exists()
 
 
+def without(*names):
+    def change(told):
+        told = json.loads(json.dumps(told))
+        for name in names:
+            told["usage"].pop(name, None), told["choices"][0].pop(name, None)
+        return told
+
+    return change
+
+
+@pytest.mark.parametrize("missing, whole", [(3, False), (9, False), (2, True), (0, True)])
+def test_a_chat_cut_by_less_than_the_template_is_seen(point, server, missing, whole):
+    server.replies, server.always = [Reply()], Reply(change=usage(prompt_tokens=lambda n: n - missing))
+    if whole:
+        card = read_json(execute(point(prompt="chat")) / "card.json")
+        assert card["model"]["served"]["template_tok"] == 11
+        assert "chat template (usage" not in card["note"]
+    else:
+        with pytest.raises(RunFailed, match="it has cut the prompt"):
+            execute(point(prompt="chat"))
+
+
+def test_a_chat_does_not_go_on_with_another_template(point, server):
+    interrupted(point(prompt="chat"), server, kept=4)
+    server.always = Reply(change=usage(prompt_tokens=lambda n: n + 1))
+    with pytest.raises(
+        RunFailed, match=r"another server than when this run began \(then \{'template_tok': 11\}, now \{'template_tok': 12\}"
+    ):
+        execute(point(prompt="chat"))
+
+
+def test_a_template_of_unknown_length_is_named(point, server):
+    server.replies = [Reply(change=without("prompt_tokens"))]
+    card = read_json(execute(point(prompt="chat")) / "card.json")
+    assert card["model"]["served"]["template_tok"] is None
+    assert "did not count the tokens of its chat template" in card["note"]
+
+
+def test_the_turn_that_measures_a_template_need_not_be_answered(point, server):
+    server.replies = [Reply(change=lambda told: told | {"choices": [{"message": {"content": None, "reasoning_content": "Hm"}}]})]
+    assert read_json(execute(point(prompt="chat")) / "card.json")["model"]["served"]["template_tok"] == 11
+
+
+def test_a_text_counts_without_the_blanks_that_templates_strip():
+    padded = "  ab 12\n\n\n"
+    ids = TOKENIZER(padded).input_ids
+    question = served.question_of(sample(padded, ids), TOKENIZER, "chat", 11)
+    assert (question.told[0]["content"], question.least_tok) == (padded, len(TOKENIZER("ab 12", False).input_ids) + 11 - 2)
+
+
+@pytest.mark.parametrize("made_tok, whole", [(1, False), (3, False), (4, True), (6, True)])
+def test_an_answer_at_its_limit_is_counted_here_if_the_server_does_not(point, server, made_tok, whole):
+    text = TOKENIZER.decode(TOKENIZER("1.2.3.", False).input_ids[:made_tok])
+
+    def change(told):
+        told = without("completion_tokens")(told)
+        told["choices"][0] |= {"text": text, "finish_reason": "length"}
+        return told
+
+    server.always = Reply(change=change)
+    one = point(subtasks=["passkey"])
+    if whole:
+        assert [row["new_tok"] for row in read_rows(execute(one))] == [made_tok] * 4
+    else:
+        with pytest.raises(RunFailed, match=rf"passkey 0 got {made_tok} of 6 new tokens, and then the server's context was full"):
+            execute(one)
+        assert read_rows(folder_of(one)) == []
+
+
+def test_an_answer_without_a_reason_for_its_end_is_named_as_unchecked(point, server):
+    server.replies, server.always = [Reply()] * 3, Reply(change=without("finish_reason"))
+    folder = execute(point())
+    note = "nobody knows whether it cut them (6 of 8 samples)"
+    assert note in read_json(folder / "card.json")["note"]
+    assert note in report(point(), folder)
+
+
+def interrupted(one, server, kept=3):
+    """The folder of a run that was stopped after some samples."""
+    server.replies, server.always = [Reply()] * (kept + (one.model.prompt == "auto")), Reply(401)
+    with pytest.raises(ConfigError, match=r"^http.* answered 401"):  # no sample is to blame
+        execute(one)
+    server.always = Reply()
+    server.asked.clear()
+    return folder_of(one)
+
+
+@pytest.mark.parametrize("first, sent", [("tokens", list), ("text", str)])
+def test_a_run_goes_on_in_the_way_that_it_began(point, server, first, sent):
+    folder = interrupted(point(prompt=first), server)
+    other = {"tokens": "text", "text": "tokens"}[first]
+    with pytest.raises(RunFailed, match=rf"model\.prompt={other} is not how this run began, .* sent as {first}; use model\.prompt={first}"):
+        execute(point(prompt=other))
+    assert (server.asked, len(read_rows(folder))) == ([], 3)
+    execute(point())  # auto takes token ids from this server, if it is asked
+    assert [type(body["prompt"]) for _, _, body in server.asked] == [sent] * 5
+    assert read_json(folder / "card.json")["model"]["served"]["prompt"] == first
+
+
+def test_a_stored_result_is_none_for_prompts_sent_in_another_way(point, server):
+    folder = execute(point(prompt="text"))
+    server.asked.clear()
+    assert execute(point()) == execute(point(prompt="text")) == folder
+    with pytest.raises(RunFailed, match=r"model\.prompt=tokens is not how this run began"):
+        execute(point(prompt="tokens"))
+    assert server.asked == []
+
+
+@pytest.mark.parametrize("status, repair", [(401, False), (403, False), (404, False), (413, False), (429, False), (500, True), (505, True)])
+def test_auto_takes_only_some_answers_for_no_to_token_ids(point, server, status, repair):
+    server.always = Reply(status, headers={"Retry-After": "0"})
+    with pytest.raises((ConfigError, RunFailed), match=rf"^http\S*/completions answered {status}") as caught:
+        execute(point())
+    assert ("model.prompt=text" in str(caught.value)) == repair
+    assert all(body["max_tokens"] == 1 for _, _, body in server.asked)
+
+
+@pytest.mark.parametrize("status", [400, 415, 422, 501])
+def test_auto_sends_text_where_token_ids_are_refused(point, server, status):
+    server.replies = [Reply(status)]
+    assert read_json(execute(point()) / "card.json")["model"]["served"]["prompt"] == "text"
+
+
+def test_the_card_says_at_the_end_what_was_removed(point):
+    card = read_json(execute(point(truncate_tok=300)) / "card.json")
+    removed = {row["subtask"]: 0 for row in read_rows(folder_of(point(truncate_tok=300)))}
+    for row in read_rows(folder_of(point(truncate_tok=300))):
+        removed[row["subtask"]] += row["removed_tok"]
+    assert card["truncation"]["removed_tok"] == removed
+    assert min(removed.values()) > 0
+
+
+def test_the_card_says_what_is_cut_here(point):
+    named = ("suite", "protocol", "edition", "template", "wording", "metric", "scorer", "length_tok", "samples", "new_tok", "data")
+    card = ProtocolCard(**dict.fromkeys(named, ""), stops=["end of text", "samsum: the end of a line"])
+    suite, model = type("Suite", (), {"card": lambda self: card})(), point().model
+    told = {"prompt": "tokens"}
+    assert served.card_of(suite, model, told).stops == [
+        "end of text, as the server's model has it",
+        "samsum: the end of a line, cut off here",
+    ]
+
+
 def test_a_server_that_does_not_count_is_named_as_unchecked(point, server):
     server.replies = [Reply()] * 3  # the first is for `auto`
     server.always = Reply(change=lambda told: {name: value for name, value in told.items() if name != "usage"})
@@ -171,7 +314,7 @@ def test_a_run_that_failed_continues_where_it_was(point, server):
     server.always = Reply()
     execute(point())
     rows = read_rows(folder)
-    assert (len(before), rows[:3], len(server.asked) - asked) == (3, before, 5 + 1)
+    assert (len(before), rows[:3], len(server.asked) - asked) == (3, before, 5)
     assert [(row["subtask"], row["sample"]) for row in rows] == [(name, i) for name in ("passkey", "kv_retrieval") for i in range(4)]
     server.asked.clear()
     execute(point())
@@ -202,17 +345,22 @@ def test_requests_at_once_are_answered_in_order(point, server):
     assert told(read_rows(folder)) == told(read_rows(here))
 
 
-def test_an_error_ends_all_requests_at_once(point, server):
-    server.replies, server.always = [Reply(), Reply(400)], Reply(500, wait_s=0.05)
+def test_an_error_ends_all_requests_at_once(point, server, monkeypatch):
+    execute(point())
+    first, before = server.prompts[0]["prompt"], set(threading.enumerate())
+    monkeypatch.setattr(endpoint, "DELAYS_S", (1.0,) * 100)
+    server.choose = lambda body: Reply(400) if body["prompt"] == first else Reply(500) if body["max_tokens"] > 1 else None
     with pytest.raises(ConfigError, match="passkey 0"):
-        execute(point(concurrent=4))
-    time.sleep(0.3)
-    assert len(server.asked) <= 1 + 4 + 3  # nobody goes on trying
+        execute(point(concurrent=4, server="again"))
+    for thread in set(threading.enumerate()) - before:
+        thread.join(30.0)  # nobody goes on trying, which would take 100 s
+        assert not thread.is_alive()
 
 
 def test_the_key_is_in_no_file(point, server, monkeypatch):
     monkeypatch.setenv(endpoint.KEY, SECRET)
     server.replies = [Reply(), Reply(500, f"no, {SECRET}".encode())]
+    server.version, server.always = f"1.0 {SECRET}", Reply(change=lambda told: told | {"model": SECRET})
     folder = execute(point())
     assert {headers["Authorization"] for _, headers, _ in server.asked} == {f"Bearer {SECRET}"}
     text = b"".join(path.read_bytes() for path in folder.iterdir())
@@ -262,6 +410,23 @@ def test_the_text_of_a_prompt_has_its_tokens_or_is_refused():
     with pytest.raises(ConfigError, match=r"no text has exactly the tokens of this prompt .* use model\.prompt=tokens"):
         served.text_of(sample("x middle y", seam), TOKENIZER)
     assert served.text_of(sample("x middle y", seam), TOKENIZER, exact=False) == "xy"
+
+
+def test_the_text_of_a_template_keeps_its_special_tokens():
+    class Turns(type(TOKENIZER)):
+        def __call__(self, text, add_special_tokens=True):
+            before, *turns = text.split("<turn>")
+            whole = super().__call__(before, add_special_tokens)
+            for turn in turns:
+                whole.input_ids += [9999, *super().__call__(turn, False).input_ids]
+            return whole
+
+        def decode(self, ids, **how):
+            return super().decode([one for one in ids if one != 9999], **how)
+
+    tokenizer = Turns()
+    text = "<turn>ab<turn>"
+    assert served.text_of(sample(f"<s>{text}", tokenizer(text).input_ids), tokenizer) == text
 
 
 def test_a_user_turn_is_what_a_template_comes_around():

@@ -341,6 +341,8 @@ def test_missing_data_are_named_with_the_command(tmp_path, monkeypatch, plain):
         (dict(name="infbench", protocol="chat", subtasks=["math_calc"]), "math_calc has no prompt under protocol chat"),
         (dict(name="infbench", protocol="chat", edition="2023"), "task.edition=2023 is no edition"),
         (dict(name="infbench", edition="2024-08"), "task.edition=2024-08 is for official prompts"),
+        (dict(name="infbench", protocol="chat", edition="minference"), "task.edition=minference does not go with task.protocol=chat"),
+        (dict(name="infbench", protocol="minference", edition="2024-06"), "task.edition=2024-06 does not go with task.protocol=minference"),
         (dict(name="infbench", protocol="chat", length_tok=5), "task.length_tok=5 is for prompts in our own words"),
         (dict(name="longbench", protocol="official", truncate_tok=1), "task.truncate_tok=1 must leave a beginning and an end"),
         (dict(name="longbench", protocol="official", subtasks=["narrativeqa_e"]), "'narrativeqa_e' is no task of LongBench"),

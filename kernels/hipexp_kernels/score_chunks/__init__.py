@@ -42,9 +42,9 @@ def score_chunks(
     no more), each the centre of its part of the chunk, or the last token of a chunk that ends before it. Probed as right halves.
     ``exact``: the best token of the chunk, probed as a right half.
     ``bounds``: the best landmark of ``summaries`` (see :func:`hipexp_kernels.summarize`) in the chunk, probed as a right half; no key is
-    read. No chunk is cut short, each begins where a piece does, and no piece is missing. For summaries without ``first_tok`` the chunks follow each other
-    without gaps from their first token on, and ``starts`` is ``[1, 1, C]``. Strategies that give the
-    tokens of a chunk different positions are refused.
+    read. No chunk is cut short, each begins where a piece does, and no piece is missing. For summaries without ``first_tok`` the chunks
+    follow each other without gaps from their first token on, and ``starts`` is ``[1, 1, C]``. Strategies that give the tokens of a chunk
+    different positions are refused.
     Products are in fp32; on a GPU all but those of a descent of one row are in the number format of ``k``, summed in fp32.
     ``chunk_tok`` is a power of two. Raises ``ValueError`` if it is not, and on shapes that do not match.
     """
