@@ -7,6 +7,7 @@ that the selection holds. A measurement is a phase at a length in a round: all d
 from __future__ import annotations
 
 import dataclasses
+import gc
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -114,6 +115,7 @@ def measure(experiment: Experiment, ledger: Ledger, trackers: Trackers) -> dict[
             bar.set_description(f"latency {one.subtask}")
             if not made or made[0].keys.shape[1] != one.context_tok:
                 made.clear()  # before the next ones take as much memory
+                gc.collect()  # what was compiled for a length holds its keys in cycles
                 made += inputs(experiment, one.context_tok, device)
             memory = PeakMemory()
             memory.start()
