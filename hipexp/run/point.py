@@ -329,22 +329,28 @@ def batches(items: list[Item], size: int) -> Iterator[list[Item]]:
         yield batch
 
 
-def row_of(suite: Suite, sample: Sample, made: Generation, loaded: Loaded) -> dict[str, Any]:
-    """The line of ``samples.jsonl`` of a finished sample; scores are 0 to 100, ``decode_ms`` is the mean of a step."""
-    prediction = loaded.tokenizer.decode(made.tokens, skip_special_tokens=True)
+def scored(suite: Suite, sample: Sample, prediction: str) -> dict[str, Any]:
+    """What a line of ``samples.jsonl`` says of a sample and its answer, whoever gave it."""
     return {
         "subtask": sample.subtask,
         "sample": sample.index,
         "prediction": prediction,
         "references": sample.references,
         "score": suite.score(sample, prediction),
-        "context_tok": len(sample.tokens),
-        "new_tok": len(made.tokens),
         "removed_tok": sample.removed_tok,
-        "prefill_ms": round(made.prefill_ms, 3),
-        "decode_ms": round(statistics.fmean(made.decode_ms), 3) if made.decode_ms else None,
         "status": "done",
         "length_tok": sample.length_tok,
+    }
+
+
+def row_of(suite: Suite, sample: Sample, made: Generation, loaded: Loaded) -> dict[str, Any]:
+    """The line of ``samples.jsonl`` of a finished sample; scores are 0 to 100, ``decode_ms`` is the mean of a step."""
+    prediction = loaded.tokenizer.decode(made.tokens, skip_special_tokens=True)
+    return scored(suite, sample, prediction) | {
+        "context_tok": len(sample.tokens),
+        "new_tok": len(made.tokens),
+        "prefill_ms": round(made.prefill_ms, 3),
+        "decode_ms": round(statistics.fmean(made.decode_ms), 3) if made.decode_ms else None,
         "peak_bytes": made.peak_bytes,
         "exact": made.exact,
         "traffic": made.traffic,

@@ -342,21 +342,15 @@ def row_of(suite: Suite, sample: Sample, made: Answer, tokenizer: Any) -> dict[s
     ``context_tok`` and ``new_tok`` are as the server counts (with its template, and mostly with the stop token), else as we do.
     ``finish``, ``served_tok`` (its count of the prompt) and ``answered_by`` are what it said; None is unknown. Raises as ``count_new``.
     """
+    from hipexp.run.point import scored
+
     prediction = first_line(made.text) if sample.one_line else made.text
     new_tok = count_new(made, tokenizer, sample)
-    return {
-        "subtask": sample.subtask,
-        "sample": sample.index,
-        "prediction": prediction,
-        "references": sample.references,
-        "score": suite.score(sample, prediction),
+    return scored(suite, sample, prediction) | {
         "context_tok": len(sample.tokens) if made.prompt_tok is None else made.prompt_tok,
         "new_tok": new_tok,
-        "removed_tok": sample.removed_tok,
         "prefill_ms": None,
         "decode_ms": None,
-        "status": "done",
-        "length_tok": sample.length_tok,
         "peak_bytes": None,
         "exact": None,
         "traffic": {},
