@@ -123,9 +123,10 @@ class QueryBlocks:
         complete = self.begin <= self.start and self.start + N * size <= self.end
         if complete and stride == 1:
             return self.q, at
-        total = self.q.view(H, N, R, stride, D).sum(3, dtype=torch.float32)  # rows that do not exist are zero
+        groups = self.q.view(H, N, R, stride, D)
         if complete:
-            return total / stride, at
+            return groups.mean(3, dtype=torch.float32), at
+        total = groups.sum(3, dtype=torch.float32)  # rows that do not exist are zero
         member = at[..., None] + torch.arange(stride, device=self.q.device)
         exists = (member >= self.begin) & (member < self.end)
         pooled = total / exists.sum(-1).clamp(min=1)[..., None]

@@ -45,17 +45,20 @@ def select(
         starts, counts = memory.lists[due]
     else:
         starts, counts = first_candidates(queries, plan.sink_tok, scan_window_tok, stages[0].chunk_tok)
-    limits = queries.first
+    limits, stride_tok = queries.first, 0
     for i in range(due, len(stages)):
         stage = stages[i]
         if stage.query_block_tok < queries.size:
-            parts, queries = queries.size // stage.query_block_tok, queries.split(stage.query_block_tok)
+            parts, queries, stride_tok = queries.size // stage.query_block_tok, queries.split(stage.query_block_tok), 0
             starts, counts, limits = (_repeat(x, parts, dim, len(queries)) for x, dim in ((starts, 1), (counts, 1), (limits, 0)))
         of_keys = None
         if stage.representative is Representative.bounds:
             of_keys = (summaries or KeySummaries()).upto(keys, plan.sink_tok, piece_tok(plan))
             of_keys = of_keys if i else replace(of_keys, first_tok=None)  # the first candidates follow each other
-        scores = _score(stage, queries, keys, starts, counts, limits, scan_window_tok, tables, of_keys)
+        if stage.query_stride_tok != stride_tok:
+            stride_tok = stage.query_stride_tok
+            pooled = queries.pool(stride_tok if queries.size > 1 else 1)
+        scores = _score(stage, queries, pooled, keys, starts, counts, limits, scan_window_tok, tables, of_keys)
         following = stages[min(i + 1, len(stages) - 1)]
         starts, counts = keep_top(
             scores, starts, counts, limits, keep=stage.keep_tok // stage.chunk_tok, lists=lists,
@@ -110,6 +113,7 @@ def _grid_of(sink_tok: int, chunk_tok: int, device: torch.device, n_chunks: int)
 def _score(
     stage: Stage,
     queries: QueryBlocks,
+    pooled: tuple[Tensor, Tensor],
     keys: Tensor,
     starts: Tensor,
     counts: Tensor,
@@ -118,11 +122,11 @@ def _score(
     tables: RopeTables,
     summaries: Summaries | None,
 ) -> Tensor:
-    pooled, position = queries.pool(stage.query_stride_tok if queries.size > 1 else 1)
+    q, position = pooled
     assert stage.rope is not None, "LayerPlan resolves it"
     rotation = score_rotation(stage.rope, tables, position, starts.shape[2], queries, scan_window_tok)
     return score_chunks(
-        pooled, keys, starts, counts, limits,
+        q, keys, starts, counts, limits,
         chunk_tok=stage.chunk_tok, representative=stage.representative.value, rotation=rotation, summaries=summaries,
     )  # fmt: skip
 
