@@ -12,7 +12,7 @@ from pathlib import Path
 from hipexp.config.convert import unknown
 from hipexp.config.schema import ConfigError
 from hipexp.report.tables import text_table
-from hipexp.run.data_make import ARGUMENTS, make
+from hipexp.run.data_make import ARGUMENTS, PURPOSE, make
 from hipexp.suites.data.fetch import Report, fetch
 from hipexp.suites.data.registry import SUBTASKS, DataFile, file_named, files_of, is_published, missing, size_text
 from hipexp.suites.data.resolve import data_root, digest, place_of, problem_with, read_record, write_record, write_whole
@@ -61,7 +61,7 @@ Command = Callable[[list[str]], int]
 COMMANDS: dict[str, tuple[Command, str, str]] = {
     "pull": (pull, "<suite> ... [subtask=a,b]", "fetch published data and official prompts"),
     "verify": (verify, "[suite ...] [subtask=a,b]", "compare the digests of what is here"),
-    "make": (make, ARGUMENTS, "rows of generated tasks in the official schema"),
+    "make": (make, ARGUMENTS, PURPOSE),
     "ls": (ls, "[suite ...] [subtask=a,b]", "what is here, what is missing and where it comes from"),
 }
 

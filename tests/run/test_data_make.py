@@ -1,5 +1,6 @@
 """``data make``: rows of generated tasks on disk, whole or not at all, and what is refused."""
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -42,11 +43,49 @@ def test_ruler(tmp_path):
     assert all(row["length"] <= 3000 and row["outputs"][0] in row["input"] and row["answer_prefix"] for row in made)
 
 
+def test_rows_that_are_made_of_stand_ins_say_so(tmp_path, capsys):
+    pytest.importorskip("lm_eval")
+    out, resources = tmp_path / "rows.jsonl", ruler_data.write_resources(tmp_path / "resources")
+    words = ["data", "make", "ruler", "length_tok=3000", "samples=1", f"resources={resources}", f"out={out}"]
+    for subtask, read in (("qa_2", ["hotpotqa.json"]), ("vt", None)):
+        assert main([*words, f"subtask={subtask}"]) == 0
+        assert ("no official rows: hotpotqa.json, each a stand-in made by hipexp\n" in capsys.readouterr().out) == bool(read)
+        assert [row.get("stand_ins") for row in rows(out)] == [read]
+
+
+def test_stand_ins(tmp_path, capsys):
+    folder = tmp_path / "made here"
+    assert main(["data", "make", "stand-ins", f"out={folder}"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[-1] == str(folder) and out[-2].endswith(f"task=ruler 'task.data={folder}'")
+    assert "no score on them is an official RULER score" in out[-3]
+    table = {line.split()[0]: line.split()[-1] for line in out[2:-3]}
+    found = {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
+    assert table == found and len(found) == 8
+    assert main(["data", "make", "stand-ins", f"out={folder}", "seed=7"]) == 0
+    assert (folder / "squad.json").read_bytes() and hashlib.sha256((folder / "squad.json").read_bytes()).hexdigest() != found["squad.json"]
+
+
+@pytest.mark.parametrize("command", ["ls", "verify"])
+def test_stand_ins_are_not_taken_for_published_data(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.setenv("HIPEXP_DATA", str(tmp_path))
+    ruler_data.write_resources(tmp_path / "elsewhere", punkt=True).rename(tmp_path / "ruler")
+    main(["data", command, "ruler"])
+    states = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if " ruler " in line}
+    for name in ("squad.json", "hotpotqa.json", "english_words.json", "PaulGrahamEssays.json", "punkt_tab/english/abbrev_types.txt"):
+        assert " damaged " in states[name], name
+    assert main(["task=ruler", "task.subtasks=[qa_1]", "task.samples=1"]) == 2
+    assert "squad.json" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "data make needs a suite whose samples are generated"),
-        (["longbench"], "data make needs a suite whose samples are generated"),
+        (["stand-ins"], "data make stand-ins needs out=<folder>"),
+        (["stand-ins", "out=x", "samples=5"], "samples=5 is unknown"),
+        (["stand-ins", "out=x", "seed=a"], "seed=a must be a whole number from 0 on"),
+        ([], "data make needs a suite whose samples are generated, or stand-ins"),
+        (["longbench"], "data make needs a suite whose samples are generated, or stand-ins"),
         (["infbench", "length_tok=5", "out=x"], "data make infbench needs subtask=..."),
         (["infbench", "subtask=passkey", "length=5", "out=x"], "length=5 is unknown; did you mean length_tok?"),
         (["infbench", "subtask=passkey", "length_tok=many", "out=x"], "length_tok=many must be a whole number from 1 on"),

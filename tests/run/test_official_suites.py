@@ -10,6 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "suites"))
 import official_data
+from hipexp.cli import main
 
 pytest.importorskip("lm_eval")
 CASES = {
@@ -57,3 +58,17 @@ def test_prompts_that_are_cut_are_recorded(data, tmp_path):
     assert all(row["removed_tok"] > 60 and 75 < row["context_tok"] < 85 for row in rows)
     card = json.loads((folder / "card.json").read_text())
     assert card["truncation"]["removed_tok"] == {"qasper": sum(row["removed_tok"] for row in rows)}
+
+
+def test_ruler_on_stand_ins_is_no_official_score(tmp_path):
+    """As a user would: one command makes the files, another runs on them, without a network."""
+    assert main(["data", "make", "stand-ins", f"out={tmp_path / 'made'}"]) == 0
+    words = ["task=ruler", "task.subtasks=[vt,qa_1]", "task.length_tok=3000", "task.samples=1", f"task.data={tmp_path / 'made'}"]
+    out = hipexp("+pipeline=3stage", *words, runs=tmp_path)
+    assert out.count("stand-in, 2025") == 3 and "official, 2025" not in out
+    assert "no official RULER score (qa_1): squad.json, each a stand-in made by hipexp" in out
+    folder = Path(out.splitlines()[-1])
+    summary, card = (json.loads((folder / file).read_text()) for file in ("summary.json", "card.json"))
+    assert summary["protocol"] == card["protocol"] == "stand-in" and "squad.json, each a stand-in" in summary["note"]
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [row.get("stand_ins") for row in rows] == [None, ["squad.json"]]

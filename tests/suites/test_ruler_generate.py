@@ -19,8 +19,9 @@ from hipexp.suites.lm_eval import needles, suite_module
 from hipexp.suites.ruler import SUBTASKS, TASKS, check_subtasks, make_rows
 from hipexp.suites.ruler import resources as files
 from hipexp.suites.ruler.generate import Draft, Frame, search, shrunk, undisturbed, words_of
+from hipexp.suites.ruler.stand_ins import ABBREVIATIONS, STARTERS, UPPER_FIRST_LOWER_WITHIN, essays
 from hipexp.suites.sample import DataMissing
-from ruler_data import essays, write_punkt, write_resources
+from ruler_data import write_resources
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("wonderwords")
@@ -441,27 +442,36 @@ def test_a_changed_file_is_read_again(tmp_path):
 
 
 def test_sentences_end_as_the_files_in_the_folder_say(tmp_path):
-    from nltk.tokenize.punkt import PunktSentenceTokenizer
+    from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
 
-    text = " ".join(essays(random.Random(3), 600)["text"].split())
-    learnt = write_punkt(tmp_path, text)
-    assert "st" in learnt.abbrev_types
+    write_resources(tmp_path, punkt=True)
+    learnt = PunktParameters()
+    learnt.abbrev_types, learnt.sent_starters, learnt.collocations = set(ABBREVIATIONS), set(STARTERS), {("st", "mary")}
+    learnt.ortho_context.update(dict.fromkeys(STARTERS, UPPER_FIRST_LOWER_WITHIN))
+    text = " ".join(files.essay_words(tmp_path)[:6000])
     cut = files.sentences(tmp_path)
-    assert cut.name.startswith("punkt_tab (")
     assert cut(text) == PunktSentenceTokenizer(learnt).tokenize(text) != PunktSentenceTokenizer().tokenize(text)
     assert files.sentences(tmp_path) is cut
-    other = tmp_path / "other"
-    write_punkt(other, text)
+    other = write_resources(tmp_path / "other", punkt=True)
     (other / files.PUNKT / "sent_starters.txt").unlink()
     with pytest.raises(ConfigError, match=r"punkt_tab/english must hold .*sent_starters.txt.*remove it or run"):
         files.sentences(other)
+
+
+def test_sentence_ends_by_hipexp_are_named_so(tmp_path):
+    write_resources(tmp_path, punkt=True)
+    assert files.sentences(tmp_path).name.startswith("punkt_tab, a stand-in made by hipexp (")
+    other = write_resources(tmp_path / "other", punkt=True)
+    for path in (other / files.PUNKT).iterdir():
+        path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if files.STAND_IN not in line))
+    assert files.sentences(other).name.startswith("punkt_tab (")
 
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_remembered_sentences_are_those_of_the_splitter(trained):
     from nltk.tokenize.punkt import PunktSentenceTokenizer, PunktTrainer
 
-    words = essays(random.Random(4), 200)["text"].split()
+    words = essays(random.Random(4), 12_000).split()
     split = PunktSentenceTokenizer(PunktTrainer(" ".join(words)).get_params() if trained else None).tokenize
     cut = files.Sentences("some", split)
     order = [5, 900, *random.Random(5).sample(range(1, len(words)), 80), len(words)]

@@ -6,6 +6,7 @@ import pytest
 
 from hipexp.config.schema import ConfigError
 from hipexp.run.tokenizer_file import read_tokenizer
+from hipexp.suites.data.registry import ESSAY_TASKS
 from hipexp.suites.ruler import EDITION, SUBTASKS, TASKS, Ruler, make_rows
 from hipexp.suites.ruler import resources as files
 from hipexp.suites.sample import DataMissing, Item
@@ -57,10 +58,10 @@ def test_samples_are_the_rows_with_the_template_around_and_the_answer_begun(rule
         assert sample.references == row["outputs"]
         assert sample.max_new_tok == TASKS[item.subtask].new_tok
         assert (sample.subtask, sample.index, sample.removed_tok) == (item.subtask, item.index, 0)
-        assert sample.meta == (
-            {"depth": pytest.approx(sample.prompt.index(row["outputs"][0]) / len(sample.prompt), abs=0.1)} if "depth" in sample.meta else {}
-        )
-        assert ("depth" in sample.meta) == item.subtask.startswith("niah")
+        depth = pytest.approx(sample.prompt.index(row["outputs"][0]) / len(sample.prompt), abs=0.1) if "depth" in sample.meta else None
+        read = {"qa_1": ["squad.json"], "qa_2": ["hotpotqa.json"], "cwe": ["english_words.json"]}.get(item.subtask, [])
+        read = ["PaulGrahamEssays.json"] if item.subtask in ESSAY_TASKS else read
+        assert sample.meta == ({"depth": depth} if item.subtask.startswith("niah") else {}) | ({"stand_ins": read} if read else {})
 
 
 def test_the_same_item_gives_the_same_sample(ruler):
@@ -95,7 +96,7 @@ def test_scores_are_the_shares_of_the_references_that_were_said(ruler):
 
 def test_the_card_says_what_decides_the_numbers(ruler, folder):
     card = ruler().card()
-    assert (card.suite, card.protocol, card.edition) == ("ruler", "official", EDITION) and EDITION == "2025"
+    assert (card.suite, card.protocol, card.edition) == ("ruler", "stand-in", EDITION) and EDITION == "2025"
     assert card.length_tok == dict.fromkeys(QUICK, LENGTH_TOK) and card.samples == dict.fromkeys(QUICK, 2)
     assert card.new_tok == {"vt": 30, "cwe": 120, "fwe": 50, "qa_1": 32, "qa_2": 32}
     assert card.metric["vt"] == card.metric["cwe"] != card.metric["qa_1"] == card.metric["qa_2"]
@@ -105,10 +106,25 @@ def test_the_card_says_what_decides_the_numbers(ruler, folder):
     for name in ("squad.json", "hotpotqa.json", "english_words.json"):
         assert f"{name} sha256 {hashlib.sha256((folder / name).read_bytes()).hexdigest()}" in card.data
     assert "PaulGrahamEssays" not in card.data
-    assert card.note == "" and json.dumps(card.to_dict())
+    assert json.dumps(card.to_dict())
     assert ruler(("vt",), template=("", "")).card().chat_template is None
     assert "seed 5;" in ruler(("vt",), seed=5).card().data
     assert "rows of seed 5: the official ones are of seed 42" in ruler(("vt",), seed=5).card().note
+
+
+def test_the_card_says_what_is_no_official_score(ruler, folder, tmp_path):
+    card = ruler(("vt", "qa_1", "cwe")).card()
+    assert card.protocol == "stand-in"
+    assert card.note == "no official RULER score (qa_1, cwe): squad.json, english_words.json, each a stand-in made by hipexp"
+    for name in ("squad.json", "english_words.json"):
+        assert f"{name} sha256 {hashlib.sha256((folder / name).read_bytes()).hexdigest()} (stand-in made by hipexp)" in card.data
+    plain = ruler(("vt", "fwe")).card()
+    assert (plain.protocol, plain.note) == ("official", "") and "stand-in" not in plain.data
+    other = write_resources(tmp_path)
+    unmarked = (other / "squad.json").read_text().replace("stand-in made by hipexp", "dev")
+    (other / "squad.json").write_text(unmarked)
+    own = ruler(("qa_1",), resources=other).card()
+    assert own.protocol == "official" and own.note == "squad.json: not known to be the published data"
 
 
 @pytest.mark.slow
@@ -116,6 +132,8 @@ def test_the_card_of_needles_names_the_sentence_splitter(ruler, folder):
     data = ruler(("niah_single_2",)).card().data
     assert f"sentences: {files.sentences(folder).name}; PaulGrahamEssays.json sha256 " in data
     cards = ruler(NEEDLES).card()
+    assert cards.protocol == "stand-in" and ruler(("niah_single_1", "niah_multikey_2")).card().protocol == "official"
+    assert cards.note.startswith(f"no official RULER score ({', '.join(ESSAY_TASKS)}): PaulGrahamEssays.json, each")
     assert len(set(cards.template.values())) == 1
     assert set(cards.new_tok.values()) == {128}
 

@@ -20,10 +20,13 @@ from typing import Any
 
 from hipexp.config.schema import ConfigError
 from hipexp.suites.data.registry import file_named
+from hipexp.suites.data.resolve import read_record
 from hipexp.suites.lm_eval import REPAIR, suite_module
 from hipexp.suites.sample import DataMissing
 
 PULL = "python -m hipexp data pull ruler"
+MAKE = "python -m hipexp data make stand-ins"
+STAND_IN = "stand-in made by hipexp"  # the mark of all files that hipexp.suites.ruler.stand_ins makes
 PUNKT = "punkt_tab/english"  # as punkt_tab.zip of nltk unpacks
 PUNKT_FILES = ("abbrev_types.txt", "collocations.tab", "ortho_context.tab", "sent_starters.txt")
 SAME_AGAIN = 3  # sentences before the end of a shorter text that may end elsewhere than in the longer one
@@ -60,7 +63,9 @@ def find(folder: Path, name: str) -> Path:
     source = SOURCES[name]
     path = folder / source.file
     if not path.is_file():
-        raise DataMissing(f"{path} is missing: {source.what}, from {source.origin}; run: {PULL}")
+        raise DataMissing(
+            f"{path} is missing: {source.what}, from {source.origin}; run: {PULL} (to try the task without a network: {MAKE} out=<folder>)"
+        )
     return path
 
 
@@ -96,6 +101,32 @@ def digests(folder: Path, names: list[str]) -> dict[str, str]:
     """SHA-256 of the named resources, by file; of those that are there."""
     paths = [folder / SOURCES[name].file for name in names]
     return {str(path.relative_to(folder)): _digest(*_state(path)) for path in paths if path.is_file()}
+
+
+def stand_ins(folder: Path, names: list[str]) -> list[str]:
+    """Which of the named resources are stand-ins made by hipexp, by file, and whether their sentences end as one of them says."""
+    found = [SOURCES[name].file for name in names if is_stand_in(folder / SOURCES[name].file)]
+    return [*found, *([PUNKT] if "essays" in names and STAND_IN in sentences(folder).name else [])]
+
+
+def is_stand_in(path: Path) -> bool:
+    """Whether a file was made by hipexp in place of a published one: it holds the mark, whatever its name and its form are."""
+    return path.is_file() and _is_marked(*_state(path))
+
+
+def unknown(folder: Path, names: list[str]) -> list[str]:
+    """Which of the named resources are neither stand-ins nor the published files, by file.
+
+    Published is what has the published digest or, where nobody publishes one, the record of its download beside it.
+    """
+    return [
+        name for name, sha256 in digests(folder, names).items() if not (is_stand_in(folder / name) or _is_fetched(folder / name, sha256))
+    ]
+
+
+def _is_fetched(path: Path, sha256: str) -> bool:
+    file, record = file_named("ruler", path.name), read_record(path)
+    return sha256 == (file.sha256 or (record.get("sha256") if record.get("revision") == file.source.revision else None))
 
 
 def words_version() -> str:
@@ -170,16 +201,18 @@ def _sentences(inside: Path | None) -> Sentences:
             raise ConfigError(
                 f"{inside} must hold the files {needed} of nltk's punkt_tab, but: {error}; remove it or run: {PULL}"
             ) from error
-        return Sentences(f"punkt_tab ({_digest_of(inside)}), nltk {nltk.__version__}", PunktSentenceTokenizer(trained).tokenize)
+        return Sentences(_name_of(inside), PunktSentenceTokenizer(trained).tokenize)
     try:
         found = Path(str(nltk.data.find("tokenizers/punkt_tab/english/")))
-        return Sentences(f"punkt_tab ({_digest_of(found)}), nltk {nltk.__version__}", PunktTokenizer("english").tokenize)
+        return Sentences(_name_of(found), PunktTokenizer("english").tokenize)
     except (LookupError, OSError):
         return Sentences(f"untrained Punkt (no punkt_tab), nltk {nltk.__version__}", PunktSentenceTokenizer().tokenize)
 
 
-def _digest_of(inside: Path) -> str:
-    return hashlib.sha256(b"".join((inside / name).read_bytes() for name in PUNKT_FILES)).hexdigest()[:12]
+def _name_of(inside: Path) -> str:
+    tables = b"".join((inside / name).read_bytes() for name in PUNKT_FILES)
+    what = f"punkt_tab, a {STAND_IN}" if STAND_IN.encode() in tables else "punkt_tab"
+    return f"{what} ({hashlib.sha256(tables).hexdigest()[:12]}), nltk {importlib.metadata.version('nltk')}"
 
 
 def _state(path: Path) -> tuple[Path, int]:
@@ -190,6 +223,11 @@ def _state(path: Path) -> tuple[Path, int]:
 def _digest(path: Path, _changed: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@lru_cache(maxsize=16)
+def _is_marked(path: Path, _changed: int) -> bool:
+    return STAND_IN.encode() in path.read_bytes()
 
 
 def _read(path: Path) -> Any:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from hipexp.suites.lm_eval import check_installed
 from hipexp.suites.ruler import resources as files
 from hipexp.suites.ruler.generate import CountTok, Row, check_length, make_rows, words_of
-from hipexp.suites.ruler.tasks import EDITION, SEED, TASKS, check_subtasks
+from hipexp.suites.ruler.tasks import EDITION, SEED, TASKS, check_subtasks, resources_of
 from hipexp.suites.sample import Encode, Item, ProtocolCard, Sample, digest
+
+ON_STAND_INS = "stand-in"  # the protocol of scores that are no official ones
 
 
 class Ruler:
@@ -20,6 +24,8 @@ class Ruler:
     The rows of one task are made together when the first of them is asked for, and kept until another task is: so go task by task.
     Raises ``ConfigError`` for an unknown task, a damaged file, more samples than questions and a length that holds no sample,
     ``DataMissing`` for a file not there.
+
+    Made of a stand-in (``hipexp.suites.ruler.stand_ins``) its protocol is ``stand-in``: card, tables and samples say so.
     """
 
     def __init__(
@@ -38,7 +44,7 @@ class Ruler:
         self.resources, self.template = resources, template
         self._rows: tuple[str, list[Row]] = ("", [])
         check_installed()
-        for name in self._needs():
+        for name in sorted({name for subtask in self.subtasks for name in TASKS[subtask].needs}):
             files.check(resources, name, samples)
         for name in self.subtasks:
             check_length(name, length_tok, seed, tokenizer_count, resources, template)
@@ -51,9 +57,11 @@ class Ruler:
         before, after = self.template
         prompt = before + row["input"] + after + row["answer_prefix"]
         new_tok = TASKS[item.subtask].new_tok
-        meta = {}
+        meta: dict[str, Any] = {}
         if "token_position_answer" in row:
             meta["depth"] = round(row["token_position_answer"] / (row["length"] - new_tok), 4)
+        if stand_ins := self._stand_ins([item.subtask]):
+            meta["stand_ins"] = stand_ins
         return Sample(item.subtask, item.index, prompt, self.encode(prompt), row["outputs"], new_tok, item.length_tok, meta=meta)
 
     def score(self, sample: Sample, prediction: str) -> float:
@@ -67,7 +75,7 @@ class Ruler:
         each = self.subtasks
         return ProtocolCard(
             suite="ruler",
-            protocol="official",
+            protocol=ON_STAND_INS if self._stand_ins(each) else "official",
             edition=EDITION,
             template={name: digest("".join(words_of(TASKS[name]))) for name in each},
             wording="official",
@@ -88,19 +96,28 @@ class Ruler:
             self._rows = (subtask, made)
         return self._rows[1]
 
-    def _needs(self) -> list[str]:
-        return sorted({name for subtask in self.subtasks for name in TASKS[subtask].needs})
+    def _stand_ins(self, subtasks: Iterable[str]) -> list[str]:
+        return files.stand_ins(self.resources, resources_of(subtasks))
 
     def _data(self) -> str:
-        read = [*self._needs(), *(["more_words"] if "cwe" in self.subtasks else [])]
+        read = resources_of(self.subtasks)
         parts = [f"generated, seed {self.seed}", f"wonderwords {files.words_version()}"]
         if "essays" in read:
             parts.append(f"sentences: {files.sentences(self.resources).name}")
-        parts += [f"{file} sha256 {digest}" for file, digest in files.digests(self.resources, read).items()]
+        made = self._stand_ins(self.subtasks)
+        for file, sha256 in files.digests(self.resources, read).items():
+            parts.append(f"{file} sha256 {sha256}" + (f" ({files.STAND_IN})" if file in made else ""))
         return "; ".join(parts)
 
     def _note(self) -> str:
-        told = [] if self.seed == SEED else [f"rows of seed {self.seed}: the official ones are of seed {SEED} (seed={SEED})"]
+        told = []
+        if made := self._stand_ins(self.subtasks):
+            names = ", ".join(name for name in self.subtasks if self._stand_ins([name]))
+            told.append(f"no official RULER score ({names}): {', '.join(made)}, each a {files.STAND_IN}")
+        if own := files.unknown(self.resources, resources_of(self.subtasks)):
+            told.append(f"{', '.join(own)}: not known to be the published data")
+        if self.seed != SEED:
+            told.append(f"rows of seed {self.seed}: the official ones are of seed {SEED} (seed={SEED})")
         if "cwe" in self.subtasks and not files.has(self.resources, "more_words"):
             told.append(f"cwe without {files.SOURCES['more_words'].file}: from about 128K tokens on its rows are not the official ones")
         return "; ".join(told)

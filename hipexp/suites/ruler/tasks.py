@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from hipexp.config.schema import ConfigError
@@ -69,3 +70,9 @@ def check_subtasks(names: list[str] | tuple[str, ...]) -> tuple[str, ...]:
         if name not in TASKS:
             raise ConfigError(f"task.subtasks: {name!r} is not a task of RULER; use some of {', '.join(SUBTASKS)}")
     return tuple(dict.fromkeys(names)) or SUBTASKS
+
+
+def resources_of(subtasks: Iterable[str]) -> list[str]:
+    """The resources that tasks read, sorted; last the second word list, which ``cwe`` reads if it is there and samples are long."""
+    names = list(subtasks)
+    return sorted({need for name in names for need in TASKS[name].needs}) + (["more_words"] if "cwe" in names else [])
