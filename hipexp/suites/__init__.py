@@ -189,14 +189,15 @@ def _open_ruler(task: Task, tokenizer: Any, seed: int) -> Suite:
 def _origins_of_ruler(task: Task) -> dict[str, str]:
     """Versions and digests of all that decides RULER's rows besides the configuration."""
     from hipexp.suites import lm_eval
-    from hipexp.suites.ruler import EDITION, TASKS, resources
+    from hipexp.suites.ruler import EDITION, resources
+    from hipexp.suites.ruler.tasks import resources_of
 
     names = subtasks_of(task)
-    folder, needs = _resources(task), sorted({name for subtask in names for name in TASKS[subtask].needs})
+    folder, needs = _resources(task), resources_of(names)
     told = {"generator": EDITION} | lm_eval.versions(("lm_eval", "wonderwords", "numpy", *(["scipy"] if "fwe" in names else [])))
     if "essays" in needs:
         told["sentences"] = resources.sentences(folder).name
-    return told | resources.digests(folder, [*needs, *(["more_words"] if "cwe" in names else [])])
+    return told | resources.digests(folder, needs)
 
 
 def _resources(task: Task) -> Path:

@@ -22,6 +22,14 @@ def test_every_subtask_gets_metric_score_n_and_interval():
     assert score_rows("infbench", rows) == scored
 
 
+def test_rows_made_of_stand_ins_are_no_official_score():
+    plain = {"subtask": "vt", "prediction": "AAAAA", "references": ["AAAAA"]}
+    assert "stand_ins" not in score_rows("ruler", [plain])
+    scored = score_rows("ruler", [plain, plain | {"stand_ins": ["PaulGrahamEssays.json"]}])
+    assert scored["scores"]["vt"]["score"] == 100
+    assert scored["stand_ins"] == "no official score: the text of some rows comes from PaulGrahamEssays.json, made by hipexp"
+
+
 def test_single_scores_keep_the_order_of_rows_for_pairs():
     ours = sample_scores("infbench", [row(), row(prediction="1"), row()])
     theirs = sample_scores("infbench", [row(prediction="1"), row(prediction="1"), row()])

@@ -20,7 +20,9 @@ def score_rows(
 
     A row holds ``subtask``, ``prediction`` and ``references``, and what its metric needs besides: ``all_classes`` and ``length``
     (LongBench), ``difficulty`` and ``length`` (LongBench v2), ``options`` (∞Bench), ``length`` as the target length (RULER);
-    ``file`` and ``line`` say where it comes from. ``interval`` is the 95 % interval of the mean over samples, None for one sample.
+    ``file`` and ``line`` say where it comes from; ``stand_ins`` (RULER) names sources of its text that the project made itself: the
+    result then says, under that key, that it is no official score. ``interval`` is the 95 % interval of the mean over samples, None for
+    one sample.
     ``drop_first_number``: see ``hipexp.suites.scoring.infbench.score_infbench``.
     Raises ``ConfigError`` for the first row that is wrong: then nothing is scored.
     """
@@ -29,12 +31,14 @@ def score_rows(
     by_name = dict(sorted(by_name.items(), key=lambda item: place_of(rules, item[0])))
     scores = {name: {"metric": rules.metric_of(name)} | rounded(describe(values), rules.DECIMALS) for name, values in by_name.items()}
     averages = rules.averages({name: entry["score"] for name, entry in scores.items()})
+    made = sorted({what for row in rows for what in row.get("stand_ins") or ()})
     return {
         "suite": suite,
         "edition": checked_edition(rules, suite, edition),
         "scorer": rules.SCORER + (", first number of math_calc dropped" if drop_first_number else ""),
         "scores": scores,
         "averages": {name: round(value, rules.DECIMALS) for name, value in averages.items()},
+        **({"stand_ins": f"no official score: the text of some rows comes from {', '.join(made)}, made by hipexp"} if made else {}),
     }
 
 
