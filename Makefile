@@ -41,7 +41,7 @@ check: $(DEV) ## style and types
 check-official: $(DEV) ## our scores and RULER rows beside the official code, fetched at fixed commits (needs a network; about 10 minutes)
 	OMP_NUM_THREADS=1 $(RUN) tests/suites/official_code.py
 
-needle: $(CORE) ## train the embedded model from nothing (over an hour on 2 cores, minutes on a GPU; resumable)
+needle: $(CORE) ## train the embedded model from nothing (some four hours on 2 cores, minutes on a GPU; resumable)
 	$(RUN) -m hipexp.needle.train
 
 needle-table: $(CORE) ## the long form of the demo: accuracy and time by length (resumable; says how long)

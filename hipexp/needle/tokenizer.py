@@ -7,7 +7,7 @@ import random
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from hipexp.needle import corpus
+from hipexp.needle import corpus, words
 from hipexp.suites.infbench import KV, NUMBER_STRING, PASSKEY, random_uuid
 
 SPECIAL = ["<pad>", "<s>", "</s>"]
@@ -20,12 +20,12 @@ WORDS = r"[0-9]{1,2}| ?[A-Za-z]+| ?[^\sA-Za-z0-9]+|\s"
 def training_text(rng: random.Random):
     """Lines in the style of the training prompts, and all hex pairs."""
     for _ in range(3000):
-        yield corpus.sentence(rng)
+        yield words.sentence(rng)
         yield corpus.digits_wording(rng, ten=rng.random() < 0.5)[1].needle
-    for words in (PASSKEY, NUMBER_STRING, KV):
-        yield from [words.intro, words.noise, words.question, words.prefix] * 50
+    for wording in (PASSKEY, NUMBER_STRING, KV):
+        yield from [wording.intro, wording.noise, wording.question, wording.prefix] * 50
     for line in (
-        *corpus.STORIES,
+        *words.STORIES,
         *corpus.INTROS,
         *corpus.NEEDLES,
         *corpus.QUESTIONS,

@@ -1,105 +1,83 @@
-"""The training's own attention and its locality loss."""
-
-from types import SimpleNamespace
+"""A step of the training, and its checkpoints."""
 
 import pytest
 import torch
-import torch.nn.functional as F
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from hipexp.needle import train
-from hipexp.needle.corpus import PromptMaker
-from hipexp.needle.tokenizer import train_tokenizer
-from hipexp.needle.train import (
-    HEAD_DIM,
-    NEAR_SINK_TOK,
-    OWN_HEADS,
-    Asking,
-    Locality,
-    _attend_near,
-    collate,
-    turn,
-)
+from hipexp.needle.batches import make_batch
+from hipexp.needle.locality import LOCALITY
+from hipexp.needle.phases import Step
+from hipexp.needle.train import Log, choose_near, per_token, prepare, train_step
 
 
-@pytest.mark.parametrize(("tokens", "near_tok"), [(96, 8), (93, 16), (1000, 128)])
-def test_near_attention_is_a_masked_attention(tokens, near_tok):
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 4, tokens, 8) for _ in range(3))
-    row, column = torch.arange(tokens)[:, None], torch.arange(tokens)
-    mask = (column <= row) & ((column < NEAR_SINK_TOK) | (column // near_tok >= row // near_tok - 1))
-    expected = F.scaled_dot_product_attention(q, k, v, mask, scale=0.2)
-    assert torch.allclose(_attend_near(q, k, v, near_tok, 0.2), expected, atol=1e-5)
+@pytest.fixture
+def example():
+    step = Step(1, 192, 5, {"named": 1.0})
+    batch = make_batch(step)
+    assert len(batch.others) and batch.single
+    return step, batch
 
 
-def test_only_the_layers_of_a_near_step_see_near_tokens_only(monkeypatch):
-    torch.manual_seed(0)
-    q, k, v = torch.randn(1, 4, 64, HEAD_DIM), torch.randn(1, 2, 64, HEAD_DIM), torch.randn(1, 2, 64, HEAD_DIM)
-    monkeypatch.setattr(train, "LOCALITY", Locality())
-    train.LOCALITY.near_tok, train.LOCALITY.near_layers = 8, (0, 1, 3)
-    everything = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.2, enable_gqa=True).transpose(1, 2)
-    for layer in range(train.LAYERS):
-        out, _ = train._attention(SimpleNamespace(layer_idx=layer), q, k, v, None, scaling=0.2)
-        assert torch.allclose(out, everything, atol=1e-5) == (layer not in (0, 1, 3))
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_step_learns(example, fast):
+    model, optimizer = prepare("cpu")
+    losses = [train_step(model, optimizer, *example, 3e-3, fast).answer.item() for _ in range(6)]
+    assert losses[-1] < losses[0]
 
 
-def test_turning_is_the_rotary_embedding_of_the_model():
-    torch.manual_seed(0)
-    x, positions = torch.randn(1, 2, 9, HEAD_DIM), torch.tensor([[0, 1, 5, 77, 1000, 3000, 4095, 5000, 6143]])
-    rotated, _ = apply_rotary_pos_emb(x, x, *LlamaRotaryEmbedding(train.make_config(64))(x, positions))
-    assert torch.allclose(turn(x, positions[:, None]), rotated, atol=2e-3)
-    assert torch.allclose(turn(rotated, -positions[:, None]), x, atol=2e-3)
+def test_where_several_tokens_are_right_their_chances_add():
+    logits = torch.randn(1, 4, 7, generator=torch.Generator().manual_seed(0))
+    expected = torch.tensor([[3, 1, 2, 6]])
+    plain, right = per_token(logits, expected, torch.zeros(0, 4, dtype=torch.long))
+    logits[0, 2, 5] = 9.0
+    each, also_right = per_token(logits, expected, torch.tensor([[0, 3, 2, 5, -1]]))  # position 3 is expected behind the third
+    chances = logits[0, 2].softmax(-1)
+    assert each[0, 2] == pytest.approx(-float((chances[2] + chances[5]).log()), abs=1e-5)
+    assert also_right[0, 2] == 1 and logits[0, 2].argmax() == 5
+    assert torch.equal(each[0, [0, 1, 3]], plain[0, [0, 1, 3]]) and torch.equal(right[0, [0, 1, 3]], also_right[0, [0, 1, 3]])
 
 
-def test_locality_compares_at_one_distance_and_pools_heads_and_queries(monkeypatch):
-    torch.manual_seed(0)
-    B, H, T, distance = 2, 4, 48, 20
-    monkeypatch.setattr(torch, "randint", lambda low, high, size: torch.full(size, distance))
-    q, k = torch.randn(B, H, T, HEAD_DIM), torch.randn(B, H, T, HEAD_DIM)
-    allowed = torch.zeros(B, 1, T, dtype=torch.bool)
-    allowed[:, :, 4:30] = True
-    target = torch.zeros(B, 1, T)
-    target[0, 0, 10:14], target[1, 0, 20] = 0.25, 1.0
-    locality = Locality()
-    locality.single = Asking(torch.tensor([[[40]], [[41]]]), target, allowed)
-    locality.blocks = Asking(torch.tensor([[[36, 40, 44]], [[40, 41, 42]]]), target, allowed)
-    position = torch.arange(T)
-    locality.add(turn(q, position), turn(k, position), 0.3)
-
-    def expected(asking, heads):
-        total = 0.0
-        for b in range(B):
-            pooled = torch.full((T,), -torch.inf)
-            for t in range(4, 30):
-                found = [turn(q[b, h, r], torch.tensor(distance)) @ k[b, h, t] * 0.3 for h in heads for r in asking.rows[b, 0]]
-                pooled[t] = torch.stack(found).logsumexp(0)
-            for t in target[b, 0].nonzero().flatten().tolist():
-                rivals = [r for r in range(4, 30) if r == t or target[b, 0, r] == 0]
-                total -= float(target[b, 0, t] * (pooled[t] - pooled[rivals].logsumexp(0)))
-        return total / B
-
-    assert len(locality.own) == len(OWN_HEADS)
-    for head, own in zip(OWN_HEADS, locality.own, strict=True):
-        assert float(own) == pytest.approx(expected(locality.single, [head]), rel=1e-3)
-    assert float(locality.shared[0]) == pytest.approx(expected(locality.blocks, range(H)), rel=1e-3)
+def test_short_prompts_always_see_near_tokens_only_in_the_first_layers():
+    for number in range(20):
+        choose_near(Step(number, 128, 1, {}))
+        assert LOCALITY.near_tok in (128 // 6, 128 // 8, 128 // 12) and LOCALITY.near_layers == (0, 1, 2)
+    near = []
+    for number in range(200):
+        choose_near(Step(number, 768, 1, {}))
+        near.append(LOCALITY.near_tok)
+    assert 0.6 < sum(map(bool, near)) / len(near) < 0.8
 
 
-@pytest.mark.parametrize("length", [256, 1536])
-def test_targets_lie_where_the_asked_needle_is(length):
-    tokenizer = train_tokenizer()
-    maker = PromptMaker(lambda text: tokenizer.encode(text, add_special_tokens=False), seed=3)
-    maker.draw = maker.pairs
-    prompts = [maker.prompt(length) for _ in range(3)]
-    ids, weight, asking = collate(prompts)
-    T = ids.shape[1]
-    assert ids.shape == weight.shape and asking is not None
-    for one in asking:
-        for b, (_, _, links) in enumerate(prompts):
-            for n in range(one.rows.shape[1]):
-                told, rows = one.target[b, n], one.rows[b, n]
-                if not told.any():
-                    continue
-                assert told.sum() == pytest.approx(1, abs=1e-4) and (told[~one.allowed[b, n]] == 0).all()
-                assert int(told.nonzero().max()) < int(rows.min()) - min(1024, T // 4)
-                needles = {(lo, hi) for a, z, lo, hi, _ in links if a <= int(rows.max()) and z > int(rows.min()) and told[lo] > 0}
-                assert needles and all((told[lo:hi] == told.max()).all() for lo, hi in needles)
+SHORT_RECIPE = [Step(number, 96, 4, {"repeats": 1.0}) for number in range(6)]
+
+
+@pytest.fixture
+def short_recipe(monkeypatch):
+    monkeypatch.setattr(train, "STEPS", len(SHORT_RECIPE))
+    monkeypatch.setattr(train, "step_of", SHORT_RECIPE.__getitem__)
+
+
+def test_an_interrupted_training_ends_as_one_in_one_piece(short_recipe, tmp_path):
+    assert train.train(tmp_path / "whole", minutes=9, workers=0)
+    while not train.train(tmp_path / "pieces", minutes=0, workers=0):
+        assert not (tmp_path / "pieces" / "model").exists()
+    whole, pieces = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "pieces"))
+    assert whole == pieces
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(short_recipe, tmp_path, monkeypatch):
+    assert not train.train(tmp_path, minutes=0, workers=0)
+    monkeypatch.setattr(train, "recipe", lambda: "another")
+    with pytest.raises(SystemExit, match="another recipe"):
+        train.train(tmp_path, minutes=0, workers=0)
+
+
+def test_the_log_has_a_line_of_every_twenty_fifth_step(tmp_path, example):
+    step, batch = example
+    measured = train_step(*prepare("cpu"), step, batch, 1e-3, False)
+    with open(tmp_path / "log", "w") as file:
+        log = Log(file)
+        for number in range(60):
+            log.add(step._replace(number=number), measured, 1.0)
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert len(lines) == 3 and '"step": 50' in lines[2]
