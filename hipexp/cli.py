@@ -22,6 +22,7 @@ COMMANDS = {
     "table": ("hipexp.run.needle_table:main", "the long form of the demo; table --dry-run tells how long it takes here"),
     "data": ("hipexp.run.data:main", "data of the suites: data pull, verify, ls, make"),
     "score": ("hipexp.run.score:main", "official scores of predictions made elsewhere, as JSON"),
+    "replay": ("hipexp.run.replay:main", "hits and traffic of caches of any size and policy in a recorded run; replay record records one"),
     "repro": ("hipexp.run.repro:main", "a published table beside ours, as in repro table2 size=needle task.samples=5"),
     "doctor": ("hipexp.doctor:main", "versions, device, what is missing"),
 }

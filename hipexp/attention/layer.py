@@ -13,10 +13,11 @@ from torch import Tensor
 from hipexp.attention.blocks import QueryBlocks, Step
 from hipexp.attention.methods import METHODS
 from hipexp.attention.methods.hip import n_first_candidates
+from hipexp.attention.reads import Listener
 from hipexp.attention.refresh import Memory
 from hipexp.attention.rope import RopeTables
 from hipexp.attention.selection import Selection
-from hipexp.cache import KeySummaries
+from hipexp.cache.summaries import KeySummaries
 from hipexp.config.schema import AttendRope, LayerPlan, Stage
 
 QUERY_BLOCK_TOK = 64  # of pipelines without stages
@@ -27,7 +28,7 @@ class LayerAttention:
     """The attention of one layer.
 
     ``tables`` None: the layer has no RoPE. ``softcap``: as in Gemma-2.
-    ``pruned_blocks`` counts the query blocks that did not see all their keys.
+    ``pruned_blocks`` counts the query blocks that did not see all their keys. ``listener`` is told what is read; None costs nothing.
     """
 
     plan: LayerPlan
@@ -36,6 +37,7 @@ class LayerAttention:
     scale: float
     softcap: float | None = None
     pruned_blocks: int = 0
+    listener: Listener | None = None
 
     def __call__(
         self,
@@ -71,6 +73,8 @@ class LayerAttention:
         attended = queries if memory or not stages else queries.split(stages[-1].query_block_tok)
         n_exact = 0 if step else attended.within(self._exact_tok(stages))  # the device knows, and a selection it does not need costs little
         selection = self._select(queries, attended, n_exact, k, memory, summaries)
+        if self.listener:
+            self.listener.attends(attended, n_exact, selection)
         if memory:
             memory.step += 1
         out, _ = attend_blocks(
@@ -116,7 +120,7 @@ class LayerAttention:
         skipped = n_exact // parts
         select = METHODS[self.method]
         tables = self.tables or RopeTables(no_rope, 0)
-        chosen = select(self.plan, stages, queries.from_block(skipped), k, tables, memory, summaries)
+        chosen = select(self.plan, stages, queries.from_block(skipped), k, tables, memory, summaries, self.listener)
         return chosen.after_none(skipped * parts)
 
     def _attend_rotation(self, n_keys: int, queries: QueryBlocks) -> AttendRotation | None:

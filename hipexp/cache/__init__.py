@@ -1,6 +1,1 @@
-"""Where keys and values live."""
-
-from hipexp.cache.resident import ResidentStore
-from hipexp.cache.summaries import KeySummaries
-
-__all__ = ["KeySummaries", "ResidentStore"]
+"""Where keys and values live, and which of them stay on the device. What needs no torch loads none."""

@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from hipexp.attention import Memory
-from hipexp.cache import KeySummaries, ResidentStore
+from hipexp.cache.resident import ResidentStore
+from hipexp.cache.summaries import KeySummaries
 
 
 @dataclass

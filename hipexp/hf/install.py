@@ -15,7 +15,7 @@ from transformers.masking_utils import flash_attention_mask
 
 from hipexp.attention import LayerAttention, Memory
 from hipexp.attention.rope import RopeTables
-from hipexp.cache import KeySummaries
+from hipexp.cache.summaries import KeySummaries
 from hipexp.config.schema import ConfigError, LayerPlan, Pipeline, PruneRope
 from hipexp.hf.cache import SequenceLayer, SequenceState
 from hipexp.hf.dense import attend_dense

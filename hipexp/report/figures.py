@@ -59,27 +59,32 @@ def draw_heat_maps(path: Path, heading: str, maps: Sequence[HeatMap], vertical: 
     plt.close(figure)
 
 
-def draw_times(path: Path, heading: str, panels: dict[str, dict[str, list[tuple[int, float]]]]) -> None:
-    """Write lines of milliseconds by length, both on logarithmic axes, as a picture at ``path``: a panel for each phase."""
+def draw_lines(
+    path: Path, heading: str, panels: dict[str, dict[str, list[tuple[int, float]]]], axes: tuple[str, str], scale: str = "log"
+) -> None:
+    """Write lines over a logarithmic axis of tokens as a picture at ``path``: a panel for each phase, its lines by name.
+
+    ``axes``: what stands at the horizontal and the vertical one; ``scale``: of the vertical one, ``log`` or ``linear``.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, plots = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 3.8), squeeze=False, layout="constrained")
-    styles = [("#222222", "o", "-"), ("#0072b2", "s", "-"), ("#d55e00", "^", "--"), ("#009e73", "D", ":")]
+    styles = [("#222222", "o", "-"), ("#0072b2", "s", "-"), ("#d55e00", "^", "--"), ("#009e73", "D", ":"), ("#8a8a8a", "", ":")]
     for plot, (phase, lines) in zip(plots[0], panels.items(), strict=True):
         for (name, points), (color, marker, line) in zip(lines.items(), styles, strict=False):
             lengths, times = zip(*sorted(points), strict=True)
             plot.plot(lengths, times, color=color, marker=marker, linestyle=line, label=name)
         ticks = sorted({length for points in lines.values() for length, _ in points})
         plot.set_xscale("log")
-        plot.set_yscale("log")
+        plot.set_yscale(scale)
         plot.set_xticks(ticks, [f"{tick:,}" for tick in ticks], color=INK)
         plot.minorticks_off()
         plot.set_title(phase, loc="left", fontsize=11, color=INK)
-        plot.set_xlabel("tokens", color=INK)
-        plot.set_ylabel("ms", color=INK)
+        plot.set_xlabel(axes[0], color=INK)
+        plot.set_ylabel(axes[1], color=INK)
         plot.grid(color=EMPTY)
         plot.legend(frameon=False, fontsize=9)
         for edge in ("top", "right"):

@@ -17,7 +17,7 @@ from hipexp.attention.inputs import Geometry, Inputs, drifting
 from hipexp.attention.methods.hip import piece_tok
 from hipexp.attention.recall import attention_mass, chosen_tokens, fixed_tokens, logits_at_one_distance, logits_in_place
 from hipexp.attention.rope import RopeTables
-from hipexp.cache import KeySummaries
+from hipexp.cache.summaries import KeySummaries
 from hipexp.config.schema import LayerPlan, Pipeline, PruneRope, Representative, Stage
 from hipexp.run.contestants import decode_contestants, prefill_contestants
 from hipexp.run.latency import quantile

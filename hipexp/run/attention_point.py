@@ -251,7 +251,7 @@ def draw(ledger: Ledger, rows: list[dict[str, Any]]) -> None:
     """The picture of the run: time by length, the fastest dense contestant and the pipeline. Left out where matplotlib is missing."""
     from importlib.util import find_spec
 
-    from hipexp.report.figures import draw_times
+    from hipexp.report.figures import draw_lines
 
     if find_spec("matplotlib") is None:
         return
@@ -263,4 +263,4 @@ def draw(ledger: Ledger, rows: list[dict[str, Any]]) -> None:
         points = panels.setdefault(row["phase"], {}).setdefault(line, [])
         if not row["dense"] or all(context != row["context_tok"] for context, _ in points):  # rows come fastest first
             points.append((row["context_tok"], row["mean_ms"]))
-    draw_times(ledger.folder / "latency.png", "Attention of one layer", panels)
+    draw_lines(ledger.folder / "latency.png", "Attention of one layer", panels, ("tokens", "ms"))

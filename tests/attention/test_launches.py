@@ -93,7 +93,7 @@ def layer(heads=Heads.shared, second=None, **first):
 
 def step(attention, T, number, count):
     """The counts of one step of a sequence of ``T`` tokens, after steps of all kinds."""
-    from hipexp.cache import KeySummaries
+    from hipexp.cache.summaries import KeySummaries
 
     make = torch.Generator().manual_seed(T)
     q, k, v = (torch.randn(n, t, D, generator=make).to(DEVICE) for n, t in ((H, 1), (K, T), (K, T)))

@@ -17,7 +17,7 @@ from hipexp.attention import LayerAttention, Memory
 from hipexp.attention.blocks import QueryBlocks
 from hipexp.attention.methods import hip
 from hipexp.attention.rope import RopeTables
-from hipexp.cache import KeySummaries
+from hipexp.cache.summaries import KeySummaries
 from hipexp.config.check import BY_TRUE_POSITION
 from hipexp.config.schema import AttendRope, Heads, LayerPlan, PruneRope, Representative, Stage
 

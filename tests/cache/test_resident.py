@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hipexp.cache import ResidentStore
+from hipexp.cache.resident import ResidentStore
 
 
 def some(tokens, seed=0):

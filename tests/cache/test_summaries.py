@@ -6,7 +6,7 @@ from hipexp_kernels import summarize
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hipexp.cache import KeySummaries
+from hipexp.cache.summaries import KeySummaries
 
 
 def keys(tokens):

@@ -11,10 +11,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from hipexp_kernels import Summaries, keep_top, score_chunks
+from hipexp_kernels import keep_top, score_chunks
 from torch import Tensor
 
 from hipexp.attention.blocks import QueryBlocks
+from hipexp.attention.reads import Listener, Scoring
 from hipexp.attention.refresh import Candidates, Memory
 from hipexp.attention.rope import RopeTables, score_rotation
 from hipexp.attention.selection import Selection
@@ -30,11 +31,13 @@ def select(
     tables: RopeTables,
     memory: Memory | None,
     summaries: KeySummaries | None = None,
+    listener: Listener | None = None,
 ) -> Selection:
     """Select blocks of ``stages[-1].chunk_tok`` tokens for every block of ``queries`` from raw ``keys`` ``[K, T, D]``.
 
     ``memory`` (decode: one block, one query) lets stages that are not due be skipped; without it every stage runs. ``summaries`` of
-    the keys so far are kept up for a stage that scores by them; without them that stage summarizes all keys anew.
+    the keys so far are kept up for a stage that scores by them; without them that stage summarizes all keys anew. ``listener`` is told
+    what each stage scores.
     """
     due = memory.first_stage_due(stages) if memory else 0
     if memory and due == len(stages):
@@ -57,8 +60,15 @@ def select(
             of_keys = of_keys if i else replace(of_keys, first_tok=None)  # the first candidates follow each other
         if stage.query_stride_tok != stride_tok:
             stride_tok = stage.query_stride_tok
-            pooled = queries.pool(stride_tok if queries.size > 1 else 1)
-        scores = _score(stage, queries, pooled, keys, starts, counts, limits, scan_window_tok, tables, of_keys)
+            q, position = queries.pool(stride_tok if queries.size > 1 else 1)
+        assert stage.rope is not None, "LayerPlan resolves it"
+        rotation = score_rotation(stage.rope, tables, position, starts.shape[2], queries, scan_window_tok)
+        if listener:
+            listener.scores(i, Scoring(stage, queries, q, keys, starts, counts, limits, rotation))
+        scores = score_chunks(
+            q, keys, starts, counts, limits,
+            chunk_tok=stage.chunk_tok, representative=stage.representative.value, rotation=rotation, summaries=of_keys,
+        )  # fmt: skip
         following = stages[min(i + 1, len(stages) - 1)]
         starts, counts = keep_top(
             scores, starts, counts, limits, keep=stage.keep_tok // stage.chunk_tok, lists=lists,
@@ -108,27 +118,6 @@ def _grid(sink_tok: int, chunk_tok: int, device: torch.device, n_chunks: int) ->
 def _grid_of(sink_tok: int, chunk_tok: int, device: torch.device, n_chunks: int) -> Tensor:
     with torch.inference_mode(False):
         return (sink_tok + chunk_tok * torch.arange(n_chunks, device=device))[None, None]
-
-
-def _score(
-    stage: Stage,
-    queries: QueryBlocks,
-    pooled: tuple[Tensor, Tensor],
-    keys: Tensor,
-    starts: Tensor,
-    counts: Tensor,
-    limits: Tensor,
-    scan_window_tok: int,
-    tables: RopeTables,
-    summaries: Summaries | None,
-) -> Tensor:
-    q, position = pooled
-    assert stage.rope is not None, "LayerPlan resolves it"
-    rotation = score_rotation(stage.rope, tables, position, starts.shape[2], queries, scan_window_tok)
-    return score_chunks(
-        q, keys, starts, counts, limits,
-        chunk_tok=stage.chunk_tok, representative=stage.representative.value, rotation=rotation, summaries=summaries,
-    )  # fmt: skip
 
 
 def _repeat(x: Tensor, times: int, dim: int, length: int) -> Tensor:

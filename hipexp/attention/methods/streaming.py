@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from hipexp.attention.blocks import QueryBlocks
+from hipexp.attention.reads import Listener
 from hipexp.attention.refresh import Memory
 from hipexp.attention.rope import RopeTables
 from hipexp.attention.selection import Selection
-from hipexp.cache import KeySummaries
+from hipexp.cache.summaries import KeySummaries
 from hipexp.config.schema import LayerPlan, Stage
 
 
@@ -20,6 +21,7 @@ def select(
     tables: RopeTables,
     memory: Memory | None,
     summaries: KeySummaries | None = None,
+    listener: Listener | None = None,
 ) -> Selection:
     """Select nothing for every block of ``queries``."""
     return Selection.empty(queries.q.shape[1], keys.device)
