@@ -31,7 +31,8 @@ def list_runs(root: Path) -> list[dict[str, Any]]:
         folder, status = path.parent, read_json(path)
         summary = read_json(folder / "summary.json")
         record = {"task": folder.parent.name, "run": folder.name, "state": state_of(folder), "samples": len(read_rows(folder))}
-        runs.append(record | {"average": summary.get("average"), "updated": str(status.get("updated", "")), "folder": str(folder)})
+        record |= {"average": summary.get("average"), "protocol": summary.get("protocol")}
+        runs.append(record | {"updated": str(status.get("updated", "")), "folder": str(folder)})
     return sorted(runs, key=lambda run: run["updated"])
 
 
@@ -46,6 +47,6 @@ def main(argv: list[str]) -> int:
     elif not runs:
         print(f"no runs under {runs_root()} yet")
     else:
-        columns = ["task", "run", "state", "samples", "average", "updated"]
+        columns = ["task", "run", "state", "samples", "average", "protocol", "updated"]
         print(text_table(columns, [[run[column] for column in columns] for run in runs], left=3))
     return 0

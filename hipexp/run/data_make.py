@@ -68,15 +68,18 @@ def make_rows(words: list[str]) -> int:
         from hipexp.suites.data.resolve import folder_for
         from hipexp.suites.ruler import check_subtasks
         from hipexp.suites.ruler import make_rows as make_ruler_rows
-        from hipexp.suites.ruler.resources import STAND_IN, stand_ins
+        from hipexp.suites.ruler import resources as files
         from hipexp.suites.ruler.tasks import resources_of
 
         (subtask,) = check_subtasks([asked["subtask"]])
-        resources = Path(asked["resources"]) if asked["resources"] else folder_for("ruler", [subtask])
+        resources = folder_for("ruler", [subtask], Path(asked["resources"]) if asked["resources"] else None)
         rows = make_ruler_rows(subtask, length_tok, samples, seed, count_tok, resources)
-        if found := stand_ins(resources, resources_of([subtask])):
-            made_of = f"\nno official rows: {', '.join(found)}, each a {STAND_IN}"
+        if found := files.stand_ins(resources, resources_of([subtask])):
+            made_of = f"\nno official rows: {', '.join(found)}, each a {files.STAND_IN}"
             rows = [row | {"stand_ins": found} for row in rows]
+        if own := files.unknown(resources, resources_of([subtask])):
+            made_of += f"\nno official rows: {', '.join(own)}, not known to be the published data"
+            rows = [row | {"own_data": own} for row in rows]
     else:
         from hipexp.suites.infbench_rows import make_rows as make_infbench_rows
 

@@ -197,6 +197,8 @@ def _origins_of_ruler(task: Task) -> dict[str, str]:
     told = {"generator": EDITION} | lm_eval.versions(("lm_eval", "wonderwords", "numpy", *(["scipy"] if "fwe" in names else [])))
     if "essays" in needs:
         told["sentences"] = resources.sentences(folder).name
+    if unknown := resources.unknown(folder, needs):
+        told["own data"] = ", ".join(unknown)
     return told | resources.digests(folder, needs)
 
 

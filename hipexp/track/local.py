@@ -22,4 +22,4 @@ class LocalTracker:
         LOG.info("%s %s: score %s, %s%s", row["subtask"], row["sample"], row["score"], took, so_far)
 
     def finish(self, summary: dict[str, Any] | None, pictures: list[Path]) -> None:
-        LOG.info("stopped early" if summary is None else f"done, average {summary['average']}")
+        LOG.info("stopped early" if summary is None else f"done, average {summary['average']}, protocol {summary['protocol']}")

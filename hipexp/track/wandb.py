@@ -63,5 +63,5 @@ class WandbTracker:
         self._run.log({"scores": self._wandb.Table(columns=columns, data=rows)} | {p.stem: self._wandb.Image(str(p)) for p in pictures})
         self._run.summary.update({f"score/{name}": cell["score"] for name, cell in summary["scores"].items()})
         self._run.summary.update({f"average/{name}": value for name, value in summary.get("averages", {}).items()})
-        self._run.summary.update({name: summary[name] for name in ("average", "latency", "memory")})
+        self._run.summary.update({name: summary[name] for name in ("average", "protocol", "latency", "memory")})
         self._run.finish()

@@ -46,7 +46,7 @@ def test_heat_maps_are_pictures(tmp_path):
 def run(folder, state, **more):
     with open_ledger(folder, KEY) as book:
         book.append({name: kinds[0]() for name, kinds in SCORED.items()})
-        book.write("summary.json", dict.fromkeys(WHOLE["summary.json"], 0) | {"run_key": KEY, "average": 100.0})
+        book.write("summary.json", dict.fromkeys(WHOLE["summary.json"], 0) | {"run_key": KEY, "average": 100.0, "protocol": "own data"})
         book.write("card.json", dict.fromkeys(WHOLE["card.json"], 0))
         book.write("config.yaml", "seed: 0")
         book.status(state, **more)
@@ -61,8 +61,11 @@ def test_runs_are_listed_with_what_became_of_them(tmp_path, monkeypatch, capsys)
     text = capsys.readouterr().out
     assert "failed: out_of_memory" in text
     assert "stopped" in text
+    assert text.count(" 100.0  own data  ") == 3 and "average  protocol" in text
     assert listing.main(["--json"]) == 0
-    states = {one["run"]: one["state"] for one in json.loads(capsys.readouterr().out)}
+    listed = json.loads(capsys.readouterr().out)
+    assert {(one["average"], one["protocol"]) for one in listed} == {(100.0, "own data")}
+    states = {one["run"]: one["state"] for one in listed}
     assert states == {
         "needle_dense_0123456789": "done",
         "needle_3stage_0123456789": "failed: out_of_memory",

@@ -53,6 +53,22 @@ def test_rows_that_are_made_of_stand_ins_say_so(tmp_path, capsys):
         assert [row.get("stand_ins") for row in rows(out)] == [read]
 
 
+def test_rows_that_are_made_of_own_data_say_so_and_score_does(tmp_path, capsys):
+    pytest.importorskip("lm_eval")
+    out, resources = tmp_path / "rows.jsonl", ruler_data.write_resources(tmp_path / "own" / "ruler")
+    path = resources / "squad.json"
+    path.write_text(path.read_text().replace("stand-in made by hipexp", "dev"))
+    words = ["data", "make", "ruler", "length_tok=3000", "samples=1", f"resources={tmp_path / 'own'}", f"out={out}"]
+    for subtask, read in (("qa_1", ["squad.json"]), ("vt", None)):
+        assert main([*words, f"subtask={subtask}"]) == 0
+        assert ("no official rows: squad.json, not known to be the published data\n" in capsys.readouterr().out) == bool(read)
+        assert [(row.get("own_data"), row.get("stand_ins")) for row in rows(out)] == [(read, None)]
+        (made,) = rows(out)
+        out.write_text(json.dumps(made | {"subtask": subtask, "prediction": "", "references": made["outputs"]}))
+        assert main(["score", "ruler", str(out)]) == 0
+        assert json.loads(capsys.readouterr().out).get("own_data", "").startswith("no official score: ") == bool(read)
+
+
 def test_stand_ins(tmp_path, capsys):
     folder = tmp_path / "made here"
     assert main(["data", "make", "stand-ins", f"out={folder}"]) == 0
@@ -68,8 +84,9 @@ def test_stand_ins(tmp_path, capsys):
 
 @pytest.mark.parametrize("command", ["ls", "verify"])
 def test_stand_ins_are_not_taken_for_published_data(tmp_path, monkeypatch, capsys, command):
-    monkeypatch.setenv("HIPEXP_DATA", str(tmp_path))
-    ruler_data.write_resources(tmp_path / "elsewhere", punkt=True).rename(tmp_path / "ruler")
+    monkeypatch.setenv("HIPEXP_DATA", str(tmp_path / "data"))
+    (tmp_path / "data").mkdir()
+    ruler_data.write_resources(tmp_path / "elsewhere", punkt=True).rename(tmp_path / "data" / "ruler")
     main(["data", command, "ruler"])
     states = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if " ruler " in line}
     for name in ("squad.json", "hotpotqa.json", "english_words.json", "PaulGrahamEssays.json", "punkt_tab/english/abbrev_types.txt"):

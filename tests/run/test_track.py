@@ -60,7 +60,8 @@ def test_wandb_hears_everything_offline(fake, experiment, wandb):
         ["passkey", "first_number", 100.0, 4, "hipexp", edition],
         ["kv_retrieval", "value_among_words", 100.0, 4, "hipexp", edition],
     ]
-    assert run.summary["score/passkey"] == 100.0
+    assert (run.summary["score/passkey"], run.summary["average"], run.summary["protocol"]) == (100.0, 100.0, "hipexp")
+    assert "done, average 100.0, protocol hipexp\n" in (folder / "log.txt").read_text()
     assert run.ended == 0
 
 

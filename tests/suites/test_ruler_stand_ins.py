@@ -11,7 +11,7 @@ import pytest
 from hipexp.config.schema import ConfigError
 from hipexp.run.tokenizer_file import read_tokenizer
 from hipexp.suites.data.registry import PUNKT_ENGLISH, file_named
-from hipexp.suites.data.resolve import record_of
+from hipexp.suites.data.resolve import folder_for, record_of
 from hipexp.suites.ruler import resources as files
 from hipexp.suites.ruler.stand_ins import Size, contents, essays, sentence, write_stand_ins
 
@@ -134,6 +134,19 @@ def test_without_its_mark_it_is_not_known_to_be_published(folder):
     assert "squad.json" not in files.stand_ins(folder, ALL) and files.unknown(folder, ALL) == ["squad.json"]
 
 
+def test_where_sentences_end_counts_as_read_with_the_essays(folder):
+    tables = [f"{files.PUNKT}/{name}" for name in PUNKT_ENGLISH]
+    for path in (folder / name for name in tables):
+        path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if files.STAND_IN not in line))
+    assert files.unknown(folder, ALL) == files.unknown(folder, ["essays"]) == tables
+    assert files.unknown(folder, ["squad"]) == []
+    for name in tables:
+        content = (folder / name).read_bytes()
+        record = {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        record_of(folder / name).write_text(json.dumps(record | {"revision": file_named("ruler", name).source.revision}))
+    assert files.unknown(folder, ALL) == []
+
+
 def test_published_is_what_has_the_digest_or_the_record_of_its_download(tmp_path, monkeypatch):
     essays_file, squad_file = file_named("ruler", "PaulGrahamEssays.json"), file_named("ruler", "squad.json")
     for name in (essays_file.name, squad_file.name):
@@ -152,17 +165,42 @@ def test_published_is_what_has_the_digest_or_the_record_of_its_download(tmp_path
 
 def test_nothing_else_is_replaced(tmp_path, monkeypatch):
     monkeypatch.setenv("HIPEXP_DATA", str(tmp_path / "data"))
-    for place in (tmp_path / "data", tmp_path / "data" / "ruler"):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "link").symlink_to("data")
+    (tmp_path / "loop").symlink_to("loop")
+    data = tmp_path / "data"
+    for place in (data, data / "ruler", data / "a" / "b", data / ".." / "data" / "ruler", tmp_path / "link", tmp_path / "link" / "new"):
         with pytest.raises(ConfigError, match="is where published data lie"):
             write_stand_ins(place, size=SMALL)
+    assert list(data.iterdir()) == []
+    before = sorted(tmp_path.iterdir())
     (tmp_path / "squad.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"squad.json is there and no stand-in; choose a folder without it"):
         write_stand_ins(tmp_path, size=SMALL)
-    assert [path.name for path in tmp_path.iterdir()] == ["squad.json"] and (tmp_path / "squad.json").read_text() == "{}"
-    with pytest.raises(ConfigError, match=r"cannot be written"):
-        write_stand_ins(tmp_path / "squad.json" / "below", size=SMALL)
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "squad.json"]) and (tmp_path / "squad.json").read_text() == "{}"
+    for place in (tmp_path / "squad.json" / "below", tmp_path / ("long" * 100), tmp_path / "loop", tmp_path / "loop" / "below"):
+        with pytest.raises(ConfigError, match=r"cannot be read or written"):
+            write_stand_ins(place, size=SMALL)
     write_stand_ins(tmp_path / "new", size=SMALL)
     write_stand_ins(tmp_path / "new", seed=5, size=SMALL)
+
+
+def test_a_file_that_cannot_be_read_is_not_replaced(folder, monkeypatch):
+    def refuse(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("hipexp.suites.ruler.stand_ins.is_stand_in", refuse)
+    with pytest.raises(ConfigError, match=r"cannot be read or written \(Permission denied\); choose another folder"):
+        write_stand_ins(folder, size=SMALL)
+
+
+def test_a_folder_is_refused_of_which_another_part_would_be_read(tmp_path):
+    (tmp_path / "ruler").mkdir()
+    with pytest.raises(ConfigError, match=r"holds a folder ruler, which would be read in its place"):
+        write_stand_ins(tmp_path, size=SMALL)
+    assert [path.name for path in tmp_path.rglob("*")] == ["ruler"]
+    write_stand_ins(tmp_path / "ruler", size=SMALL)
+    assert folder_for("ruler", [], tmp_path) == folder_for("ruler", [], tmp_path / "ruler") == tmp_path / "ruler"
 
 
 def test_prose_says_what_it_is_in_every_length():

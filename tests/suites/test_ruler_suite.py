@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -112,7 +113,7 @@ def test_the_card_says_what_decides_the_numbers(ruler, folder):
     assert "rows of seed 5: the official ones are of seed 42" in ruler(("vt",), seed=5).card().note
 
 
-def test_the_card_says_what_is_no_official_score(ruler, folder, tmp_path):
+def test_the_card_says_what_is_no_official_score(ruler, folder, tmp_path, monkeypatch):
     card = ruler(("vt", "qa_1", "cwe")).card()
     assert card.protocol == "stand-in"
     assert card.note == "no official RULER score (qa_1, cwe): squad.json, english_words.json, each a stand-in made by hipexp"
@@ -123,8 +124,17 @@ def test_the_card_says_what_is_no_official_score(ruler, folder, tmp_path):
     other = write_resources(tmp_path)
     unmarked = (other / "squad.json").read_text().replace("stand-in made by hipexp", "dev")
     (other / "squad.json").write_text(unmarked)
-    own = ruler(("qa_1",), resources=other).card()
-    assert own.protocol == "official" and own.note == "squad.json: not known to be the published data"
+    suite = ruler(("vt", "qa_1"), resources=other)
+    own = "no official RULER score (qa_1): squad.json, not known to be the published data"
+    assert (suite.card().protocol, suite.card().note) == ("own data", own)
+    assert [suite.sample(Item(name, 0, LENGTH_TOK)).meta for name in suite.subtasks] == [{}, {"own_data": ["squad.json"]}]
+    both = ruler(("qa_1", "qa_2"), resources=other).card()
+    assert both.protocol == "stand-in" and both.note.endswith(own) and "(qa_2): hotpotqa.json, each a stand-in" in both.note
+    monkeypatch.setattr(files, "read_record", lambda _: {})
+    squad = dataclasses.replace(files.file_named("ruler", "squad.json"), sha256=hashlib.sha256(unmarked.encode()).hexdigest())
+    monkeypatch.setattr(files, "file_named", lambda *_: squad)
+    fetched = ruler(("qa_1",), resources=other).card()
+    assert (fetched.protocol, fetched.note) == ("official", "")
 
 
 @pytest.mark.slow
@@ -140,7 +150,8 @@ def test_the_card_of_needles_names_the_sentence_splitter(ruler, folder):
 
 def test_the_card_says_that_the_second_word_list_is_missing(ruler, tmp_path):
     alone = write_resources(tmp_path, more_words=False)
-    assert "cwe without english_words.json" in ruler(("cwe",), resources=alone).card().note
+    note = ruler(("cwe",), resources=alone).card().note
+    assert note == "cwe without english_words.json: beyond 8166 words (about 128K tokens, for no tokenizer below 48K) it is refused"
     assert ruler(("vt",), resources=alone).card().note == ""
 
 
@@ -153,6 +164,9 @@ def test_what_is_missing_or_wrong_is_found_when_it_is_opened(ruler, tmp_path):
     (tmp_path / "squad.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"squad.json must hold"):
         ruler(("qa_1",), resources=tmp_path)
+    (tmp_path / "english_words.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"english_words.json must hold"):
+        ruler(("cwe",), resources=tmp_path)
     with pytest.raises(ConfigError, match=r"task.samples=41 must be at most 40"):
         ruler(("qa_2",), samples=41)
     with pytest.raises(ConfigError, match="'niah' is not a task of RULER"):

@@ -28,6 +28,19 @@ def test_rows_made_of_stand_ins_are_no_official_score():
     scored = score_rows("ruler", [plain, plain | {"stand_ins": ["PaulGrahamEssays.json"]}])
     assert scored["scores"]["vt"]["score"] == 100
     assert scored["stand_ins"] == "no official score: the text of some rows comes from PaulGrahamEssays.json, made by hipexp"
+    assert "own_data" not in scored
+    scored = score_rows("ruler", [plain | {"own_data": ["squad.json", "hotpotqa.json"]}, plain | {"own_data": ["squad.json"]}])
+    told = "no official score: the text of some rows comes from hotpotqa.json, squad.json, not known to be the published data"
+    assert scored["own_data"] == told and "stand_ins" not in scored
+
+
+@pytest.mark.parametrize("key", ["stand_ins", "own_data"])
+@pytest.mark.parametrize("value", [True, 1, None, [1, "a"], [["x"]], "squad.json", {"squad.json": 1}])
+def test_sources_of_rows_are_lists_of_texts(key, value):
+    plain = {"subtask": "vt", "prediction": "AAAAA", "references": ["AAAAA"]}
+    with pytest.raises(ConfigError, match=rf"^out.jsonl, line 7: {key} must be a list of texts, not .*; leave it out"):
+        score_rows("ruler", [plain, plain | {key: value, "file": "out.jsonl", "line": 7}])
+    assert key not in score_rows("ruler", [plain | {key: []}])
 
 
 def test_single_scores_keep_the_order_of_rows_for_pairs():

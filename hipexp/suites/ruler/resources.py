@@ -19,7 +19,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from hipexp.config.schema import ConfigError
-from hipexp.suites.data.registry import file_named
+from hipexp.suites.data.registry import PUNKT_ENGLISH, file_named
 from hipexp.suites.data.resolve import read_record
 from hipexp.suites.lm_eval import REPAIR, suite_module
 from hipexp.suites.sample import DataMissing
@@ -28,7 +28,6 @@ PULL = "python -m hipexp data pull ruler"
 MAKE = "python -m hipexp data make stand-ins"
 STAND_IN = "stand-in made by hipexp"  # the mark of all files that hipexp.suites.ruler.stand_ins makes
 PUNKT = "punkt_tab/english"  # as punkt_tab.zip of nltk unpacks
-PUNKT_FILES = ("abbrev_types.txt", "collocations.tab", "ortho_context.tab", "sent_starters.txt")
 SAME_AGAIN = 3  # sentences before the end of a shorter text that may end elsewhere than in the longer one
 
 Split = Callable[[str], list[str]]
@@ -85,9 +84,12 @@ def questions(folder: Path, name: str) -> Questions:
 
 
 def check(folder: Path, name: str, samples: int) -> None:
-    """Read ``essays``, ``squad`` or ``hotpotqa``, and refuse to make more ``samples`` than it has questions. Raises as ``essay_words``."""
+    """Read a resource, the second word list if it is there; refuse more ``samples`` than it has questions. Raises as ``essay_words``."""
     if name == "essays":
         essay_words(folder)
+    elif name == "more_words":
+        if has(folder, name):
+            more_words(folder)
     elif samples > (there := len(questions(folder, name)[0])):
         raise ConfigError(f"task.samples={samples} must be at most {there}, the questions of {find(folder, name)}")
 
@@ -115,18 +117,18 @@ def is_stand_in(path: Path) -> bool:
 
 
 def unknown(folder: Path, names: list[str]) -> list[str]:
-    """Which of the named resources are neither stand-ins nor the published files, by file.
+    """Which of the named resources are neither stand-ins nor the published files, by file; of essays also what says where sentences end.
 
     Published is what has the published digest or, where nobody publishes one, the record of its download beside it.
     """
-    return [
-        name for name, sha256 in digests(folder, names).items() if not (is_stand_in(folder / name) or _is_fetched(folder / name, sha256))
-    ]
+    read = [SOURCES[name].file for name in names] + ([f"{PUNKT}/{name}" for name in PUNKT_ENGLISH] if "essays" in names else [])
+    return [name for name in read if (folder / name).is_file() and not (is_stand_in(folder / name) or _is_fetched(folder, name))]
 
 
-def _is_fetched(path: Path, sha256: str) -> bool:
-    file, record = file_named("ruler", path.name), read_record(path)
-    return sha256 == (file.sha256 or (record.get("sha256") if record.get("revision") == file.source.revision else None))
+def _is_fetched(folder: Path, name: str) -> bool:
+    file, record = file_named("ruler", name), read_record(folder / name)
+    published = file.sha256 or (record.get("sha256") if record.get("revision") == file.source.revision else None)
+    return _digest(*_state(folder / name)) == published
 
 
 def words_version() -> str:
@@ -197,7 +199,7 @@ def _sentences(inside: Path | None) -> Sentences:
         try:
             trained = load_punkt_params(SimpleNamespace(join=inside.joinpath))
         except (OSError, LookupError, ValueError) as error:
-            needed = ", ".join(PUNKT_FILES)
+            needed = ", ".join(PUNKT_ENGLISH)
             raise ConfigError(
                 f"{inside} must hold the files {needed} of nltk's punkt_tab, but: {error}; remove it or run: {PULL}"
             ) from error
@@ -210,7 +212,7 @@ def _sentences(inside: Path | None) -> Sentences:
 
 
 def _name_of(inside: Path) -> str:
-    tables = b"".join((inside / name).read_bytes() for name in PUNKT_FILES)
+    tables = b"".join((inside / name).read_bytes() for name in PUNKT_ENGLISH)
     what = f"punkt_tab, a {STAND_IN}" if STAND_IN.encode() in tables else "punkt_tab"
     return f"{what} ({hashlib.sha256(tables).hexdigest()[:12]}), nltk {importlib.metadata.version('nltk')}"
 
@@ -219,7 +221,7 @@ def _state(path: Path) -> tuple[Path, int]:
     return path, path.stat().st_mtime_ns  # a file is read again if it changed
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=16)
 def _digest(path: Path, _changed: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -162,20 +163,23 @@ class Draws(dict[str, str]):
 def write_stand_ins(folder: Path, seed: int = SEED, size: Size = Size()) -> list[Path]:
     """Write all files into ``folder``, which is made, and return their paths; the same seed and size write the same bytes.
 
-    Raises ``ConfigError`` for a folder where published data lie, for a file there that is no stand-in, and for what cannot be written.
+    Raises ``ConfigError`` for a folder where published data lie, for one whose part ``ruler`` would be read in its place, for a file there
+    that is no stand-in, and for what cannot be read or written.
     """
-    if folder.absolute() in (data_root(), data_root() / "ruler"):
+    if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(data_root())):
         raise ConfigError(f"{folder} is where published data lie, which stand-ins must not replace; choose another folder")
     made = {folder / name: content for name, content in contents(seed, size)}
-    for path in made:
-        if path.exists() and not is_stand_in(path):
-            raise ConfigError(f"{path} is there and no stand-in; choose a folder without it")
     try:
+        if (folder / "ruler").is_dir():
+            raise ConfigError(f"{folder} holds a folder ruler, which would be read in its place; choose that one or another folder")
+        for path in made:
+            if path.exists() and not is_stand_in(path):
+                raise ConfigError(f"{path} is there and no stand-in; choose a folder without it")
         for path, content in made.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, content.encode())
     except OSError as error:
-        raise ConfigError(f"{folder} cannot be written ({error.strerror or error}); choose another folder") from error
+        raise ConfigError(f"{folder} cannot be read or written ({error.strerror or error}); choose another folder") from error
     return list(made)
 
 

@@ -12,7 +12,7 @@ from hipexp.suites.ruler.generate import CountTok, Row, check_length, make_rows,
 from hipexp.suites.ruler.tasks import EDITION, SEED, TASKS, check_subtasks, resources_of
 from hipexp.suites.sample import Encode, Item, ProtocolCard, Sample, digest
 
-ON_STAND_INS = "stand-in"  # the protocol of scores that are no official ones
+ON_STAND_INS, ON_OWN_DATA = "stand-in", "own data"  # protocols of scores that are no official ones
 
 
 class Ruler:
@@ -25,7 +25,8 @@ class Ruler:
     Raises ``ConfigError`` for an unknown task, a damaged file, more samples than questions and a length that holds no sample,
     ``DataMissing`` for a file not there.
 
-    Made of a stand-in (``hipexp.suites.ruler.stand_ins``) its protocol is ``stand-in``: card, tables and samples say so.
+    Made of a stand-in (``hipexp.suites.ruler.stand_ins``) its protocol is ``stand-in``, else, of a file that is not known to be the
+    published one, ``own data``: card, tables and samples say so.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Ruler:
         self.resources, self.template = resources, template
         self._rows: tuple[str, list[Row]] = ("", [])
         check_installed()
-        for name in sorted({name for subtask in self.subtasks for name in TASKS[subtask].needs}):
+        for name in resources_of(self.subtasks):
             files.check(resources, name, samples)
         for name in self.subtasks:
             check_length(name, length_tok, seed, tokenizer_count, resources, template)
@@ -62,6 +63,8 @@ class Ruler:
             meta["depth"] = round(row["token_position_answer"] / (row["length"] - new_tok), 4)
         if stand_ins := self._stand_ins([item.subtask]):
             meta["stand_ins"] = stand_ins
+        if own_data := self._own_data([item.subtask]):
+            meta["own_data"] = own_data
         return Sample(item.subtask, item.index, prompt, self.encode(prompt), row["outputs"], new_tok, item.length_tok, meta=meta)
 
     def score(self, sample: Sample, prediction: str) -> float:
@@ -75,7 +78,7 @@ class Ruler:
         each = self.subtasks
         return ProtocolCard(
             suite="ruler",
-            protocol=ON_STAND_INS if self._stand_ins(each) else "official",
+            protocol=ON_STAND_INS if self._stand_ins(each) else ON_OWN_DATA if self._own_data(each) else "official",
             edition=EDITION,
             template={name: digest("".join(words_of(TASKS[name]))) for name in each},
             wording="official",
@@ -99,6 +102,9 @@ class Ruler:
     def _stand_ins(self, subtasks: Iterable[str]) -> list[str]:
         return files.stand_ins(self.resources, resources_of(subtasks))
 
+    def _own_data(self, subtasks: Iterable[str]) -> list[str]:
+        return files.unknown(self.resources, resources_of(subtasks))
+
     def _data(self) -> str:
         read = resources_of(self.subtasks)
         parts = [f"generated, seed {self.seed}", f"wonderwords {files.words_version()}"]
@@ -114,10 +120,12 @@ class Ruler:
         if made := self._stand_ins(self.subtasks):
             names = ", ".join(name for name in self.subtasks if self._stand_ins([name]))
             told.append(f"no official RULER score ({names}): {', '.join(made)}, each a {files.STAND_IN}")
-        if own := files.unknown(self.resources, resources_of(self.subtasks)):
-            told.append(f"{', '.join(own)}: not known to be the published data")
+        if own := self._own_data(self.subtasks):
+            names = ", ".join(name for name in self.subtasks if self._own_data([name]))
+            told.append(f"no official RULER score ({names}): {', '.join(own)}, not known to be the published data")
         if self.seed != SEED:
             told.append(f"rows of seed {self.seed}: the official ones are of seed {SEED} (seed={SEED})")
         if "cwe" in self.subtasks and not files.has(self.resources, "more_words"):
-            told.append(f"cwe without {files.SOURCES['more_words'].file}: from about 128K tokens on its rows are not the official ones")
+            file = files.SOURCES["more_words"].file
+            told.append(f"cwe without {file}: beyond 8166 words (about 128K tokens, for no tokenizer below 48K) it is refused")
         return "; ".join(told)

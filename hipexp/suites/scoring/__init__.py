@@ -11,6 +11,8 @@ from hipexp.config.schema import ConfigError
 from hipexp.suites.scoring.statistics import describe
 
 SUITES = ("infbench", "longbench", "longbench2", "ruler")
+# Fields of rows that name sources of their text, and what these are instead of the published data.
+UNOFFICIAL = {"stand_ins": "made by hipexp", "own_data": "not known to be the published data"}
 
 
 def score_rows(
@@ -20,9 +22,9 @@ def score_rows(
 
     A row holds ``subtask``, ``prediction`` and ``references``, and what its metric needs besides: ``all_classes`` and ``length``
     (LongBench), ``difficulty`` and ``length`` (LongBench v2), ``options`` (∞Bench), ``length`` as the target length (RULER);
-    ``file`` and ``line`` say where it comes from; ``stand_ins`` (RULER) names sources of its text that the project made itself: the
-    result then says, under that key, that it is no official score. ``interval`` is the 95 % interval of the mean over samples, None for
-    one sample.
+    ``file`` and ``line`` say where it comes from; ``stand_ins`` (RULER) names sources of its text that the project made itself,
+    ``own_data`` those that are not known to be the published ones: the result then says, under that key, that it is no official score.
+    ``interval`` is the 95 % interval of the mean over samples, None for one sample.
     ``drop_first_number``: see ``hipexp.suites.scoring.infbench.score_infbench``.
     Raises ``ConfigError`` for the first row that is wrong: then nothing is scored.
     """
@@ -31,14 +33,18 @@ def score_rows(
     by_name = dict(sorted(by_name.items(), key=lambda item: place_of(rules, item[0])))
     scores = {name: {"metric": rules.metric_of(name)} | rounded(describe(values), rules.DECIMALS) for name, values in by_name.items()}
     averages = rules.averages({name: entry["score"] for name, entry in scores.items()})
-    made = sorted({what for row in rows for what in row.get("stand_ins") or ()})
+    sources = {key: sorted({name for row in rows for name in row.get(key, ())}) for key in UNOFFICIAL}
     return {
         "suite": suite,
         "edition": checked_edition(rules, suite, edition),
         "scorer": rules.SCORER + (", first number of math_calc dropped" if drop_first_number else ""),
         "scores": scores,
         "averages": {name: round(value, rules.DECIMALS) for name, value in averages.items()},
-        **({"stand_ins": f"no official score: the text of some rows comes from {', '.join(made)}, made by hipexp"} if made else {}),
+        **{
+            key: f"no official score: the text of some rows comes from {', '.join(names)}, {UNOFFICIAL[key]}"
+            for key, names in sources.items()
+            if names
+        },
     }
 
 
@@ -101,7 +107,7 @@ def check_rows(rules: ModuleType, rows: Iterable[Any]) -> None:
 
 
 def check_fields(row: Any) -> None:
-    """Raise ``ConfigError`` unless a row has the fields that all suites need, of the right types."""
+    """Raise ``ConfigError`` unless a row has the fields that all suites need, of the right types, and names its sources as texts."""
     if not isinstance(row, Mapping):
         raise ConfigError(f"a row must be an object with subtask, prediction and references, not {type(row).__name__}")
     for key, kind, what in (("subtask", str, "a text"), ("prediction", str, "a text"), ("references", list, "a list")):
@@ -111,6 +117,10 @@ def check_fields(row: Any) -> None:
             raise ConfigError(f"{key} must be {what}, not {row[key]!r}")
     if not row["references"]:
         raise ConfigError("references is empty, but a score needs at least one")
+    for key in UNOFFICIAL:
+        named = row.get(key, [])
+        if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+            raise ConfigError(f"{key} must be a list of texts, not {named!r}; leave it out where there is nothing to name")
 
 
 def rounded(entry: dict[str, Any], decimals: int) -> dict[str, Any]:
