@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -16,11 +20,12 @@ from hipexp.needle.phases import Step
 from hipexp.needle.segments import Prompt
 from hipexp.needle.tokenizer import train_tokenizer
 
-FIRST_WEIGHT = 3.0  # of the first token of an answer: it tells the needles apart
+FIRST_WEIGHT = 3.0  # of a token that tells the needles apart: the first of a value, of a name in an answer, the comma between them
 OTHERS = 5  # most tokens that are right at one position
 LOCALITY_FROM_TOK = 192  # in shorter prompts there is no room between sinks and window
 ASKING_ROWS, ASKING_BLOCKS, BLOCK_TOK, BLOCK_ROWS = 24, 4, 64, 16  # per prompt; a block is a 24th of a short prompt
 AHEAD = 4  # batches that a process makes ahead
+ALIVE_EVERY_S = 1  # how often a process looks whether the training goes on
 
 tokenizer = cache(train_tokenizer)
 
@@ -39,7 +44,7 @@ class Batch(NamedTuple):
         """The same with each tensor changed."""
         return Batch(*(Asking(*map(change, part)) if isinstance(part, Asking) else part if part is None else change(part) for part in self))
 
-    def to(self, device: str) -> Batch:
+    def to(self, device: str | torch.device) -> Batch:
         """The same on another device."""
         return self.each(lambda tensor: tensor.to(device))
 
@@ -54,9 +59,31 @@ def make_batch(step: Step) -> Batch:
 def batches(steps: list[Step], workers: int) -> Iterator[tuple[Step, Batch]]:
     """Each step with its batch, made by ``workers`` processes a few steps ahead; the same without any."""
     ahead = AHEAD if workers else None
-    loader = DataLoader(steps, batch_size=None, num_workers=workers, collate_fn=_as_arrays, prefetch_factor=ahead)
+    loader = DataLoader(
+        steps,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_arrays,
+        prefetch_factor=ahead,
+        worker_init_fn=partial(_serve, os.getpid()),
+        multiprocessing_context="fork" if workers else None,
+    )
     for step, arrays in zip(steps, loader, strict=True):
         yield step, arrays.each(torch.from_numpy)
+
+
+def _serve(parent: int, _: int) -> None:
+    """Make this process live as long as its parent, and leave to that one what a terminal or a batch system tells all of them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent is gone: else it waits for ever to write into a pipe that only its siblings hold open."""
+    while os.getppid() == parent:
+        time.sleep(ALIVE_EVERY_S)
+    os._exit(1)
 
 
 def _as_arrays(step: Step) -> Batch:

@@ -1,8 +1,8 @@
 """Training prompts of ``needle``: retrieval with varied noise, wording, depth and number of needles.
 
 Here are the kinds that the first phase learns: repeats, snippets, pairs and hidden numbers; ``names`` and ``chains`` hold the others.
-Seeds are namespaced ``needle-train``; the suites draw theirs from ``hipexp-eval``, so no evaluated prompt was ever trained on (of the
-90,000 pass keys some occur in both, by chance).
+Seeds are namespaced ``needle-train``. The evaluated prompts of ∞Bench's kinds draw theirs from ``hipexp-eval``, and RULER's rows come
+from the plain seed 42: no evaluated prompt was ever trained on (of the 90,000 pass keys some occur in both, by chance).
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def digits_wording(rng: random.Random, ten: bool) -> tuple[str, Wording]:
 class PromptMaker:
     """Draws training prompts of a given length in tokens. ``encode(text)`` returns ``ids`` without special tokens, and their ``offsets``.
 
-    ``mixture``: the share of each kind of prompt, by its name in ``kinds``. ``first_weight``: loss weight of the first token of the answer
-    to a question; for a pair it alone has to tell the needles apart.
+    ``mixture``: the share of each kind of prompt, by its name in ``kinds``. ``first_weight``: loss weight of tokens that tell
+    needles apart (``Segment.tells``).
     """
 
     def __init__(self, encode, mixture: dict[str, float], seed: int = 0, first_weight: float = 1.0):

@@ -94,8 +94,8 @@ class Reader:
             prompt.weight.extend([segment.answer] * len(piece))
             if piece and segment.tells:
                 prompt.weight[start] = self.first_weight
-                if len(segment.others) > 1:
-                    prompt.others[start] = self._first_tokens(segment.others)
+                if len(others := set(segment.others)) > 1:
+                    prompt.others[start] = self._first_tokens(others)
             if segment.states is not None:
                 stated[segment.states] = (start + segment.unknown, len(prompt.ids))
             if segment.answer:

@@ -11,12 +11,18 @@ thing up in many heads and layers: here each of the two layers that do so has to
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
+import io
 import json
 import math
 import os
 import random
+import signal
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -25,6 +31,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hipexp.config.schema import ConfigError
 from hipexp.needle.batches import FIRST_WEIGHT, Batch, batches, tokenizer
 from hipexp.needle.locality import HEAD_DIM, LAYERS, LOCALITY, ROPE_THETA, attention
 from hipexp.needle.phases import STEPS, TRAINED_LENGTH, Step, phase_of, step_of
@@ -60,7 +67,7 @@ def make_config(vocab: int) -> LlamaConfig:
 
 
 def recipe() -> str:
-    """A digest of everything that decides the trained weights: a checkpoint of another recipe is not continued."""
+    """A digest of the code that decides the trained weights (so do torch and the device): a checkpoint of other code is not continued."""
     sources = (*sorted(Path(__file__).parent.glob("*.py")), Path(infbench.__file__))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:10]
 
@@ -185,23 +192,109 @@ class Log:
         self.file.flush()
 
 
+class Checkpoint:
+    """Model and optimizer, and how far they are, in a file: ``step`` is the next one, ``seconds`` were spent."""
+
+    def __init__(self, path: Path, device: str):
+        self.path, self.recipe = path, recipe()
+        self.model, self.optimizer = prepare(device)
+        self.step, self.seconds = 0, 0.0
+        if path.exists():
+            self._load(device)
+
+    def _load(self, device: str) -> None:
+        repair = "remove it, or train into another --out"
+        try:
+            state = torch.load(self.path, weights_only=True, map_location=device)
+            made_by, self.step, self.seconds = state["recipe"], state["step"], state["seconds"]
+            weights, moments = state["model"], state["optimizer"]
+        except Exception as error:  # torch and pickle name no class for files that are damaged
+            raise ConfigError(f"{self.path} is no checkpoint that can be read ({type(error).__name__}); {repair}") from error
+        if made_by != self.recipe:
+            raise ConfigError(f"{self.path} was made by another recipe than this code's; {repair}")
+        self.model.load_state_dict(weights)
+        self.optimizer.load_state_dict(moments)
+
+    def save(self, step: int, seconds: float) -> None:
+        """Replace the file in one step."""
+        moments = self.optimizer.state_dict()
+        state = dict(model=self.model.state_dict(), optimizer=moments, step=step, seconds=seconds, recipe=self.recipe)
+        whole = io.BytesIO()  # torch tells a full disk as something else
+        torch.save(state, whole)
+        scratch = self.path.with_suffix(".tmp")
+        with writing(self.path):
+            scratch.write_bytes(whole.getbuffer())
+            scratch.replace(self.path)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the file system refuses about a part of ``--out`` into ``ConfigError``."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"--out must be a folder that can be written ({error.strerror or error})"
+        raise ConfigError(f"cannot write {path}: {reason}; make room there, or choose another") from error
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Hold the folder; the operating system gives it up when this process dies. Raises ``ConfigError`` if another one trains in it."""
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "ab")
+    with lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: the processes that make prompts would hold it too
+        except (BlockingIOError, PermissionError):
+            raise ConfigError(f"--out {out}: another training is running there; wait for it, or choose another folder") from None
+        yield
+
+
+@contextmanager
+def asked_to_stop() -> Iterator[list[int]]:
+    """The signals (SIGINT, SIGTERM) that came inside the block, so that a step can end first. The second one of a kind acts as usual."""
+    came: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        came.append(number)
+        signal.signal(number, before[number])
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def train(out: Path, minutes: float, workers: int) -> bool:
     """Train into ``out`` (checkpoint ``train.pt``, log ``train.jsonl``, finally ``model/`` with its tokenizer); whether it is finished.
 
-    ``workers``: processes that make prompts, 0 for none beside this one; the prompts are the same.
+    ``workers``: processes that make prompts, 0 for none beside this one; the prompts are the same. Raises ``ConfigError``, and
+    ``KeyboardInterrupt`` on SIGINT and SIGTERM, after the step in progress is saved.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, optimizer = prepare(device)
-    made_by = recipe()
-    first, spent, checkpoint = 0, 0.0, out / "train.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=False, map_location=device)
-        if state.get("recipe") != made_by:
-            raise SystemExit(f"error: {checkpoint} was made by another recipe than this code's; remove it, or train into another --out")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first, spent = state["step"], state["seconds"]
+    for name, number in (("minutes", minutes), ("workers", workers)):
+        if not number >= 0:
+            raise ConfigError(f"--{name} {number} must be a number from 0 on; leave it out for what suits this machine")
+    with alone(out):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        checkpoint = Checkpoint(out / "train.pt", device)
+        with asked_to_stop() as signals, open(out / "train.jsonl", "a") as file:
+            finished = train_steps(checkpoint, Log(file), minutes, workers, signals)
+        if signals and not finished:
+            raise KeyboardInterrupt
+        if finished:
+            save(checkpoint.model, out / "model")
+        return finished
+
+
+def train_steps(checkpoint: Checkpoint, log: Log, minutes: float, workers: int, signals: list[int]) -> bool:
+    """Train on from a checkpoint, saving now and then, till the end (then true), or ``minutes`` are over or ``signals`` holds any."""
+    model, optimizer, device = checkpoint.model, checkpoint.optimizer, checkpoint.model.device
+    first, spent = checkpoint.step, checkpoint.seconds
     steps = [step_of(number) for number in range(STEPS)]
     bar = tqdm(
         total=sum(step.cost for step in steps),
@@ -211,36 +304,27 @@ def train(out: Path, minutes: float, workers: int) -> bool:
         bar_format="{desc} {percentage:.0f}% |{bar}| {elapsed}<{remaining}",
     )
     started = saved = time.monotonic()
-    with open(out / "train.jsonl", "a") as file:
-        log = Log(file)
+    with bar:
         for step, batch in batches(steps[first:], workers):
             phase, in_phase = phase_of(step.number)
             if in_phase == 0:
                 optimizer.state.clear()
             measured = train_step(model, optimizer, step, batch.to(device), phase.learning_rate(in_phase), phase.fast)
-            log.add(step, measured, spent + time.monotonic() - started)
+            seconds = time.monotonic() - started
+            log.add(step, measured, spent + seconds)
             bar.update(step.cost)
             bar.set_description(f"training, step {step.number + 1}/{STEPS}, length {step.length}, right {log.right[step.length]:.2f}")
-            done, over = step.number == STEPS - 1, time.monotonic() - started > minutes * 60
+            done, over = step.number == STEPS - 1, bool(signals) or seconds > minutes * 60
             if over or done or time.monotonic() - saved > SAVED_EVERY_S:
-                state = dict(
-                    model=model.state_dict(),
-                    optimizer=optimizer.state_dict(),
-                    step=step.number + 1,
-                    seconds=spent + time.monotonic() - started,
-                    recipe=made_by,
-                )
-                torch.save(state, checkpoint.with_suffix(".tmp"))
-                checkpoint.with_suffix(".tmp").replace(checkpoint)
+                checkpoint.save(step.number + 1, spent + seconds)
                 saved = time.monotonic()
             if over and not done:
                 return False
-    save(model, out / "model")
     return True
 
 
-def main() -> None:
-    """``python -m hipexp.needle.train``: train, or continue training, and say where the model is."""
+def main(argv: list[str] | None = None) -> int:
+    """``python -m hipexp.needle.train``: train, or continue training, and say where the model is. Mistakes of the user are one line."""
     parser = argparse.ArgumentParser(
         description="Train the embedded model from nothing. Interrupt it as you like: the same command continues."
     )
@@ -250,15 +334,28 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this time, resumable (default: never)")
     spare = min(4, (os.cpu_count() or 1) - 1) if torch.cuda.is_available() else 0  # a CPU is busy with the steps themselves
     parser.add_argument("--workers", type=int, default=spare, help="processes that make prompts beside this one (here: %(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else each worker warns that it was forked
-    print(f"{STEPS} steps: some four hours on two cores, minutes on a GPU; the bar tells for this machine")
-    if train(args.out, args.minutes, args.workers):
-        made = args.out / "model"
+    print(f"{STEPS} steps: some four hours on two cores by an estimate, minutes on a GPU; the bar tells for this machine")
+    again = f"the same command continues from {args.out / 'train.pt'}"
+    try:
+        finished = train(args.out, args.minutes, args.workers)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}; when that is mended, {again}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"interrupted; {again}", file=sys.stderr)
+        return 1
+    made = args.out / "model"
+    if finished:
         print(f"trained: {made}; try it with model.path={made}, or copy it to hipexp/needle/model to make it the embedded one")
     else:
-        print(f"stopped after {args.minutes:g} minutes; the same command continues from {args.out / 'train.pt'}")
+        print(f"stopped after {args.minutes:g} minutes; {again}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

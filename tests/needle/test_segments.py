@@ -20,6 +20,12 @@ def test_weights_links_and_other_right_tokens():
     assert others == {8: [ord("b"), ord("c")]}
 
 
+def test_values_that_begin_alike_leave_no_choice():
+    stated = Segment("b1 b2 ", states=0)
+    answer = Segment("b", answer=1.0, asks=(0,), tells=True, others=("b", "b"))
+    assert Reader(letters, 3.0).read([stated, answer]).others == {}
+
+
 def test_a_cut_prompt_asks_for_nothing_behind_the_cut():
     prompt = Prompt([1, 5, 6, 7, 8], [0.0, 0.0, 1.0, 0.0, 1.0], [Link(1, 2, 0, 1, 0), Link(3, 4, 0, 1, 0)], {2: [6, 9], 4: [8, 9]})
     assert prompt.cut(3) == Prompt([1, 5, 6], [0.0, 0.0, 1.0], [Link(1, 2, 0, 1, 0)], {2: [6, 9]})
