@@ -68,7 +68,9 @@ def test_sentences_are_whole():
         assert "{" not in said and ".." not in said.removesuffix("...") and "  " not in said
         assert said[0] in '"(' or said[0].isupper()
         assert said[-1] in '.?!)"' and said.count('"') % 2 == 0
-        assert not re.search(r"\b(?:a\s+[aeiou]\w*|an\s+[^aeiou\W]\w*)", said, re.IGNORECASE), said  # no "hour", "useful" is among the words
+        assert not re.search(r"\b(?:a\s+[aeiou]\w*|an\s+[^aeiou\W]\w*)", said, re.IGNORECASE), (
+            said
+        )  # no "hour", "useful" is among the words
         assert len(said.split()) < 32
 
 
