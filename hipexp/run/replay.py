@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,12 +48,7 @@ def _replay(path: Path, words: list[str]) -> int:
     for word in rest:
         if word != "--json":
             raise unknown(f"replay: {word}", word.partition("=")[0], ["policies", "sizes", "--json"])
-    policies = listed(asked["policies"])
-    for name in policies:
-        if name not in POLICIES:
-            raise unknown(f"policies={name}", name, POLICIES)
-    if not policies:
-        raise ConfigError(f"policies= names nothing; use some of {', '.join(POLICIES)}")
+    policies = chosen("policies", asked["policies"], POLICIES)
     reader = TraceReader(path)
     layers = by_layer(reader.header, reader)
     n_reads = sum(len(request.halves) for trace in layers.values() for request in trace.requests)
@@ -92,6 +87,17 @@ def settings(words: Sequence[str], defaults: dict[str, str]) -> tuple[dict[str, 
 def listed(text: str) -> list[str]:
     """The parts of ``a,b`` or ``[a,b]``, each once."""
     return list(dict.fromkeys(filter(None, text.strip("[]").replace(" ", "").split(","))))
+
+
+def chosen(key: str, text: str, known: Iterable[str]) -> list[str]:
+    """The names in a setting. Raises ``ConfigError`` for one that is not ``known``, and if there are none."""
+    names, known = listed(text), list(known)
+    for name in names:
+        if name not in known:
+            raise unknown(f"{key}={name}", name, known)
+    if not names:
+        raise ConfigError(f"{key}= names nothing; use some of {', '.join(known)}")
+    return names
 
 
 def whole_number(key: str, text: str, least: int) -> int:
@@ -202,12 +208,7 @@ def _record(words: list[str]) -> int:
     from hipexp.run.point import EXACT, check_point
 
     asked, overrides = settings(words, RECORD)
-    steps, phases = whole_number("steps", asked["steps"], 1), listed(asked["phases"])
-    for name in phases:
-        if name not in PHASES:
-            raise unknown(f"phases={name}", name, PHASES)
-    if not phases:
-        raise ConfigError(f"phases= names nothing; use {' or '.join(PHASES)}, or both")
+    steps, phases = whole_number("steps", asked["steps"], 1), chosen("phases", asked["phases"], PHASES)
     experiment = compose(overrides)
     check_recordable(experiment)
     check_point(experiment)

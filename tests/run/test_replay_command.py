@@ -108,7 +108,7 @@ def test_a_replay_needs_no_torch(trace):
         (["missing"], "cannot read missing"),
         (["record", *SMALL, "steps=0"], "steps=0 must be a whole number from 1 on"),
         (["record", *SMALL, "phases=train"], "phases=train is unknown"),
-        (["record", *SMALL, "phases="], "phases= names nothing; use prefill or decode, or both"),
+        (["record", *SMALL, "phases="], "phases= names nothing; use some of prefill, decode"),
         (["record", *SMALL, "out=no/folder/a"], "out=no/folder/a: there is no folder no/folder; make it first"),
         (["record"], "needs a pipeline with stages, as nothing else chooses what it reads; add [+]pipeline=3stage"),
         (["record", "+pipeline=streaming"], "needs a pipeline with stages"),
