@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import torch
 from hipexp_kernels import attend_blocks
+from hipexp_kernels.paged import KV, read_by
 from hipexp_kernels.rope import AttendRotation
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from hipexp.attention.refresh import Memory
 from hipexp.attention.rope import RopeTables
 from hipexp.attention.selection import Selection
 from hipexp.cache.summaries import KeySummaries
+from hipexp.cache.traces import ATTEND
 from hipexp.config.schema import AttendRope, LayerPlan, Stage
 
 QUERY_BLOCK_TOK = 64  # of pipelines without stages
@@ -42,8 +44,8 @@ class LayerAttention:
     def __call__(
         self,
         q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        k: KV,
+        v: KV,
         begin: int,
         memory: Memory | None = None,
         step: Step | None = None,
@@ -78,7 +80,7 @@ class LayerAttention:
         if memory:
             memory.step += 1
         out, _ = attend_blocks(
-            attended.q, k, v, selection.blocks, selection.counts, attended.first,
+            attended.q, read_by(k, ATTEND), read_by(v, ATTEND), selection.blocks, selection.counts, attended.first,
             queries.step.exact if queries.step else torch.arange(len(attended), device=k.device) < n_exact,
             block_tok=block_tok, sink_tok=self.plan.sink_tok, window_tok=self.plan.window_tok, scale=self.scale,
             rotation=self._attend_rotation(k.shape[1], queries), softcap=self.softcap,
@@ -107,7 +109,7 @@ class LayerAttention:
         queries: QueryBlocks,
         attended: QueryBlocks,
         n_exact: int,
-        k: Tensor,
+        k: KV,
         memory: Memory | None,
         summaries: KeySummaries | None,
     ) -> Selection:

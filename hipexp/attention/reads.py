@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
+from hipexp_kernels.paged import KV, whole
 from hipexp_kernels.rope import ScoreRotation, rotate
 from hipexp_kernels.score_chunks.probes import probe_step
 from torch import Tensor
@@ -24,7 +25,7 @@ class Scoring:
     stage: Stage
     queries: QueryBlocks
     q: Tensor
-    keys: Tensor
+    keys: KV
     starts: Tensor
     counts: Tensor
     limits: Tensor
@@ -41,12 +42,14 @@ class Listener(Protocol):
         """Blocks of ``queries`` attend to what is selected; the first ``n_exact`` of them to everything."""
 
 
-def units_of(plan: LayerPlan, n_kv_heads: int, key_bytes: int) -> LayerUnits:
-    """How a layer with stages is cut; ``key_bytes``: of the key of a token in one head.
+def unit_tok_of(plan: LayerPlan) -> int:
+    """Tokens of a unit: those of the last chunk, of the smaller one if decode has other stages than prefill; 1 without stages."""
+    return min((stages[-1].chunk_tok for stages in (plan.stages, plan.decode) if stages), default=1)
 
-    Where decode has other stages than prefill, units are as small as the smaller of both last chunks.
-    """
-    unit_tok = min(plan.stages[-1].chunk_tok, plan.decode[-1].chunk_tok)
+
+def units_of(plan: LayerPlan, n_kv_heads: int, key_bytes: int) -> LayerUnits:
+    """How a layer with stages is cut; ``key_bytes``: of the key of a token in one head."""
+    unit_tok = unit_tok_of(plan)
     lists = n_kv_heads if plan.heads is Heads.per_kv else 1
     return LayerUnits(unit_tok, lists, unit_tok * key_bytes * n_kv_heads // lists)
 
@@ -118,7 +121,7 @@ def probed_tokens(scoring: Scoring, n: int) -> Tensor:
 
 def _descents(scoring: Scoring, n: int, start: Tensor, size: Tensor, rank: Tensor) -> Tensor:
     """Tokens ``[K, G, C, P]`` on the way of every head of a group down the chunks at ``start`` ``[S, C]``."""
-    keys, block, rotation = scoring.keys, slice(n, n + 1), scoring.rotation
+    keys, block, rotation = whole(scoring.keys), slice(n, n + 1), scoring.rotation
     q, K = scoring.q[:, block], len(keys)
     left = right = q.float()
     if rotation:

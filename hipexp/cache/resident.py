@@ -5,12 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hipexp.cache.traffic import TrafficLog
+
 
 class ResidentStore:
     """A growing pair of buffers ``[K, capacity, D]``; appending copies only what is new (capacity grows by half)."""
 
     def __init__(self) -> None:
-        self.length = 0
+        self.length, self.decoding = 0, False
+        self.traffic = TrafficLog()  # stays empty
         self._k: Tensor | None = None
         self._v: Tensor | None = None
 
@@ -33,6 +36,13 @@ class ResidentStore:
     def reserve(self, tokens: int, like: Tensor) -> None:
         """Make room for ``tokens`` in all; ``like`` ``[K, n, D]`` gives heads, dimension, dtype and device."""
         self._k, self._v = self._fitting(self._k, like, tokens, exact=True), self._fitting(self._v, like, tokens, exact=True)
+
+    def settle(self) -> None:
+        """Nothing is given up."""
+
+    def close(self) -> None:
+        """Give back everything."""
+        self._k = self._v = None
 
     @property
     def bytes(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from hipexp_kernels import Summaries, summarize
+from hipexp_kernels.paged import KV, run_of
 from torch import Tensor
 
 PIECE_TOK = 64  # tokens of a piece, where chunks are not smaller
@@ -17,7 +18,7 @@ class KeySummaries:
         self._n_pieces = 0
         self._grid = (0, 0)
 
-    def upto(self, k: Tensor, first_tok: int, piece_tok: int) -> Summaries:
+    def upto(self, k: KV, first_tok: int, piece_tok: int) -> Summaries:
         """Of all whole pieces of ``piece_tok`` keys of ``k`` ``[K, T, D]``, which has grown at its end only, from ``first_tok`` on.
 
         Raises ValueError for another ``first_tok`` or ``piece_tok`` than before.
@@ -28,7 +29,8 @@ class KeySummaries:
         self._grid = first_tok, piece_tok
         n_pieces = max(0, (k.shape[1] - first_tok) // piece_tok)
         if self._rows is None or n_pieces > self._n_pieces:
-            new = summarize(k[:, first_tok + self._n_pieces * piece_tok : first_tok + n_pieces * piece_tok], piece_tok=piece_tok)
+            begin, end = (first_tok + n * piece_tok for n in (self._n_pieces, n_pieces))
+            new = summarize(run_of(k, begin, end), piece_tok=piece_tok)
             self._append(new, n_pieces)
         assert self._rows is not None
         return Summaries(self._rows[:, :n_pieces], piece_tok, first_tok)

@@ -13,12 +13,14 @@ from importlib.util import find_spec
 from urllib.parse import urlsplit
 
 from hipexp.config.model import ModelFacts, read_facts
+from hipexp.config.offload import FORMATS, POLICIES, check_folder, check_sizes
 from hipexp.config.overrides import DENSE
 from hipexp.config.schema import (
     ConfigError,
     Experiment,
     LayerPlan,
     Model,
+    Offload,
     Pipeline,
     PruneRope,
     Representative,
@@ -50,7 +52,7 @@ TEXTS = ("drifting", "isolated_needles", "near_equal_needles")  # of recall with
 OFFICIAL = ("ruler", "longbench", "longbench2")  # tasks with the official prompts only
 PROTOCOLS = {"infbench": ("hipexp", "completion", "chat", "infllm", "minference"), **dict.fromkeys(OFFICIAL, ("official",))}
 MOST = 2**31  # of anything counted, tokens above all
-OFFLOADS = ("none",)
+MOST_BYTES = 2**50
 TRACKERS = ("local", "wandb")
 BY_TRUE_POSITION = (PruneRope.dynamic, PruneRope.self_extend, PruneRope.native)
 PROMPTS = ("auto", "tokens", "text", "chat")
@@ -63,7 +65,7 @@ Key = Callable[[int, str], str]  # (stage number, field) -> the key that set it
 
 def check_experiment(experiment: Experiment) -> None:
     """Refuse what is wrong whatever the model; raises ConfigError."""
-    _one_of("offload", experiment.offload.name, OFFLOADS)
+    _check_offload(experiment.offload)
     _one_of("track", experiment.track.name, TRACKERS)
     _one_of("track.mode", experiment.track.mode, TRACK_MODES)
     _check_track(experiment.track)
@@ -72,6 +74,8 @@ def check_experiment(experiment: Experiment) -> None:
     _check_task(experiment.task)
     if experiment.model.base_url is not None:
         _check_served(experiment)
+    if experiment.offload.on:
+        _check_offloaded(experiment)
     if experiment.pipeline is None and experiment.task.dense_max_tok is not None:
         raise ConfigError(
             f"task.dense_max_tok={experiment.task.dense_max_tok} leaves dense out beyond a length, and without a pipeline there is nothing "
@@ -97,11 +101,14 @@ def check_model(experiment: Experiment) -> ModelFacts | None:
 
 
 def check_layers(experiment: Experiment, facts: ModelFacts) -> None:
-    """Refuse a pipeline one of whose layers breaks a rule in a model with these facts; raises ConfigError."""
+    """Refuse a pipeline that breaks a rule in a layer of a model with these facts, or an offload too small for it; raises ConfigError."""
     if experiment.pipeline is None:
         return
-    for plan in experiment.pipeline.plan(facts.layers):
+    plans = experiment.pipeline.plan(facts.layers)
+    for plan in plans:
         _check_plan(experiment.pipeline, plan, experiment.model)
+    if experiment.offload.on:
+        check_sizes(experiment.offload, plans, facts)
 
 
 def _check_pipeline(pipeline: Pipeline, model: Model) -> None:
@@ -116,6 +123,59 @@ def _check_pipeline(pipeline: Pipeline, model: Model) -> None:
             raise ConfigError(f"pipeline.layers has a group {name!r}; its name must be letters, digits and '_', not beginning with a digit")
         if range_parts(group.range, f"pipeline.layers.{name}.range"):
             _check_plan(pipeline, pipeline.plan_layer(0, [name]), model)
+
+
+def _check_offload(offload: Offload) -> None:
+    """Refuse sizes, formats and policies that are none, and any of them where nothing leaves the device."""
+    if not offload.on:
+        for item in fields(offload):
+            value = getattr(offload, item.name)
+            if item.name != "name" and value != item.default:
+                raise ConfigError(f"offload.{item.name}={value} is for keys and values off the device; add offload=host, or leave it out")
+        return
+    _one_of("offload.format", offload.format, FORMATS)
+    if offload.policy == "belady":
+        raise ConfigError(f"offload.policy=belady has to know the future, and is for replay only; use {' or '.join(POLICIES)}")
+    _one_of("offload.policy", offload.policy, POLICIES)
+    _at_least("offload.prefill_bytes", offload.prefill_bytes, 0, most=MOST_BYTES)
+    for tier in ("device", "host", "disk"):
+        _check_tier(tier, getattr(offload, f"{tier}_tok"), getattr(offload, f"{tier}_bytes"))
+    if offload.device_tok is None and offload.device_bytes is None:
+        raise ConfigError("offload.device_tok is not set and must be a whole number: tokens of a layer that stay on the device; try 16384")
+    limited = [f"offload.{name}" for name in ("disk_tok", "disk_bytes") if getattr(offload, name) is not None]
+    if offload.disk_dir is None:
+        if limited:
+            raise ConfigError(f"{limited[0]} is for a disk tier; name its folder, as in offload.disk_dir=., or leave it out")
+        return
+    if offload.host_tok is None and offload.host_bytes is None:
+        raise ConfigError(
+            f"offload.disk_dir={offload.disk_dir} is for what host memory does not hold, and without a size of its own that holds "
+            "everything; set offload.host_tok, as in offload=disk, or leave it out"
+        )
+    check_folder(offload)
+
+
+def _check_tier(tier: str, tokens: int | None, size: int | None) -> None:
+    if tokens is not None and size is not None:
+        raise ConfigError(f"offload.{tier}_tok={tokens} must not stand beside offload.{tier}_bytes={size}; set one of them to null")
+    if tokens is not None:
+        _at_least(f"offload.{tier}_tok", tokens, 1)
+    if size is not None:
+        _at_least(f"offload.{tier}_bytes", size, 1, most=MOST_BYTES)
+
+
+def _check_offloaded(experiment: Experiment) -> None:
+    """Refuse to take from the device what everything is read of, or what a task measures there."""
+    name, task = f"offload={experiment.offload.name}", experiment.task
+    if task.geometry is not None:
+        raise ConfigError(f"{name} is for a model, and task.geometry={task.geometry} is attention alone, on the device; use offload=none")
+    if task.name == "recall":
+        raise ConfigError(f"{name} changes nothing that task=recall measures, which reads every key; use offload=none")
+    if experiment.pipeline is None:
+        raise ConfigError(
+            f"{name} must have a pipeline: without one attention is dense, and every step would read all keys and values over the link; "
+            "choose one, as in +pipeline=3stage, or use offload=none"
+        )
 
 
 def _check_track(track: Track) -> None:
@@ -178,6 +238,8 @@ def _check_served(experiment: Experiment) -> None:
     if experiment.pipeline is not None:
         name = experiment.pipeline.name or experiment.pipeline.method
         raise ConfigError(f"pipeline={name} changes the attention of a model, and a server's cannot be changed from here; {repair}")
+    if experiment.offload.on:
+        raise ConfigError(f"offload={experiment.offload.name} moves a model's keys and values, and a server's are its own; {repair}")
     if task.name in ("latency", "recall"):
         raise ConfigError(
             f"task={task.name} measures inside of a model, and a served one (model.base_url) shows only its answers; {repair}"

@@ -11,14 +11,21 @@ from typing import Any
 from hipexp.config.schema import ConfigError, Model
 
 PACKAGE = Path(__file__).parents[1]
+ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the checks need to know of a model: ``layers`` (0: served, and nobody's business) and the trained length ``trained_tok``."""
+    """What the checks need to know of a model: ``layers`` (0: served, and nobody's business) and the trained length ``trained_tok``.
+
+    ``kv_heads``, ``head_dim`` (0: not said) and ``itemsize``, bytes of a number, make the size of its keys and values.
+    """
 
     layers: int
     trained_tok: int
+    kv_heads: int = 0
+    head_dim: int = 0
+    itemsize: int = 4
 
 
 def files_of(model: Model) -> tuple[str, str]:
@@ -47,7 +54,7 @@ def model_folder(model: Model) -> Path | None:
 
 
 def read_facts(model: Model) -> ModelFacts | None:
-    """Layers and trained length from the model's ``config.json``; None for a hub id. Raises ConfigError if it cannot be read."""
+    """What the model's ``config.json`` says; None for a hub id. Raises ConfigError if it cannot be read."""
     folder = model_folder(model)
     return None if folder is None else facts_in(folder / "config.json", model)
 
@@ -67,16 +74,33 @@ def read_config(path: Path, model: Model) -> dict[str, Any]:
 
 
 def facts_in(path: Path, model: Model) -> ModelFacts:
-    """Layers and trained length from the ``config.json`` at ``path``. Raises ConfigError if they are not there."""
+    """What the ``config.json`` at ``path`` says. Raises ConfigError if layers or trained length are not there."""
     served = model.base_url is not None
     if served and model.trained_tok:
         return ModelFacts(0, model.trained_tok)
-    config = read_config(path, model)
-    config = config.get("text_config", config)
+    whole = read_config(path, model)
+    config = whole.get("text_config", whole)
     layers, trained_tok = config.get("num_hidden_layers"), model.trained_tok or config.get("max_position_embeddings")
     if not (layers or served) or not trained_tok:
         raise ConfigError(
             f"{'='.join(files_of(model))}: config.json must give num_hidden_layers and max_position_embeddings; "
             "for a missing trained length set model.trained_tok"
         )
-    return ModelFacts(0 if served else layers, trained_tok)
+    return ModelFacts(0, trained_tok) if served else ModelFacts(layers, trained_tok, *_head_sizes(config), _itemsize(model, config, whole))
+
+
+def _head_sizes(config: dict[str, Any]) -> tuple[int, int]:
+    """Key/value heads and head dimension, 0 for what is not said."""
+    heads = config.get("num_attention_heads") or 0
+    head_dim = config.get("head_dim") or (config.get("hidden_size", 0) // heads if heads else 0)
+    return config.get("num_key_value_heads") or heads, head_dim
+
+
+def _itemsize(model: Model, config: dict[str, Any], whole: dict[str, Any]) -> int:
+    """Bytes of a number: of the configured format, or for ``auto`` of that in ``config.json``, float32 where it names none."""
+    told = (
+        model.dtype
+        if model.dtype != "auto"
+        else next((part[key] for part in (config, whole) for key in ("dtype", "torch_dtype") if part.get(key)), "")
+    )
+    return ITEMSIZE.get(str(told).removeprefix("torch."), ITEMSIZE["float32"])

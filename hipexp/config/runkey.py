@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from hipexp.config.convert import to_plain
-from hipexp.config.schema import Experiment
+from hipexp.config.schema import Experiment, Offload
 
 # Raise it whenever the same experiment can get another score: stored results are then no longer taken for an answer.
 RESULT_VERSION = 3
@@ -32,10 +32,20 @@ def key_fields(experiment: Experiment) -> dict[str, Any]:
     """The fields of an experiment that decide its result, as plain data."""
     fields = to_plain(experiment)
     del fields["track"], fields["task"]["data"]  # a path; what the data are is in ``extra``
+    fields["offload"] = offload_fields(experiment.offload)
     for name in MODEL_SOURCE:
         del fields["model"][name]
     if fields["pipeline"] is not None:
         del fields["pipeline"]["name"]
         # A list, since the order of groups decides which one wins; an empty range switches a group off.
         fields["pipeline"]["layers"] = [(name, group) for name, group in fields["pipeline"]["layers"].items() if group["range"]]
+    return fields
+
+
+def offload_fields(offload: Offload) -> dict[str, Any]:
+    """The fields of an offload that decide scores, traffic or times; where the disk tier lies is a path."""
+    if not offload.on:
+        return {"name": offload.name}
+    fields = to_plain(offload) | {"disk": offload.disk_dir is not None}
+    del fields["name"], fields["disk_dir"]
     return fields

@@ -184,13 +184,14 @@ class Pipeline:
 
 @dataclass
 class Offload:
-    """Where keys and values live. ``none`` keeps all of them on the device, ``host`` there only what is needed soon, all in host memory.
+    """Where keys and values live: named ``none``, all on the device; else all of them off it, and there only what is needed soon.
 
     Sizes are in tokens, of one layer of a sequence, or in bytes, of all its layers; at most one of the two for a tier.
 
-    ``device_*``      on the device: sinks, window, and a pool for what stages and attention read besides
-    ``host_*``        in host memory; None: everything
-    ``disk_*``        in a file, behind what is in host memory; None: as much as there is
+    ``name``          ``none``, or the preset it came from
+    ``device_*``      on the device, in the model's own format: sinks, window, and a pool for what stages and attention read besides
+    ``host_*``        in host memory; None: everything. Without a disk tier a limit of what a context may take
+    ``disk_*``        in a file, what host memory does not hold; None: as much as there is
     ``disk_dir``      folder of that file; None: no disk tier
     ``format``        of keys and values off the device: ``auto`` (the model's own), ``bf16``, ``fp8``, ``int8`` or ``int4``
     ``policy``        which units make room for others: ``lru``, ``clock`` or ``lfu``
@@ -209,6 +210,11 @@ class Offload:
     policy: str = "clock"
     prefill_bytes: int = 0
 
+    @property
+    def on(self) -> bool:
+        """Whether keys and values leave the device."""
+        return self.name != "none"
+
 
 PAGE_TOK = 64  # tokens of a page off the device, or those of a chunk of the last stage if they are more
 INT4_GROUP = 32  # numbers that share a scale and a least value
@@ -217,8 +223,8 @@ INT4_GROUP = 32  # numbers that share a scale and a least value
 def page_bytes(format: str, page_tok: int, head_dim: int, itemsize: int) -> int:
     """Bytes of a page off the device, of one head's keys or values; ``itemsize``: bytes of a number in the model's own format.
 
-    ``fp8`` has a scale of 4 bytes for the page; ``int8`` one of 2 bytes for every token; ``int4`` a scale and a least value of 2 bytes each for
-    every ``INT4_GROUP`` numbers of a token.
+    ``fp8`` has a scale of 4 bytes for the page; ``int8`` one of 2 bytes for every token; ``int4`` a scale and a least value of 2 bytes
+    each for every ``INT4_GROUP`` numbers of a token.
     """
     groups = -(-head_dim // INT4_GROUP)
     row = {"auto": head_dim * itemsize, "bf16": 2 * head_dim, "fp8": head_dim, "int8": head_dim + 2, "int4": head_dim // 2 + 4 * groups}

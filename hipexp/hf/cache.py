@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from hipexp.attention import Memory
+from hipexp.cache.offloaded import OffloadedStore
 from hipexp.cache.resident import ResidentStore
+from hipexp.cache.store import KVStore
 from hipexp.cache.summaries import KeySummaries
+
+NewStore = Callable[[int], KVStore]  # an empty store for a layer
 
 
 @dataclass
@@ -17,7 +24,7 @@ class SequenceState:
     """What one sequence keeps in one layer: keys and values, summaries of the keys, the refresh state, how many leading tokens are padding,
     how many query blocks did not see all their keys."""
 
-    store: ResidentStore = field(default_factory=ResidentStore)
+    store: KVStore = field(default_factory=ResidentStore)
     summaries: KeySummaries = field(default_factory=KeySummaries)
     memory: Memory = field(default_factory=Memory)
     padding: int = 0
@@ -27,20 +34,22 @@ class SequenceState:
 class SequenceLayer(CacheLayerMixin):
     """One layer's states, one per batch row. ``update`` hands *itself* to the attention function in place of key and value tensors.
 
-    ``decoding`` says whether the next tokens are decode steps; None: a single token behind others is one.
+    ``decoding`` says whether the next tokens are decode steps; None: a single token behind others is one. ``new_store``: makes a row's.
     """
 
     is_sliding = False
 
-    def __init__(self, reserve_tok: int = 0, decoding: bool | None = None):
+    def __init__(self, reserve_tok: int = 0, decoding: bool | None = None, new_store: Callable[[], KVStore] = ResidentStore):
         super().__init__()
         self.rows: list[SequenceState] = []
-        self.reserve_tok, self.decoding = reserve_tok, decoding
+        self.reserve_tok, self.decoding, self.new_store = reserve_tok, decoding, new_store
+        self.holding = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         if not self.rows:
-            self.rows = [SequenceState() for _ in range(key_states.shape[0])]
+            self.rows = [SequenceState(self.new_store()) for _ in range(key_states.shape[0])]
+            self.hold(self.holding)
             for row, key in zip(self.rows, key_states, strict=True):
                 row.store.reserve(self.reserve_tok, key)
 
@@ -48,8 +57,21 @@ class SequenceLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         for row, key, value in zip(self.rows, key_states, value_states, strict=True):
+            row.store.decoding = self.decodes(key.shape[1])
             row.store.append(key, value)
         return self, self
+
+    def hold(self, holding: bool) -> None:
+        """Whether everything that is appended stays on the device for now, however much is offloaded."""
+        self.holding = holding
+        for row in self.rows:
+            if isinstance(row.store, OffloadedStore):
+                row.store.hold = holding
+                row.store.settle()
+
+    def decodes(self, n_tok: int) -> bool:
+        """Whether ``n_tok`` next tokens are a decode step, if others lie before them."""
+        return self.decoding if self.decoding is not None else n_tok == 1
 
     def get_seq_length(self) -> int:
         return max((row.store.length for row in self.rows), default=0)
@@ -69,10 +91,11 @@ class SequenceLayer(CacheLayerMixin):
 
 
 class SequenceCache(Cache):
-    """A cache of :class:`SequenceLayer`; room for ``reserve_tok`` tokens is allocated at once."""
+    """A cache of :class:`SequenceLayer`; ``reserve_tok``: how many tokens will come. ``new_store``: makes that of a layer."""
 
-    def __init__(self, n_layers: int, reserve_tok: int = 0, decoding: bool | None = None):
-        super().__init__(layers=[SequenceLayer(reserve_tok, decoding) for _ in range(n_layers)])
+    def __init__(self, n_layers: int, reserve_tok: int = 0, decoding: bool | None = None, new_store: NewStore | None = None):
+        makers = [partial(new_store, layer) if new_store else ResidentStore for layer in range(n_layers)]
+        super().__init__(layers=[SequenceLayer(reserve_tok, decoding, make) for make in makers])
 
     @classmethod
     def of(cls, caches: list[SequenceCache]) -> SequenceCache:
@@ -89,8 +112,23 @@ class SequenceCache(Cache):
         return sum(row.pruned_blocks for layer in self.layers for row in layer.rows)
 
     @property
+    def traffic(self) -> dict[str, Any]:
+        """Tidy rows of what offload moved (see :mod:`hipexp.cache.traffic`), and bytes off the device; empty if nothing is offloaded."""
+        stores = [(i, row.store) for i, layer in enumerate(self.layers) for row in layer.rows if isinstance(row.store, OffloadedStore)]
+        if not stores:
+            return {}
+        rows = [row for layer, store in stores for row in store.traffic.rows(layer)]
+        return {"rows": rows, "host_bytes": sum(s.host_bytes for _, s in stores), "disk_bytes": sum(s.disk_bytes for _, s in stores)}
+
+    def close(self) -> None:
+        """The sequences are finished: give back what they hold."""
+        for layer in self.layers:
+            for row in layer.rows:
+                row.store.close()
+
+    @property
     def bytes(self) -> int:
-        """Bytes of keys and values, of what summarizes the keys, and of what decode steps hold ready."""
+        """Bytes on the device of keys and values, of what summarizes the keys, and of what decode steps hold ready."""
         return sum(
             row.store.bytes + row.summaries.bytes + (row.memory.held.bytes if row.memory.held else 0)
             for layer in self.layers

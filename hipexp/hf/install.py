@@ -14,10 +14,16 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import flash_attention_mask
 
 from hipexp.attention import LayerAttention, Memory
+from hipexp.attention.reads import unit_tok_of
 from hipexp.attention.rope import RopeTables
+from hipexp.cache.offloaded import OffloadedStore, Placement
+from hipexp.cache.resident import ResidentStore
 from hipexp.cache.summaries import KeySummaries
-from hipexp.config.schema import ConfigError, LayerPlan, Pipeline, PruneRope
-from hipexp.hf.cache import SequenceLayer, SequenceState
+from hipexp.cache.tiers import Disk
+from hipexp.config.model import ModelFacts
+from hipexp.config.offload import Sizes, check_sizes, disk_folder, sizes
+from hipexp.config.schema import ConfigError, Heads, LayerPlan, Offload, Pipeline, PruneRope
+from hipexp.hf.cache import NewStore, SequenceLayer, SequenceState
 from hipexp.hf.dense import attend_dense
 from hipexp.hf.selfcheck import same_as_before
 from hipexp.hf.window import check_transformers
@@ -33,6 +39,22 @@ class Installed:
 
     pipeline: Pipeline | None
     layers: dict[int, LayerAttention]
+    offload: Offload
+    sizes: Sizes | None
+    placements: dict[int, Placement]
+
+    def new_sequence(self) -> NewStore:
+        """What makes the stores of a new sequence, layer by layer."""
+        if self.sizes is None:
+            return lambda layer: ResidentStore()
+        folder, limit_tok = disk_folder(self.offload), self.sizes.disk_tok
+        limit_bytes = None if limit_tok is None else self.sizes.bytes_of(limit_tok)
+        disk = Disk(folder, limit_bytes) if folder else None
+        return lambda layer: OffloadedStore(self.placements[layer], disk)
+
+    def reads_by_layer(self, n_tok: int) -> bool:
+        """Whether a prompt of ``n_tok`` tokens is read layer by layer, as keys and values of one layer fit ``offload.prefill_bytes``."""
+        return self.sizes is not None and n_tok * self.sizes.token_bytes <= self.offload.prefill_bytes
 
     @property
     def pruned_blocks(self) -> int:
@@ -41,12 +63,15 @@ class Installed:
 
 
 @contextmanager
-def install(model: PreTrainedModel, pipeline: Pipeline | None, trained_tok: int | None = None) -> Iterator[Installed]:
+def install(
+    model: PreTrainedModel, pipeline: Pipeline | None, trained_tok: int | None = None, offload: Offload | None = None
+) -> Iterator[Installed]:
     """Let ``model`` attend through ``pipeline`` inside the context (None: dense, by torch's fastest path); after it the model is as before.
 
     Attached layers keep raw keys in their cache: a hook hands them a rotation by nothing, and the pipeline rotates by its own
     positions. ``trained_tok`` is what position strategies take for the trained length (None: the config's
-    ``max_position_embeddings``). Raises ConfigError for a model whose decoder does not have the parts that this needs, that does
+    ``max_position_embeddings``). ``offload``: where :func:`hipexp.hf.generate` keeps keys and values, once it is given the installation
+    (None: on the device). Raises ConfigError for a model whose decoder does not have the parts that this needs, that does
     not compute the same under hipexp's attention where it should, or that has an installation already.
     """
     check_transformers()
@@ -57,7 +82,9 @@ def install(model: PreTrainedModel, pipeline: Pipeline | None, trained_tok: int 
         )
     trained_tok = trained_tok or model.config.get_text_config().max_position_embeddings
     layers = {} if pipeline is None else _layer_attentions(model, decoder, pipeline, trained_tok)
-    installed = Installed(pipeline, layers)
+    offload = offload or Offload()
+    told, placements = _places(model, layers, offload)
+    installed = Installed(pipeline, layers, offload, told, placements)
 
     def attend(
         module: nn.Module,
@@ -133,6 +160,25 @@ def _layer_attentions(model: PreTrainedModel, decoder: nn.Module, pipeline: Pipe
     return layers
 
 
+def _places(model: PreTrainedModel, layers: dict[int, LayerAttention], offload: Offload) -> tuple[Sizes | None, dict[int, Placement]]:
+    """How large the tiers are and where each layer's keys and values go; nothing if all stay on the device."""
+    if offload.name == "none":
+        return None, {}
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    facts = ModelFacts(len(layers), 0, config.num_key_value_heads, head_dim, model.dtype.itemsize)
+    told = sizes(offload, [layer.plan for layer in layers.values()], facts)
+    check_sizes(offload, [layer.plan for layer in layers.values()], facts)
+    return told, {
+        i: Placement(
+            unit_tok=unit_tok_of(layer.plan), per_head=layer.plan.heads is Heads.per_kv, sink_tok=layer.plan.sink_tok,
+            window_tok=layer.plan.window_tok, page_tok=told.page_tok, device_tok=told.device_tok, host_tok=told.host_tok,
+            format=offload.format, policy=offload.policy,
+        )
+        for i, layer in layers.items()
+    }  # fmt: skip
+
+
 def _without_rope(plan: LayerPlan) -> LayerPlan:
     stages, decode = ([dataclasses.replace(s, rope=PruneRope.none) for s in part] for part in (plan.stages, plan.decode))
     return dataclasses.replace(plan, stages=stages, decode=decode)
@@ -159,7 +205,7 @@ def _attend_batch(
     B, H, Q, D = query.shape
     ours = isinstance(key, SequenceLayer)
     states = key.rows if ours else _states_of(key, value)
-    decoding = key.decoding if ours and key.decoding is not None else Q == 1
+    decoding = key.decodes(Q) if ours else Q == 1
     if mask is not None and mask.ndim != 2:
         raise ValueError(
             f"attention_mask {tuple(mask.shape)} must be [batch, tokens] and mark padding on the left; no other mask is supported"
@@ -172,7 +218,13 @@ def _attend_batch(
                 state.padding, state.summaries, state.memory = padding, KeySummaries(), Memory()
             if not bool(mask[b, state.padding :].all()):
                 raise ValueError(f"attention_mask[{b}] masks tokens after the first real one; only padding on the left is supported")
-        k, v = (x[:, state.padding :] for x in state.store.view())
+        k, v = state.store.view()
+        if state.padding:
+            if not isinstance(k, Tensor) or not isinstance(v, Tensor):
+                raise ValueError(
+                    f"attention_mask[{b}] marks padding, and an offloaded cache holds sequences without; prefill rows one by one"
+                )
+            k, v = k[:, state.padding :], v[:, state.padding :]
         begin = k.shape[1] - Q
         skip = max(0, -begin)  # queries that are padding themselves
         if skip == Q:
@@ -191,6 +243,8 @@ def _attend_batch(
                 state.memory = Memory()
             rows = layer(q, k, v, begin + skip, state.memory if decode_step else None, summaries=state.summaries)
             state.pruned_blocks += layer.pruned_blocks - pruned
+            if not decode_step:
+                state.store.settle()
         out[b, skip:] = rows.transpose(0, 1)
     return out
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from hipexp.hf.cache import SequenceCache
+from hipexp.hf.install import Installed
+from hipexp.hf.layer_major import run_layer_major
 from hipexp.hf.load import Loaded
 from hipexp.hf.memory import PeakMemory
 
@@ -20,7 +24,8 @@ class Generation:
     """What a prompt produced: new tokens (without the stop token) and what they cost.
 
     ``prefill_ms`` of this prompt; ``decode_ms`` of every decode step (shared by the batch); ``peak_bytes`` above the loaded model;
-    ``cache_bytes`` of the cache (see ``SequenceCache.bytes``); ``exact``: every query block of this sequence saw all its keys.
+    ``cache_bytes`` and ``traffic`` of the cache (see ``SequenceCache.bytes`` and ``SequenceCache.traffic``); ``exact``: every query block of
+    this sequence saw all its keys.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -28,7 +33,7 @@ class Generation:
     decode_ms: list[float] = field(default_factory=list)
     peak_bytes: int = 0
     cache_bytes: int = 0
-    traffic: dict[str, float] = field(default_factory=dict)
+    traffic: dict[str, Any] = field(default_factory=dict)
     exact: bool = True
     stopped: bool = False
 
@@ -43,28 +48,36 @@ def generate(
     stop_ids: Collection[int] = (),
     not_first: Collection[int] = (),
     progress: Callable[[int], None] | None = None,
+    installed: Installed | None = None,
 ) -> list[Generation]:
     """Continue each prompt greedily by at most ``max_new_tok`` tokens, inside :func:`hipexp.hf.install`.
 
     Prompts are prefilled one by one, ``prefill_chunk_tok`` tokens at a time (``progress`` is told how many), and decoded together;
-    so a prompt gives the same tokens alone and in a batch. No answer begins with one of ``not_first``. Raises ValueError for an empty
+    so a prompt gives the same tokens alone and in a batch. ``installed``: whose offload decides where keys and values lie; None: all on the
+    device. No answer begins with one of ``not_first``. Raises ValueError for an empty
     prompt or a ``prefill_chunk_tok`` that cuts a query block, and FloatingPointError if the model's logits are not finite.
     """
     if any(not prompt for prompt in prompts):
         raise ValueError("every prompt needs at least one token")
     memory = PeakMemory()
     memory.start()
-    out, caches, last = [Generation() for _ in prompts], [], []
-    for result, prompt in zip(out, prompts, strict=True):
-        cache = SequenceCache(loaded.n_layers, reserve_tok=len(prompt) + max_new_tok, decoding=False)
-        started = time.perf_counter()
-        last.append(prefill(loaded.model, cache, prompt, prefill_chunk_tok, progress, not_first))
-        result.prefill_ms = (time.perf_counter() - started) * 1e3
-        caches.append(cache)
-    decode(loaded.model, caches, last, out, max_new_tok, set(stop_ids))
-    for result, cache in zip(out, caches, strict=True):
-        result.peak_bytes, result.cache_bytes = memory.peak(), cache.bytes
-        result.exact = cache.pruned_blocks == 0
+    out, last = [Generation() for _ in prompts], []
+    caches: list[SequenceCache] = []
+    try:
+        for result, prompt in zip(out, prompts, strict=True):
+            new_store = installed.new_sequence() if installed else None
+            caches.append(SequenceCache(loaded.n_layers, len(prompt) + max_new_tok, decoding=False, new_store=new_store))
+            read = prefill_layer_major if installed and installed.reads_by_layer(len(prompt)) else prefill
+            started = time.perf_counter()
+            last.append(read(loaded.model, caches[-1], prompt, prefill_chunk_tok, progress, not_first))
+            result.prefill_ms = (time.perf_counter() - started) * 1e3
+        decode(loaded.model, caches, last, out, max_new_tok, set(stop_ids))
+        for result, cache in zip(out, caches, strict=True):
+            result.peak_bytes, result.cache_bytes, result.traffic = memory.peak(), cache.bytes, cache.traffic
+            result.exact = cache.pruned_blocks == 0
+    finally:
+        for cache in caches:
+            cache.close()
     return out
 
 
@@ -85,6 +98,37 @@ def prefill(
         if progress:
             progress(chunk.shape[1])
     return token
+
+
+def prefill_layer_major(
+    model: PreTrainedModel,
+    cache: SequenceCache,
+    prompt: list[int],
+    chunk_tok: int,
+    progress: Callable[[int], None] | None = None,
+    not_first: Collection[int] = (),
+) -> int:
+    """As :func:`prefill`, to the same bits, layer after layer: keys and values of one layer are all on the device while it reads.
+
+    ``progress`` is told tokens in proportion to the layers that they passed; they sum to the prompt's. Raises also as ``run_layer_major``.
+    """
+    ids = torch.tensor([prompt], device=model.device)
+    chunks = [(start, min(start + chunk_tok, len(prompt))) for start in range(0, len(prompt), chunk_tok)]
+    done = 0  # tokens, times layers
+
+    def step(begin: int, end: int) -> int:
+        return _step(model, cache, ids[:, begin:end], torch.arange(begin, end, device=ids.device)[None], not_first)[0]
+
+    def passed(chunk: int, layer: int) -> None:
+        nonlocal done
+        before, done = done, done + chunks[chunk][1] - chunks[chunk][0]
+        if progress:
+            progress(done // len(cache.layers) - before // len(cache.layers))
+
+    calls = [partial(step, *chunk) for chunk in chunks]
+    return run_layer_major(
+        model, calls, before_layer=lambda i: cache.layers[i].hold(True), after_layer=lambda i: cache.layers[i].hold(False), progress=passed
+    )[-1]
 
 
 def decode(

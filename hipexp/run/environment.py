@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +70,18 @@ def to_yaml(data: dict[str, Any]) -> str:
 
 
 def write_records(folder: Path, head: dict[str, Any], card: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Write ``records.parquet``: one tidy row per sample. Left out, with a line in the log, where pyarrow is missing."""
+    """Write ``records.parquet``: one tidy row per sample, the traffic of an offload added up, and in full as JSON.
+
+    Left out, with a line in the log, where pyarrow is missing.
+    """
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
         LOG.warning("pyarrow is not installed: no records.parquet; samples.jsonl holds the same rows")
         return
+    from hipexp.cache.traffic import summed
+
     schema = pa.schema(
         [
             *((name, pa.string()) for name in ("run_key", "suite", "protocol", "model", "pipeline", "subtask")),
@@ -85,6 +91,8 @@ def write_records(folder: Path, head: dict[str, Any], card: dict[str, Any], rows
             *((name, pa.int64()) for name in ("length_tok", "context_tok", "new_tok", "removed_tok")),
             *((name, pa.float64()) for name in ("depth", "prefill_ms", "decode_ms")),
             ("peak_bytes", pa.int64()),
+            *((name, pa.int64()) for name in ("hits", "misses", "h2d_bytes", "d2h_bytes")),
+            ("stall_ms", pa.float64()),
             ("traffic", pa.string()),
             ("recall", pa.float64()),
             ("status", pa.string()),
@@ -93,8 +101,10 @@ def write_records(folder: Path, head: dict[str, Any], card: dict[str, Any], rows
     same = {name: head[name] for name in ("run_key", "model", "pipeline")} | {name: card[name] for name in ("suite", "protocol")}
 
     def record(row: dict[str, Any]) -> dict[str, Any]:
-        own = {"metric": card["metric"].get(row["subtask"], ""), "value": row["score"], "traffic": json.dumps(row.get("traffic", {}))}
-        return {name: (same | row | own).get(name) for name in schema.names}
+        traffic = row.get("traffic", {})
+        own = {"metric": card["metric"].get(row["subtask"], ""), "value": row["score"], "traffic": json.dumps(traffic)}
+        counted = asdict(summed(traffic["rows"])[()]) if traffic.get("rows") else {}
+        return {name: (counted | same | row | own).get(name) for name in schema.names}
 
     with replacing(folder / "records.parquet") as scratch:
         pq.write_table(pa.Table.from_pylist([record(row) for row in rows], schema=schema), scratch)

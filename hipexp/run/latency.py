@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from hipexp.config.schema import Experiment, Pipeline
+from hipexp.config.schema import Experiment, Offload, Pipeline
 from hipexp.report.tables import text_table
 from hipexp.run.ledger import Ledger
 from hipexp.run.strategy import refresh_pattern
@@ -92,11 +93,14 @@ def measure(experiment: Experiment, loaded: Loaded, ledger: Ledger, trackers: Tr
             ledger.append(row)
             trackers.log(row, {})
             bar.advance_to(point.length_tok)
+    from hipexp.cache.traffic import summarize
+
     rows = latency_rows(ledger.rows, experiment.pipeline, loaded.n_layers)
+    draw_traffic(ledger, rows)
     memory = {"peak_bytes": max(row["peak_bytes"] for row in ledger.rows)}
     exact = all(row["exact"] for row in ledger.rows)
-    empty: dict[str, Any] = {"scores": {}, "average": None, "protocol": "hipexp", "note": "", "exact": exact, "traffic": {}, "recall": {}}
-    return empty | {"latency": {"rows": rows}, "memory": memory}
+    empty: dict[str, Any] = {"scores": {}, "average": None, "protocol": "hipexp", "note": "", "exact": exact, "recall": {}}
+    return empty | {"latency": {"rows": rows}, "memory": memory, "traffic": summarize(row["traffic"] for row in ledger.rows)}
 
 
 def prompt(encode: LineEncoder, length_tok: int, decode_steps: int, seed: int) -> Sample:
@@ -111,7 +115,8 @@ def timed(
     """One prefill and ``decode_steps`` decode steps that nothing stops early, with the attention that ``impl`` names."""
     from hipexp import hf
 
-    with hf.install(loaded.model, None if impl == "dense" else experiment.pipeline, loaded.trained_tok):
+    pipeline, offload = (None, Offload()) if impl == "dense" else (experiment.pipeline, experiment.offload)
+    with hf.install(loaded.model, pipeline, loaded.trained_tok, offload=offload) as installed:
         (made,) = hf.generate(
             loaded,
             [sample.tokens],
@@ -119,6 +124,7 @@ def timed(
             prefill_chunk_tok=experiment.model.prefill_chunk_tok,
             stop_ids=set(),
             progress=progress,
+            installed=installed,
         )
     return made
 
@@ -142,7 +148,7 @@ def row_of(point: Point, sample: Sample, made: Generation) -> dict[str, Any]:
         "steps_ms": [round(ms, 3) for ms in made.decode_ms],
         "peak_bytes": made.peak_bytes,
         "exact": made.exact,
-        "traffic": made.traffic,
+        "traffic": made.traffic and made.traffic | {"steps": len(made.decode_ms)},
     }
 
 
@@ -161,6 +167,8 @@ def latency_rows(rows: list[dict[str, Any]], pipeline: Pipeline | None, n_layers
     ``mean_ms``: prefill, the median over rounds; decode, the mean over as many steps as make whole refresh periods (all, if
     there are fewer), first full refresh included, then the median over rounds. ``cached_ms``: median of the decode steps in which no
     stage is due for a refresh; ``worst_ms``: the slowest. ``speedup``: dense ``mean_ms`` / ``mean_ms``; None without dense.
+    Where keys and values are off the device also ``h2d_bytes``, ``d2h_bytes``, ``hit_ratio`` and ``stall_ms``, of a prefill, or of
+    a step as the mean over all of them.
     """
     table = []
     for name in dict.fromkeys(row["subtask"] for row in rows):
@@ -169,8 +177,9 @@ def latency_rows(rows: list[dict[str, Any]], pipeline: Pipeline | None, n_layers
         shown = "dense" if pipeline is None or mine[0]["impl"] == "dense" else pipeline.name or pipeline.method
         common = {"context_tok": mine[0]["length_tok"], "impl": shown}
         memory = {"bytes": max(row["peak_bytes"] for row in mine)}
-        table.append({"phase": "prefill", **common, **prefill_times([row["prefill_ms"] for row in mine]), **memory})
-        table.append({"phase": "decode", **common, **decode_times([row["steps_ms"] for row in mine], period, shortest), **memory})
+        prefill, decode = traffic_per_phase(mine)
+        table.append({"phase": "prefill", **common, **prefill_times([row["prefill_ms"] for row in mine]), **memory, **prefill})
+        table.append({"phase": "decode", **common, **decode_times([row["steps_ms"] for row in mine], period, shortest), **memory, **decode})
     dense = {(row["phase"], row["context_tok"]): row["mean_ms"] for row in table if row["impl"] == "dense"}
     for row in table:
         base = dense.get((row["phase"], row["context_tok"]))
@@ -198,19 +207,59 @@ def decode_times(rounds: list[list[float]], period: int, shortest: int) -> dict[
     }
 
 
+def traffic_per_phase(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a prefill and what a decode step moved, as the mean over the measurements ``rows``; empty where nothing leaves the device."""
+    from hipexp.cache.traffic import summarize
+
+    told = summarize(row["traffic"] for row in rows)
+    if not told:
+        return {}, {}
+
+    def mean(phase: str, of: int) -> dict[str, Any]:
+        moved = {name: round(told[phase][name] / of) for name in ("h2d_bytes", "d2h_bytes")}
+        return moved | {"hit_ratio": told[phase]["hit_ratio"], "stall_ms": round(told[phase]["stall_ms"] / of, 3)}
+
+    return mean("prefill", len(rows)), mean("decode", told["decode"]["steps"])
+
+
+def draw_traffic(ledger: Ledger, rows: list[dict[str, Any]]) -> None:
+    """The picture of what crosses the link, by length. Left out where nothing does, or matplotlib is missing."""
+    from hipexp.report.figures import draw_lines
+
+    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for row in rows:
+        if "h2d_bytes" in row:
+            lines = panels.setdefault("a prefill" if row["phase"] == "prefill" else "a decode step, on average", {})
+            for line, name in (("fetched", "h2d_bytes"), ("written", "d2h_bytes")):
+                lines.setdefault(line, []).append((row["context_tok"], row[name] / 2**20))
+    if panels and find_spec("matplotlib"):
+        heading = f"Keys and values over the link, {rows[-1]['impl']}"
+        draw_lines(ledger.folder / "traffic.png", heading, panels, ("tokens", "MiB"), scale="linear")
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a table, and a word on lengths at which dense was not measured."""
     header = ["phase", "context", "attention", "mean ms", "p10", "p90", "no refresh", "worst", "× dense", "MiB"]
     names = ["phase", "context_tok", "impl", "mean_ms", "p10_ms", "p90_ms", "cached_ms", "worst_ms"]
+    moved = any("h2d_bytes" in row for row in rows)
+    header += ["hit %", "MiB fetched", "MiB written", "stall ms"] if moved else []
     cells = []
     for row in rows:
         speedup = None if row["speedup"] is None else f"{row['speedup']:.2f}"
-        cells.append([*(row[name] for name in names), speedup, row["bytes"] / 2**20])
+        cells.append([*(row[name] for name in names), speedup, row["bytes"] / 2**20, *(traffic_cells(row) if moved else [])])
     text = text_table(header, cells, left=1)
     alone = sorted({row["context_tok"] for row in rows if row["speedup"] is None})
     if alone:
         text += f"\ndense was not measured at {', '.join(map(str, alone))} tokens (task.dense_max_tok)"
     return text
+
+
+def traffic_cells(row: dict[str, Any]) -> list[float | None]:
+    """Percent of hits, MiB fetched and written, and milliseconds of waiting; None for a row of dense attention."""
+    if "h2d_bytes" not in row:
+        return [None] * 4
+    hit = None if row["hit_ratio"] is None else 100 * row["hit_ratio"]
+    return [hit, row["h2d_bytes"] / 2**20, row["d2h_bytes"] / 2**20, row["stall_ms"]]
 
 
 def too_few_steps(experiment: Experiment, n_layers: int) -> str:

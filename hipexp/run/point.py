@@ -15,16 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 from hipexp.config.check import check_layers, check_model
 from hipexp.config.convert import to_plain
-from hipexp.config.model import model_folder
-from hipexp.config.schema import Experiment, Model
+from hipexp.config.model import ModelFacts, model_folder
+from hipexp.config.offload import Room, check_fits, room_for, sizes
+from hipexp.config.schema import Experiment, Model, Offload
 from hipexp.report.tables import text_table
 from hipexp.run import environment
-from hipexp.run.identity import facts_of, fetching, key_of, model_revision, version_of
+from hipexp.run.identity import WEIGHTS, config_path, facts_of, fetching, key_of, model_revision, version_of
 from hipexp.run.job import Job
 from hipexp.run.ledger import Ledger, RunFailed, is_done, open_ledger, read_json, read_rows, run_folder
 from hipexp.run.strategy import describe
 from hipexp.run.tokenizer_file import read_tokenizer
-from hipexp.suites import OWN
+from hipexp.suites import OWN, lengths_of
 from hipexp.suites.sample import Item, LineEncoder, ProtocolCard, Sample, Suite
 from hipexp.suites.scoring import open_rules, score_rows
 from hipexp.suites.scoring.statistics import describe as describe_scores
@@ -33,6 +34,7 @@ from hipexp.track import Trackers, open_trackers
 
 if TYPE_CHECKING:
     from hipexp.hf import Generation, Loaded
+    from hipexp.hf.install import Installed
 
 LOG = logging.getLogger("hipexp")
 Load = Callable[[Model], "Loaded"]
@@ -62,7 +64,7 @@ def run_point(experiment: Experiment, overrides: Sequence[str] | None = None) ->
 
 
 def check_point(experiment: Experiment) -> None:
-    """Refuse what can be refused without torch: a pipeline that breaks a rule in this model, lengths too short for a sample.
+    """Refuse what can be without torch: a pipeline that breaks a rule in this model, lengths too short, or beyond the limits of an offload.
 
     For a model on a hub the run does it, once the files it needs are here. Raises ``ConfigError``.
     """
@@ -74,7 +76,9 @@ def check_point(experiment: Experiment) -> None:
         return
     facts, folder = check_model(experiment), model_folder(experiment.model)
     if facts is not None and folder is not None and (folder / "tokenizer.json").is_file():
-        open_suite_for(experiment, read_tokenizer(folder / "tokenizer.json"), facts.trained_tok)
+        suite = open_suite_for(experiment, read_tokenizer(folder / "tokenizer.json"), facts.trained_tok)
+        if experiment.task.name != "recall":
+            check_room(experiment, facts, suite, room=Room(None, None))
 
 
 def folder_of(experiment: Experiment) -> Path:
@@ -170,14 +174,17 @@ def model_job(experiment: Experiment, ledger: Ledger, load: Load | None) -> Job:
 
     facts = facts_of(experiment.model)
     check_layers(experiment, facts)
-    if load is None:
-        open_suite_for(experiment, load_tokenizer(experiment.model), facts.trained_tok)  # refuses lengths before any weights load
+    if load is None:  # refuse what can be before any weights load
+        suite = open_suite_for(experiment, load_tokenizer(experiment.model), facts.trained_tok)
+        check_room(experiment, facts, suite, weights_bytes(experiment.model))
     loaded = (load or load_model)(experiment.model)
     check_unchanged(experiment, ledger.key)
     if experiment.task.name == "recall":
         return recall.job(experiment, loaded)
     suite = open_suite_for(experiment, loaded.tokenizer, loaded.trained_tok)
-    strategy = describe(experiment.pipeline, loaded.n_layers)
+    if load is not None:
+        check_room(experiment, facts, suite)
+    strategy = describe(experiment.pipeline, loaded.n_layers, experiment.offload)
     card = card_of(experiment, suite.card() if suite else latency.card(experiment), loaded) | {"strategy": strategy}
     if suite is None:
         points = [(one.subtask, one.repeat) for one in latency.points(experiment, loaded.trained_tok)]
@@ -190,6 +197,29 @@ def model_job(experiment: Experiment, ledger: Ledger, load: Load | None) -> Job:
         return summarize(suite.card(), ledger.rows)
 
     return Job([(item.subtask, item.index) for item in suite.items()], card, measure)
+
+
+def check_room(experiment: Experiment, facts: ModelFacts, suite: Suite | None, loading_bytes: int = 0, room: Room | None = None) -> None:
+    """Refuse a sample whose keys and values would not fit where the offload puts them. Raises ``ConfigError``.
+
+    ``loading_bytes``: of weights that are still to come; ``room``: what there is, found out by default. Without a GPU the device's tier and
+    the weights are in the same memory.
+    """
+    if not experiment.offload.on or experiment.pipeline is None:
+        return
+    task, plans = experiment.task, experiment.pipeline.plan(facts.layers)
+    lengths = [item.length_tok for item in suite.items()] if suite else lengths_of(task, facts.trained_tok).values()
+    if room is None:
+        from torch import cuda
+
+        device_bytes = task.batch * sizes(experiment.offload, plans, facts).device_bytes
+        room = room_for(experiment.offload, 0 if cuda.is_available() else loading_bytes + device_bytes)
+    check_fits(experiment.offload, plans, facts, max(lengths), task.batch, room)
+
+
+def weights_bytes(model: Model) -> int:
+    """Bytes of the files with a model's weights that are here."""
+    return sum(path.stat().st_size for path in config_path(model).parent.glob("*") if path.suffix in WEIGHTS)
 
 
 def check_unchanged(experiment: Experiment, run_key: str) -> None:
@@ -276,18 +306,23 @@ def run_samples(experiment: Experiment, suite: Suite, loaded: Loaded, ledger: Le
     from hipexp import hf
 
     todo = [item for item in suite.items() if not ledger.has(item.subtask, item.index)]
-    with hf.install(loaded.model, experiment.pipeline, loaded.trained_tok), token_bar(sum(item.length_tok for item in todo)) as bar:
+    with (
+        hf.install(loaded.model, experiment.pipeline, loaded.trained_tok, offload=experiment.offload) as installed,
+        token_bar(sum(item.length_tok for item in todo)) as bar,
+    ):
         for batch in batches(todo, experiment.task.batch):
             bar.set_description(f"{experiment.task.name} {batch[0].subtask} {batch[0].index}")
             samples = [suite.sample(item) for item in batch]
-            answers = answer(experiment, loaded, samples, bar.update)
+            answers = answer(experiment, loaded, samples, bar.update, installed)
             for sample, made in zip(samples, answers, strict=True):
                 ledger.append(row_of(suite, sample, made, loaded))
                 trackers.log(ledger.rows[-1], mean_scores(ledger.rows))
             bar.advance_to(sum(item.length_tok for item in batch))
 
 
-def answer(experiment: Experiment, loaded: Loaded, samples: list[Sample], progress: Callable[[int], None]) -> list[Generation]:
+def answer(
+    experiment: Experiment, loaded: Loaded, samples: list[Sample], progress: Callable[[int], None], installed: Installed
+) -> list[Generation]:
     """Greedy answers to ``samples``, as a batch; each has its own limit of new tokens, the batch runs to the largest."""
     from hipexp import hf
 
@@ -299,6 +334,7 @@ def answer(experiment: Experiment, loaded: Loaded, samples: list[Sample], progre
         stop_ids=(stops := stop_ids(loaded) | (line_end(loaded) if samples[0].one_line else set())),
         not_first=stops if samples[0].one_line else (),
         progress=progress,
+        installed=installed,
     )
     for sample, made in zip(samples, answers, strict=True):
         del made.tokens[sample.max_new_tok :]
@@ -353,7 +389,7 @@ def row_of(suite: Suite, sample: Sample, made: Generation, loaded: Loaded) -> di
         "decode_ms": round(statistics.fmean(made.decode_ms), 3) if made.decode_ms else None,
         "peak_bytes": made.peak_bytes,
         "exact": made.exact,
-        "traffic": made.traffic,
+        "traffic": made.traffic and made.traffic | {"steps": len(made.decode_ms)},
         **sample.meta,
     }
 
@@ -378,13 +414,12 @@ def summarize(card: ProtocolCard, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The scores, times and memory of a finished run; ``average`` is the plain mean of the subtasks.
 
     Each score has its 95 % interval over samples. Under an official protocol scores are as the official scorer groups and rounds them, and
-    ``averages`` those means it prints of which all tasks are there.
+    ``averages`` those means it prints of which all tasks are there. ``traffic`` is that of ``hipexp.cache.traffic.summarize``: ``{}`` where
+    all keys and values stay on the device, else rows by layer, phase and reader, the same over all layers, and totals of each phase.
     """
+    from hipexp.cache import traffic
+
     prefill, decode = ([row[name] for row in rows if row[name] is not None] for name in ("prefill_ms", "decode_ms"))
-    traffic: dict[str, float] = {}
-    for row in rows:
-        for name, value in row["traffic"].items():
-            traffic[name] = traffic.get(name, 0) + value
     return {
         **scores_of(card, rows),
         "protocol": card.protocol,
@@ -396,7 +431,7 @@ def summarize(card: ProtocolCard, rows: list[dict[str, Any]]) -> dict[str, Any]:
             "decode_ms": round(statistics.median(decode), 3) if decode else None,
         },
         "memory": {"peak_bytes": max((row["peak_bytes"] for row in rows if row["peak_bytes"] is not None), default=None)},
-        "traffic": traffic,
+        "traffic": traffic.summarize(row["traffic"] for row in rows),
         "recall": {},
     }
 
@@ -460,11 +495,12 @@ def report(experiment: Experiment, folder: Path, overrides: Sequence[str] | None
         from hipexp.run import latency
 
         few = latency.too_few_steps(experiment, read_json(folder / "card.json")["model"]["n_layers"])
-        return "\n".join(filter(None, [latency.table(summary["latency"]["rows"]), few, exact]))
-    dense = None if experiment.pipeline is None else dataclasses.replace(experiment, pipeline=None)
+        return "\n".join(filter(None, [latency.table(summary["latency"]["rows"]), few, exact, thrashing(experiment, summary["traffic"])]))
+    dense = None if experiment.pipeline is None else dataclasses.replace(experiment, pipeline=None, offload=Offload())
     dense_rows = read_rows(folder_of(dense)) if dense and stored(dense) else None
     cost = MEMORY if experiment.model.base_url is None else REQUESTS
     lines = [score_table(summary, read_rows(folder), dense_rows), cost, summary["note"], exact]
+    lines += [traffic_table(summary["traffic"]), thrashing(experiment, summary["traffic"])]
     if dense and dense_rows is None and overrides is not None:
         lines.append(f"dense on the same samples: {dense_command(overrides)}")
     return "\n".join(filter(None, lines))
@@ -486,6 +522,34 @@ def score_table(summary: dict[str, Any], rows: list[dict[str, Any]], dense_rows:
         header, table = drop_columns(header, table, ("dense", "difference", "better/worse"))
     means = [[name, protocol, None, value, *[None] * (len(header) - 4)] for name, value in summary.get("averages", {}).items()]
     return text_table(header, table + means, left=2)
+
+
+def traffic_table(traffic: dict[str, Any]) -> str:
+    """What crossed the link, by phase and reader, over all samples and layers; empty where all keys and values stay on the device."""
+    if not traffic:
+        return ""
+    header = ["phase", "by", "hit %", "MiB fetched", "of them from disk", "MiB written", "stall s"]
+    table = []
+    for row in traffic["by"]:
+        name = f"stage {row['by']}" if row["by"].isdecimal() else row["by"]
+        hit = None if row["hit_ratio"] is None else 100 * row["hit_ratio"]
+        moved = [row[name] / 2**20 for name in ("h2d_bytes", "disk_read_bytes", "d2h_bytes")]
+        table.append([row["phase"], name, hit, *moved, row["stall_ms"] / 1000])
+    if not any(row["disk_read_bytes"] for row in traffic["by"]):
+        header, table = drop_columns(header, table, ("of them from disk",))
+    words = "hit %: what was on the device when it was asked for; MiB and seconds of all samples and layers"
+    return f"{text_table(header, table, left=2)}\n{words}"
+
+
+def thrashing(experiment: Experiment, traffic: dict[str, Any]) -> str:
+    """A word on a device too small for what is read again and again; empty if it is not."""
+    if not traffic:
+        return ""
+    hit, split = traffic["decode"]["hit_ratio"], sum(traffic[phase]["split"] for phase in ("prefill", "decode"))
+    told = [f"{100 - 100 * hit:.0f} % of what decode asked for had to be fetched"] if hit is not None and hit < 0.5 else []
+    told += [f"{split} request(s) did not fit on the device and were read in parts"] if split else []
+    key = "device_tok" if experiment.offload.device_bytes is None else "device_bytes"
+    return f"still right, but slow: {' and '.join(told)}; raise offload.{key}={getattr(experiment.offload, key)}" if told else ""
 
 
 def grouped(summary: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, dict[tuple[str, int], float]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from itertools import groupby
 
-from hipexp.config.schema import LayerPlan, Pipeline, Stage
+from hipexp.config.offload import show_bytes
+from hipexp.config.schema import LayerPlan, Offload, Pipeline, Stage
 
 
 def budget_tok(plan: LayerPlan, stages: list[Stage]) -> int:
@@ -43,8 +44,8 @@ def describe_layers(plans: list[LayerPlan]) -> list[str]:
     return lines
 
 
-def describe(pipeline: Pipeline | None, n_layers: int) -> list[str]:
-    """What attention does in a model of ``n_layers`` layers, one line per layer group and stage."""
+def describe(pipeline: Pipeline | None, n_layers: int, offload: Offload | None = None) -> list[str]:
+    """What attention does in a model of ``n_layers`` layers, one line per layer group and stage, and where keys and values are."""
     if pipeline is None:
         return ["attention: dense, every token"]
     plans = pipeline.plan(n_layers)
@@ -56,4 +57,20 @@ def describe(pipeline: Pipeline | None, n_layers: int) -> list[str]:
 
     for _, group in groupby(plans, key=same):
         lines += describe_layers(list(group))
-    return lines
+    return lines + ([describe_offload(offload)] if offload is not None and offload.on else [])
+
+
+def describe_offload(offload: Offload) -> str:
+    """Where keys and values are: tiers with their sizes, format and policy."""
+
+    def size(tier: str, otherwise: str) -> str:
+        tokens, bytes_ = getattr(offload, f"{tier}_tok"), getattr(offload, f"{tier}_bytes")
+        return f"{tokens} tokens a layer" if tokens is not None else show_bytes(bytes_) if bytes_ is not None else otherwise
+
+    disk = f", the rest on disk ({size('disk', 'as much as there is')})" if offload.disk_dir is not None else ""
+    form = "the model's own format" if offload.format == "auto" else offload.format
+    prompt = f"; prompts of up to {show_bytes(offload.prefill_bytes)} a layer are read layer by layer" if offload.prefill_bytes else ""
+    return (
+        f"keys and values: {size('host', 'all')} in host memory{disk}, in {form}; on the device {size('device', '')}, "
+        f"{offload.policy} decides which{prompt}"
+    )

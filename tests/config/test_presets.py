@@ -101,7 +101,8 @@ def test_the_methods_that_are_accepted_are_the_ones_there_are():
 def test_every_option_of_every_group_composes(group):
     for name in OPTIONS[group]:
         path = "++model.path='org/model'"
-        needed = {"hf": [path], "openai": [path, "++model.base_url='http://localhost/v1'"], "recall": ["+pipeline=3stage"]}.get(name, [])
+        pipeline = {key: ["+pipeline=3stage"] for key in ("recall", "host", "disk")}
+        needed = ({"hf": [path], "openai": [path, "++model.base_url='http://localhost/v1'"]} | pipeline).get(name, [])
         assert getattr(compose_point([f"{group}={name}", *needed]), group).name == {"hf": "model", "openai": "model"}.get(name, name)
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from hipexp.config import runkey
 from hipexp.config.compose import compose
-from hipexp.config.runkey import run_key
+from hipexp.config.runkey import key_fields, run_key
 
 BASE = ["+pipeline=3stage", "task=passkey"]
 
@@ -58,6 +58,22 @@ def test_weights_extras_and_the_version_count(monkeypatch):
     keys = {key(), key(revision="def"), key(threads=2), key(threads=4)}
     monkeypatch.setattr(runkey, "RESULT_VERSION", runkey.RESULT_VERSION + 1)
     assert len(keys | {key()}) == 5
+
+
+def test_without_offload_the_key_is_as_before_there_was_one():
+    assert key_fields(compose(BASE))["offload"] == {"name": "none"}
+
+
+@pytest.mark.parametrize("word", ["device_tok=8192", "policy=lru", "format=fp8", "host_tok=65536", "prefill_bytes=1000"])
+def test_what_decides_scores_or_traffic_of_an_offload_changes_the_key(word):
+    assert len({key(), key("offload=host"), key("offload=host", f"offload.{word}")}) == 3
+
+
+def test_where_the_disk_tier_lies_and_the_name_of_a_preset_do_not(tmp_path):
+    disk = key("offload=disk")
+    assert key("offload=disk", f"offload.disk_dir={tmp_path}") == disk
+    assert key("offload=disk", "offload.name=mine") == disk
+    assert key("offload=disk", "offload.disk_dir=null") != disk
 
 
 def test_the_order_of_groups_counts():

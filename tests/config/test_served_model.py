@@ -58,7 +58,7 @@ CASES = {
         [*SERVED, "model.base_url=http://localhost:8000/v1/chat/completions/"],
         "must end before /chat/completions, which is added here; use http://localhost:8000/v1",
     ),
-    "offload": ([*SERVED, "offload=host"], "offload=host is unknown"),
+    "offload": ([*SERVED, "offload=host"], "offload=host moves a model's keys and values, and a server's are its own"),
     "prompt of a loaded model": (["model.prompt=chat"], "model.prompt=chat is for a served model (model=openai); leave it out"),
     "tokenizer of a loaded model": (["model.tokenizer=org/model"], "model.tokenizer=org/model is for a served model"),
     "requests to a loaded model": (["model.concurrent=2"], "model.concurrent=2 is for a served model"),

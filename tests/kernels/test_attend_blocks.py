@@ -268,21 +268,21 @@ def test_a_window_is_made_once():
 def test_what_is_held_has_the_room_that_was_reserved(sinks):
     held, few, many = Held(), torch.ones(2, 3, 4), torch.ones(2, 6, 4)
     held.sinks = sinks
-    held.reserve(0, (few, few), room=4)
+    held.reserve(0, few, room=4)
     held.grow(0, 3)
     with pytest.raises(ValueError, match="9 rows of a list are more than the 4 that were reserved"):
         held.grow(0, 6)
     held.clear()
     assert held.count(0) == sinks
     for rows in (many, torch.ones(1, 6, 4), torch.ones(2, 6, 4, dtype=torch.bfloat16)):  # longer, of one head, in another format
-        held.reserve(0, (rows, rows), room=9)
+        held.reserve(0, rows, room=9)
         assert held.count(0) == 0
         for memory, number in zip(held.grow(0, 6), (1, 2), strict=True):
             memory.copy_(number * rows)
         assert [x.tolist() for x in held.rows(0, 6)] == [rows.tolist(), (2 * rows).tolist()] and held.count(0) == 6
         held.clear()
     where = [x.data_ptr() for x in held.rows(0, 1)]
-    held.reserve(0, (rows, rows), room=5)
+    held.reserve(0, rows, room=5)
     assert held.count(0) == sinks and where == [x.data_ptr() for x in held.rows(0, 1)]  # the same memory again
 
 

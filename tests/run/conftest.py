@@ -16,7 +16,8 @@ import fake_hf
 def model_folder(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"num_hidden_layers": 5, "max_position_embeddings": 512}))
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    (folder / "config.json").write_text(json.dumps({"num_hidden_layers": 5, "max_position_embeddings": 512, **heads}))
     return folder
 
 

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
 
+from hipexp.config.schema import Offload
+
 
 class WordTokenizer:
     """Runs of letters, pairs of digits or hex characters, single other characters; ids by order of appearance."""
@@ -56,8 +58,9 @@ def load(model):
 
 
 @contextmanager
-def install(model, pipeline, trained_tok=None):
-    yield
+def install(model, pipeline, trained_tok=None, *, offload=None):
+    """What was asked for, as ``generate`` gets it."""
+    yield SimpleNamespace(pipeline=pipeline, offload=offload or Offload())
 
 
 def answer_to(prompt):
@@ -68,7 +71,23 @@ def answer_to(prompt):
     return (found[1] if found else "0") + '"' if asked else f" {found[1] if found else 0}."
 
 
-def generate(loaded, prompts, *, max_new_tok, prefill_chunk_tok, stop_ids=(), not_first=(), progress=None):
+def traffic_of(steps):
+    """What two layers count: a stage and attention hit one time in four, in decode once a step."""
+    counts = {"misses": 3, "h2d_bytes": 3 << 20, "d2h_bytes": 0, "disk_read_bytes": 0, "disk_write_bytes": 0, "stall_ms": 1.5, "split": 0}
+    write = dict.fromkeys(counts, 0) | {"hits": 0, "d2h_bytes": 1 << 20}
+    rows = []
+    for layer in (0, 1):
+        for phase, times in (("prefill", 1), ("decode", steps)):
+            rows += [{"layer": layer, "phase": phase, "by": by, **_times({"hits": 1, **counts}, times)} for by in ("attend", "0")]
+            rows.append({"layer": layer, "phase": phase, "by": "write", **_times(write, times)})
+    return {"rows": rows}
+
+
+def _times(counts, factor):
+    return {name: value * factor for name, value in counts.items()}
+
+
+def generate(loaded, prompts, *, max_new_tok, prefill_chunk_tok, stop_ids=(), not_first=(), progress=None, installed=None):
     out = []
     for prompt in prompts:
         SETTINGS.calls += 1
@@ -80,7 +99,9 @@ def generate(loaded, prompts, *, max_new_tok, prefill_chunk_tok, stop_ids=(), no
         tokens = TOKENIZER(answer_to(TOKENIZER.decode(prompt)), add_special_tokens=False).input_ids
         if not stop_ids:
             tokens = (tokens * max_new_tok)[:max_new_tok]
-        out.append(Generation(tokens[:max_new_tok], decode_ms=[1.0 + (i % 4 == 0) for i in range(len(tokens[:max_new_tok]) - 1)]))
+        made = Generation(tokens[:max_new_tok], decode_ms=[1.0 + (i % 4 == 0) for i in range(len(tokens[:max_new_tok]) - 1)])
+        made.traffic = traffic_of(len(made.decode_ms)) if installed is not None and installed.offload.on else {}
+        out.append(made)
     return out
 
 

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from hipexp.config.compose import compose
-from hipexp.config.schema import ConfigError
+from hipexp.config.schema import ConfigError, Offload
 from hipexp.run import latency
 from hipexp.run.ledger import read_json, read_rows
 from hipexp.run.point import execute, report
@@ -29,6 +29,30 @@ def test_rows_alternate_and_follow_the_contract(fake, experiment):
     dense, pruned = rows[3]["mean_ms"], rows[4]["mean_ms"]
     assert [row["speedup"] for row in rows] == [1.0, 1.0, None, 1.0, pytest.approx(dense / pruned, abs=1e-3), None]
     assert "dense was not measured at 1024 tokens" in report(measured(experiment, repeats=2), folder)
+
+
+def test_rows_of_an_offloaded_pipeline_tell_its_traffic(fake, experiment):
+    one = dataclasses.replace(measured(experiment, repeats=2), offload=Offload("host", device_tok=16384))
+    folder = execute(one)
+    rows = read_json(folder / "summary.json")["latency"]["rows"]
+    told = [
+        {name: row.get(name) for name in ("h2d_bytes", "d2h_bytes", "hit_ratio", "stall_ms")} for row in rows if row["impl"] == "3stage"
+    ]
+    assert told == [{"h2d_bytes": 12 << 20, "d2h_bytes": 2 << 20, "hit_ratio": 0.25, "stall_ms": 6.0}] * 4
+    assert all("h2d_bytes" not in row for row in rows if row["impl"] == "dense")
+    traffic = read_json(folder / "summary.json")["traffic"]
+    assert (traffic["decode"]["steps"], traffic["decode"]["h2d_bytes_per_step"]) == (4 * 20, 12 << 20)
+    table = report(one, folder)
+    assert table.splitlines()[0].split()[-9:] == ["MiB", "hit", "%", "MiB", "fetched", "MiB", "written", "stall", "ms"]
+    assert ["25.0", "12.0", "2.0", "6.0"] == next(line for line in table.splitlines() if "3stage" in line).split()[-4:]
+    assert ["–"] * 4 == next(line for line in table.splitlines() if "dense" in line and "512" in line).split()[-4:]
+    assert "still right, but slow: 75 % of what decode asked for had to be fetched" in table
+    assert (folder / "traffic.png").stat().st_size > 10_000
+
+
+def test_a_resident_run_has_no_picture_of_traffic(fake, experiment):
+    folder = execute(measured(experiment))
+    assert not list(folder.glob("*.png")) and "fetched" not in report(measured(experiment), folder)
 
 
 def test_a_measurement_is_resumed_per_length_and_implementation(fake, experiment):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from hipexp_kernels import keep_top, score_chunks
+from hipexp_kernels.paged import KV, read_by
 from torch import Tensor
 
 from hipexp.attention.blocks import QueryBlocks
@@ -20,6 +21,7 @@ from hipexp.attention.refresh import Candidates, Memory
 from hipexp.attention.rope import RopeTables, score_rotation
 from hipexp.attention.selection import Selection
 from hipexp.cache.summaries import PIECE_TOK, KeySummaries
+from hipexp.cache.traffic import SUMMARIZE
 from hipexp.config.schema import Heads, LayerPlan, Representative, Stage
 
 
@@ -27,7 +29,7 @@ def select(
     plan: LayerPlan,
     stages: list[Stage],
     queries: QueryBlocks,
-    keys: Tensor,
+    keys: KV,
     tables: RopeTables,
     memory: Memory | None,
     summaries: KeySummaries | None = None,
@@ -56,7 +58,7 @@ def select(
             starts, counts, limits = (_repeat(x, parts, dim, len(queries)) for x, dim in ((starts, 1), (counts, 1), (limits, 0)))
         of_keys = None
         if stage.representative is Representative.bounds:
-            of_keys = (summaries or KeySummaries()).upto(keys, plan.sink_tok, piece_tok(plan))
+            of_keys = (summaries or KeySummaries()).upto(read_by(keys, SUMMARIZE), plan.sink_tok, piece_tok(plan))
             of_keys = of_keys if i else replace(of_keys, first_tok=None)  # the first candidates follow each other
         if stage.query_stride_tok != stride_tok:
             stride_tok = stage.query_stride_tok
@@ -66,7 +68,7 @@ def select(
         if listener:
             listener.scores(i, Scoring(stage, queries, q, keys, starts, counts, limits, rotation))
         scores = score_chunks(
-            q, keys, starts, counts, limits,
+            q, read_by(keys, str(i)), starts, counts, limits,
             chunk_tok=stage.chunk_tok, representative=stage.representative.value, rotation=rotation, summaries=of_keys,
         )  # fmt: skip
         following = stages[min(i + 1, len(stages) - 1)]

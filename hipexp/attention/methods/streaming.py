@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from hipexp_kernels.paged import KV
 
 from hipexp.attention.blocks import QueryBlocks
 from hipexp.attention.reads import Listener
@@ -17,7 +17,7 @@ def select(
     plan: LayerPlan,
     stages: list[Stage],
     queries: QueryBlocks,
-    keys: Tensor,
+    keys: KV,
     tables: RopeTables,
     memory: Memory | None,
     summaries: KeySummaries | None = None,

@@ -8,13 +8,14 @@ from hipexp_kernels.attend_blocks.held import Held
 from hipexp_kernels.attend_blocks.reference import attend_blocks as reference
 from hipexp_kernels.attend_blocks.vectorized import attend_blocks as vectorized
 from hipexp_kernels.dispatch import choose, lazy, require
+from hipexp_kernels.paged import KV, Paged, whole
 from hipexp_kernels.rope import AttendRotation
 
 
 def attend_blocks(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: KV,
+    v: KV,
     blocks: Tensor,
     counts: Tensor,
     first: Tensor,
@@ -32,7 +33,8 @@ def attend_blocks(
     """Return the output ``[H, N, Q, D]`` and its log-sum-exp ``[H, N, Q]`` (fp32).
 
     ``q`` ``[H, N, Q, D]`` raw queries: row ``r`` of block ``n`` stands at position ``first[n] + r``; ``first[n] < T``, rows
-    at or past ``T`` are padding, their output is undefined. ``k``, ``v`` ``[K, T, D]`` raw keys and values.
+    at or past ``T`` are padding, their output is undefined. ``k``, ``v`` ``[K, T, D]`` raw keys and values, both as
+    tensors or both :class:`hipexp_kernels.paged.Paged`.
     ``blocks`` ``[S, N, M]``: ascending, unique starts of selected blocks of ``block_tok`` tokens, none below ``sink_tok``;
     the first ``counts[s, n]`` count. With ``edge = first[n] - window_tok`` a query at ``p`` attends to the sinks
     ``i < sink_tok, i <= edge``, the selected tokens ``i <= edge`` and the window ``edge < i <= p``: every key once.
@@ -45,7 +47,7 @@ def attend_blocks(
     H, N, _, D = q.shape
     S = blocks.shape[0]
     require(
-        k.shape == v.shape and k.ndim == 3 and k.shape[-1] == D and H % k.shape[0] == 0,
+        k.shape == v.shape and len(k.shape) == 3 and k.shape[-1] == D and H % k.shape[0] == 0,
         f"attend_blocks: k {tuple(k.shape)} and v {tuple(v.shape)} do not go with q {tuple(q.shape)}",
     )
     require(
@@ -54,6 +56,10 @@ def attend_blocks(
     )
     require(first.shape == exact.shape == (N,), f"attend_blocks: first {tuple(first.shape)} and exact {tuple(exact.shape)} must be {(N,)}")
     run = choose(impl, {"reference": reference, "vectorized": vectorized, "triton": lazy("attend_blocks")}, q.device)
+    if isinstance(k, Paged):
+        run = vectorized if impl == "auto" else run
+        require(run in (reference, vectorized), "attend_blocks: impl='triton' does not read paged keys so far; use vectorized")
+        k, v = (whole(k), whole(v)) if run is reference else (k, v)
     sizes = dict(block_tok=block_tok, sink_tok=sink_tok, window_tok=window_tok)
     more = dict(held=held) if run is vectorized else {}
     return run(q, k, v, blocks, counts, first, exact, **sizes, **more, scale=scale, rotation=rotation, softcap=softcap)

@@ -35,13 +35,13 @@ class Held:
         """How many rows of a list are held."""
         return self._counts.get(number, 0)
 
-    def reserve(self, number: int, like: tuple[Tensor, Tensor], room: int) -> None:
-        """Make room for so many rows of a list, of the heads and in the format of keys and values ``like``.
+    def reserve(self, number: int, like: Tensor, room: int) -> None:
+        """Make room for so many rows of a list, of the heads and in the format of ``like`` ``[K, n, D]``.
 
         Rows that are held in memory that does not fit are forgotten.
         """
         held = self._rows.get(number, [NOTHING, NOTHING])
-        self._rows[number] = [_with_room(old, new, room) for old, new in zip(held, like, strict=True)]
+        self._rows[number] = [_with_room(old, like, room) for old in held]
         if any(old is not now for old, now in zip(held, self._rows[number], strict=True)):
             self._counts[number] = 0
 

@@ -12,12 +12,13 @@ from hipexp_kernels.attend_blocks.dense import attend_all
 from hipexp_kernels.attend_blocks.held import Held
 from hipexp_kernels.attend_blocks.vectorized_decode import attend_one
 from hipexp_kernels.merge_lse.vectorized import merge_lse
+from hipexp_kernels.paged import KV, run_of
 from hipexp_kernels.rope import AttendRotation, turn
 from hipexp_kernels.rows import KeyRows, Rows
 
 
 def attend_blocks(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, counts: Tensor, first: Tensor, exact: Tensor, *,
+    q: Tensor, k: KV, v: KV, blocks: Tensor, counts: Tensor, first: Tensor, exact: Tensor, *,
     block_tok: int, sink_tok: int, window_tok: int, scale: float, rotation: AttendRotation | None, softcap: float | None,
     held: Held | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -41,14 +42,15 @@ def attend_blocks(
     n_far = near.clamp(max=sink_tok) + n_selected
     rows = _queries(q, first, exact, n_far, first - near + 1, T, rotation).to(v.dtype).reshape(K, N, -1, D)
     out, lse = torch.zeros_like(rows), torch.full(rows.shape[:3], float("-inf"), device=q.device)
-    prefix = _true_keys(k, int(first[exact].amax()) if exact.any() else 0, keys)
+    n_true = int(first[exact].amax()) if exact.any() else 0
+    true_k, true_v = _true_keys(k, n_true, keys), run_of(v, 0, n_true)
     lists = [slice(s, s + 1) for s in range(K)] if len(blocks) > 1 else [slice(0, K)]
     for n, (start, begin, is_exact) in enumerate(zip(first.tolist(), near.tolist(), exact.tolist(), strict=True)):
         for s, heads in enumerate(lists):
             if start == 0:
                 continue  # a block that begins with token 0 sees itself alone
             if is_exact:
-                tile_k, tile_v = prefix[heads, :start], v[heads, :start]
+                tile_k, tile_v = true_k[heads, :start], true_v[heads, :start]
             else:
                 sinks, window = torch.arange(min(sink_tok, begin), device=k.device), torch.arange(begin, start, device=k.device)
                 token = torch.cat([sinks, selected[s, n, : n_selected[s, n]], window])
@@ -82,9 +84,9 @@ def _queries(
     return turn(q, rotation.table.factor[at].unsqueeze(-3))
 
 
-def _true_keys(k: Tensor, length: int, keys: KeyRows) -> Tensor:
+def _true_keys(k: KV, length: int, keys: KeyRows) -> Tensor:
     """The first ``length`` keys at their true positions, for blocks that attend to everything."""
-    prefix = keys.convert(k[:, :length])
+    prefix = keys.convert(run_of(k, 0, length))
     return prefix if keys.table is None else turn(prefix, keys.table.factor[:length], scratch=True)
 
 

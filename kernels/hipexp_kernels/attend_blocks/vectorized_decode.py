@@ -7,12 +7,13 @@ from torch import Tensor
 
 from hipexp_kernels.attend_blocks.dense import attend_parts
 from hipexp_kernels.attend_blocks.held import Held
+from hipexp_kernels.paged import KV, Paged, run_of
 from hipexp_kernels.rope import AttendRotation, RopeTable, turn
 from hipexp_kernels.rows import convert, scratch
 
 
 def attend_one(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, counts: Tensor, position: int, held: Held, *,
+    q: Tensor, k: KV, v: KV, blocks: Tensor, counts: Tensor, position: int, held: Held, *,
     block_tok: int, sink_tok: int, window_tok: int, scale: float, rotation: AttendRotation | None, softcap: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output ``[H, 1, 1, D]`` and log-sum-exp of ``q`` ``[H, 1, 1, D]`` at ``position``; ``blocks`` ``[S, M]`` and ``counts`` ``[S]``."""
@@ -20,21 +21,22 @@ def attend_one(
     begin, end = max(0, position - window_tok + 1), position + 1
     q = convert(q, table).view(K, H // K, -1)
     near_rows, near_keys = _window(q, k, table, begin, end, window_tok, held)
+    near_values = run_of(v, begin, end)
     packed = rotation is None or rotation.mode == "streaming"  # the place in a list is all that counts
     held.sinks = sink_tok if packed else 0
     if not packed:
         held.clear()
     made = []
     for s, heads in enumerate([slice(s, s + 1) for s in range(K)] if len(blocks) > 1 else [slice(0, K)]):
-        parts = [(near_rows[heads], near_keys[heads], v[heads, begin:end])]
+        parts = [(near_rows[heads], near_keys[heads], near_values[heads])]
         listed, n_sinks = blocks[s, : counts[s]], min(sink_tok, begin)
         n_far = n_sinks + int((begin - listed).clamp(0, block_tok).sum())
         if n_far:
-            held.reserve(s, (k[heads], v[heads]), sink_tok + blocks.shape[1] * block_tok)
+            held.reserve(s, near_values[heads], sink_tok + blocks.shape[1] * block_tok)
             if n_far > held.count(s):
                 token = _far_tokens(listed, block_tok, n_sinks, begin)
                 angle = rotation.keys(token, position, position, n_far, window_tok) if rotation else None
-                _hold(held, s, k[heads], v[heads], table, token, angle)
+                _hold(held, s, k, v, heads, table, token, angle)
             rows = q[heads]
             if rotation:
                 rows = turn(rows, rotation.table.factor[rotation.query(position, position, n_far, end - begin)])
@@ -45,15 +47,15 @@ def attend_one(
 
 
 def _window(
-    q: Tensor, k: Tensor, table: RopeTable | None, begin: int, end: int, window_tok: int, held: Held
+    q: Tensor, k: KV, table: RopeTable | None, begin: int, end: int, window_tok: int, held: Held
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Rows ``[K, R, D]`` of converted queries ``q`` and the window's keys ``[K, n, D]``, rotated as if the sequence began at its origin."""
     if table is None:
-        return q.to(k.dtype), k[:, begin:end]
+        return q.to(k.dtype), run_of(k, begin, end)
     factor = table.factor
 
     def make(origin: int, begin: int, end: int) -> Tensor:
-        keys = convert(k[:, begin:end], table, "window keys, paired")
+        keys = convert(run_of(k, begin, end), table, "window keys, paired")
         return turn(keys, factor[begin - origin : end - origin], scratch=True).to(k.dtype)
 
     keys, origin = held.window(begin, end, min(window_tok + window_tok // 4, len(factor)), make)
@@ -67,16 +69,27 @@ def _far_tokens(blocks: Tensor, block_tok: int, n_sinks: int, begin: int) -> Ten
 
 
 def _hold(
-    held: Held, number: int, k: Tensor, v: Tensor, table: RopeTable | None, token: Tensor, angle: Tensor | None
+    held: Held, number: int, k: KV, v: KV, heads: slice, table: RopeTable | None, token: Tensor, angle: Tensor | None
 ) -> None:  # fmt: skip
     """Add those of ``token`` that are not in a list yet, head by head: what is gathered is in the processor's cache when it is rotated."""
     have = held.count(number)
     token = token[have:]
     keys, values = held.grow(number, len(token))
-    for raw_k, raw_v, new_k, new_v in zip(k, v, keys, values, strict=True):
+    at_hand_k, at_hand_v = _at_hand(k, heads, token, "held keys, all"), _at_hand(v, heads, token, "held values, all")
+    if isinstance(k, Paged):
+        token = torch.arange(len(token), device=token.device)
+    for raw_k, raw_v, new_k, new_v in zip(at_hand_k, at_hand_v, keys, values, strict=True):
         torch.index_select(raw_v, 0, token, out=new_v)
         if table is None or angle is None:
             torch.index_select(raw_k, 0, token, out=new_k)
             continue
-        raw = torch.index_select(raw_k, 0, token, out=scratch("held keys", (len(token), k.shape[2]), k))
+        raw = torch.index_select(raw_k, 0, token, out=scratch("held keys", (len(token), k.shape[2]), raw_k))
         new_k.copy_(turn(convert(raw, table, "held keys, paired"), angle[have:], scratch=True))
+
+
+def _at_hand(x: KV, heads: slice, token: Tensor, purpose: str) -> Tensor:
+    """Keys or values of some heads: all of them where they are at hand, else those at ``token``."""
+    if isinstance(x, Tensor):
+        return x[heads]
+    shape = (len(range(*heads.indices(len(x)))), len(token), x.shape[2])
+    return x.gather(token[None], heads, scratch(purpose, shape, torch.empty(0, dtype=x.dtype, device=x.device)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from hipexp_kernels.dispatch import choose, lazy, require
+from hipexp_kernels.paged import KV, Paged, whole
 from hipexp_kernels.rope import ScoreRotation
 from hipexp_kernels.score_chunks.reference import score_chunks as reference
 from hipexp_kernels.score_chunks.vectorized import score_chunks as vectorized
@@ -15,7 +16,7 @@ REPRESENTATIVES = ("descent", "grid", "exact", "bounds")
 
 def score_chunks(
     q: Tensor,
-    k: Tensor,
+    k: KV,
     starts: Tensor,
     counts: Tensor,
     limits: Tensor,
@@ -28,7 +29,8 @@ def score_chunks(
 ) -> Tensor:
     """Return ``[K, N, C]`` fp32 scores, ``-inf`` where a row has no such chunk.
 
-    ``q`` ``[H, N, R, D]``: raw pooled queries. ``k`` ``[K, T, D]``: raw keys. Chunk ``c`` of block ``n`` holds the tokens
+    ``q`` ``[H, N, R, D]``: raw pooled queries. ``k`` ``[K, T, D]``: raw keys, a tensor or
+    :class:`hipexp_kernels.paged.Paged`. Chunk ``c`` of block ``n`` holds the tokens
     from ``starts[s, n, c]`` on, ``chunk_tok`` of them but none at or after ``limits[n]`` or ``T``; only the first
     ``counts[s, n]`` are candidates. ``starts`` is ``[S, N, C]``, or ``[1, 1, C]`` if all blocks look at the same list.
     ``rotation`` says how positions become angles; None leaves queries and keys as they are. The score of a chunk is the best over
@@ -51,7 +53,7 @@ def score_chunks(
     H, N, _, D = q.shape
     S = starts.shape[0]
     require(
-        k.ndim == 3 and k.shape[-1] == D and H % k.shape[0] == 0,
+        len(k.shape) == 3 and k.shape[-1] == D and H % k.shape[0] == 0,
         f"score_chunks: k {tuple(k.shape)} does not go with q {tuple(q.shape)}",
     )
     require(S in (1, k.shape[0]) and starts.shape[1] in (1, N), f"score_chunks: starts {tuple(starts.shape)} do not go with {N} blocks")
@@ -68,10 +70,14 @@ def score_chunks(
         f"score rotation {rotation and rotation.mode!r} is unknown; use {', '.join(ScoreRotation.MODES)}",
     )
     run = choose(impl, {"reference": reference, "vectorized": vectorized, "triton": lazy("score_chunks")}, q.device)
+    if isinstance(k, Paged):
+        run = vectorized if impl == "auto" else run
+        require(run in (reference, vectorized), "score_chunks: impl='triton' does not read paged keys so far; use vectorized")
+        k = whole(k) if run is reference else k
     return run(q, k, starts, counts, limits, chunk_tok=chunk_tok, representative=representative, rotation=rotation, summaries=summaries)
 
 
-def _require_summaries(k: Tensor, starts: Tensor, chunk_tok: int, rotation: ScoreRotation | None, summaries: Summaries | None) -> None:
+def _require_summaries(k: KV, starts: Tensor, chunk_tok: int, rotation: ScoreRotation | None, summaries: Summaries | None) -> None:
     require(summaries is not None, "score_chunks: representative='bounds' needs summaries")
     assert summaries is not None
     (K, _, D), C, (rows, piece_tok) = k.shape, starts.shape[2], (summaries.rows, summaries.piece_tok)

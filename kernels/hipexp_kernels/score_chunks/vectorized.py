@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from hipexp_kernels.paged import KV
 from hipexp_kernels.rope import ScoreRotation, rotate, turn
 from hipexp_kernels.rows import KeyRows, scratch
 from hipexp_kernels.score_chunks.probes import probe_step
@@ -24,7 +25,7 @@ NONE = float("-inf")
 
 
 def score_chunks(
-    q: Tensor, k: Tensor, starts: Tensor, counts: Tensor, limits: Tensor, *,
+    q: Tensor, k: KV, starts: Tensor, counts: Tensor, limits: Tensor, *,
     chunk_tok: int, representative: str, rotation: ScoreRotation | None, summaries: Summaries | None,
 ) -> Tensor:  # fmt: skip
     if not starts.shape[2]:

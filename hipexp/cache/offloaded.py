@@ -1,0 +1,314 @@
+"""Keys and values of one sequence in one layer that are kept off the device, with a cache on it: same results, number for number.
+
+On the device are
+
+* the newest tokens, side by side: the window and up to a page, while a prompt is read also the part of it that is being read;
+* a pool of slots, each for the keys or the values of a unit (a chunk of the last stage), and the sinks, which never leave it.
+
+Everything else is in the tiers below (:mod:`hipexp.cache.tiers`), where a page is written once, as soon as it is whole. What a stage or
+attention asks for is fetched when its list is final: a table says what lies in which slot, a policy what makes room.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from hipexp_kernels.paged import KV, Paged
+from torch import Tensor
+
+from hipexp.cache.residency import Residency
+from hipexp.cache.tiers import Disk, Tiers
+from hipexp.cache.traffic import WRITE, Traffic, TrafficLog
+
+KEYS, VALUES = 0, 1
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the keys and values of a layer go; sizes in tokens.
+
+    ``unit_tok``: of a unit, which all heads share or (``per_head``) each has for itself; ``page_tok``: of a page, in whole units.
+    ``device_tok``: sinks, window, a page and the pool, keys and values. ``host_tok``: in host memory, None if all; what is beyond goes to
+    disk. ``format`` and ``policy`` as in ``Offload``.
+    """
+
+    unit_tok: int
+    per_head: bool
+    sink_tok: int
+    window_tok: int
+    page_tok: int
+    device_tok: int
+    host_tok: int | None = None
+    format: str = "auto"
+    policy: str = "clock"
+
+    @property
+    def newest_tok(self) -> int:
+        """The most newest tokens that stay on the device between two steps."""
+        return self.window_tok + self.page_tok
+
+    @property
+    def pool_tok(self) -> int:
+        """Tokens for which the pool has room, keys and values."""
+        return self.device_tok - self.sink_tok - self.newest_tok
+
+
+class OffloadedStore:
+    """A ``KVStore`` whose tokens are mostly elsewhere. ``hold``: while it is set, everything that is appended stays on the device as well.
+
+    Raises ValueError for a ``placement`` without room for a unit in the pool.
+    """
+
+    def __init__(self, placement: Placement, disk: Disk | None = None):
+        if placement.pool_tok < placement.unit_tok:
+            raise ValueError(
+                f"device_tok={placement.device_tok} leaves no room for a unit of {placement.unit_tok} tokens beside the window"
+            )
+        self.placement, self.disk = placement, disk
+        self.length = 0
+        self.decoding = self.hold = False
+        self.traffic = TrafficLog()
+        self._expected_tok = 0
+        self._begin = 0  # of the newest tokens, which lie on the device
+        self._newest: list[Tensor] = []  # keys and values [K, room, D] from there on
+        self._pool: _Pool | None = None
+        self._tiers: Tiers | None = None
+
+    def reserve(self, tokens: int, like: Tensor) -> None:
+        self._expected_tok = tokens
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        begin, end = self.length, self.length + k.shape[1]
+        if self._pool is None or self._tiers is None:
+            self._pool, self._tiers = self._open(k)
+        self._make_room(begin, end, like=k)
+        for rows, new in zip(self._newest, (k, v), strict=True):
+            rows[:, begin - self._begin : end - self._begin] = new
+        self.length = end
+        if begin < self.placement.sink_tok:
+            self._pool.keep_sinks(begin, k, v)
+        self._write_pages(self._tiers)
+
+    def view(self) -> tuple[KV, KV]:
+        if not self._newest:
+            raise ValueError("the store is empty: append keys and values before viewing them")
+        if self._begin == 0:
+            keys, values = (rows[:, : self.length] for rows in self._newest)
+            return keys, values
+        return PagedRows(self, KEYS), PagedRows(self, VALUES)
+
+    def settle(self) -> None:
+        if not self.hold and self._newest and self._newest[0].shape[1] > self.placement.newest_tok:
+            self._move(self._kept_from(self.length), self.placement.newest_tok)
+
+    def close(self) -> None:
+        if self._tiers is not None:
+            self._tiers.close()
+        self._newest, self._pool = [], None
+
+    @property
+    def bytes(self) -> int:
+        return (self._pool.bytes if self._pool else 0) + sum(rows.nbytes for rows in self._newest)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes allocated in host memory."""
+        return self._tiers.host_bytes if self._tiers else 0
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of the file on disk."""
+        return self._tiers.disk_bytes if self._tiers else 0
+
+    def run(self, which: int, begin: int, end: int, reader: str) -> Tensor:
+        """Keys or values ``[K, end - begin, D]`` of tokens that follow each other, for a ``reader``."""
+        newest = self._newest[which]
+        if begin >= self._begin:
+            return newest[:, begin - self._begin : end - self._begin]
+        out = newest.new_empty(newest.shape[0], end - begin, newest.shape[2])
+        return self.gather(which, torch.arange(begin, end, device=newest.device)[None], slice(None), out, reader)
+
+    def gather(self, which: int, token: Tensor, heads: slice, out: Tensor, reader: str) -> Tensor:
+        """Keys or values at ``token`` ``[k or 1, ...]`` of ``k`` heads, written into ``out`` ``[k, ..., D]``; what is missing is fetched.
+
+        What the pool does not hold at once is read in parts.
+        """
+        newest = self._newest[which]
+        K, room, D = newest.shape
+        head, token = torch.arange(K, device=newest.device)[heads, None], token.reshape(len(token), -1)
+        rows = out.view(-1, D)
+        near = token >= self._begin
+        n_near = int(near.sum())
+        if n_near < near.numel():
+            self._gather_far(which, token, near, head, rows, reader)
+        if n_near:
+            newest_rows = newest.view(K * room, D)
+            place = (head * room + token - self._begin).flatten()
+            if n_near == near.numel():
+                torch.index_select(newest_rows, 0, place, out=rows)
+            else:
+                where = near.expand(len(head), -1).flatten().nonzero().flatten()
+                rows.index_copy_(0, where, newest_rows.index_select(0, place[where]))
+        return out
+
+    def _gather_far(self, which: int, token: Tensor, near: Tensor, head: Tensor, rows: Tensor, reader: str) -> None:
+        """Fill ``rows`` ``[k * n, D]`` from the pool, where ``token`` ``[k or 1, n]`` is not ``near``; what the others get is no matter."""
+        assert self._pool is not None
+        pool, traffic = self._pool, self.traffic.of("decode" if self.decoding else "prefill", reader)
+        number = pool.number(which, token, head).masked_fill(near, 0)
+        asked = (~near & (token >= self.placement.sink_tok)).expand_as(number)
+        wanted = torch.unique_consecutive(number[asked])
+        if len(wanted) > pool.capacity:
+            wanted = wanted.unique()
+        if len(wanted) <= pool.capacity:
+            self._bring(which, wanted, traffic)
+            place = pool.place(number, token, head).masked_fill_(near, 0)
+            torch.index_select(pool.rows, 0, place.flatten(), out=rows)
+            return
+        traffic.split += 1
+        shape = len(head), token.shape[1]
+        number, token, head, far = (x.expand(shape).reshape(1, -1) for x in (number, token, head, ~near))
+        for where in far[0].nonzero().flatten().split(pool.capacity):
+            wanted = number[0, where].unique()
+            self._bring(which, wanted[wanted >= pool.n_sinks], traffic)
+            place = pool.place(number[:, where], token[:, where], head[:, where])
+            rows.index_copy_(0, where, pool.rows.index_select(0, place.flatten()))
+
+    def _bring(self, which: int, wanted: Tensor, traffic: Traffic) -> None:
+        """Have the units ``wanted``, distinct numbers and none of the sinks, in the pool."""
+        assert self._pool is not None and self._tiers is not None
+        pool = self._pool
+        fetched = pool.residency.access(wanted - pool.n_sinks)
+        traffic.hits += fetched.hits
+        traffic.misses += len(fetched.missing)
+        if not len(fetched.missing):
+            return
+        started = time.perf_counter()
+        listed = (fetched.missing + pool.n_sinks) // 2
+        try:
+            data, moved = self._tiers.read(which, listed // pool.lists, listed % pool.lists if pool.lists > 1 else None)
+            pool.slots.index_copy_(0, fetched.slots.long(), data.to(pool.slots.device))
+        except BaseException:
+            pool.residency.forget()  # the table has them in slots where they never came
+            raise
+        traffic.h2d_bytes += moved.link_bytes
+        traffic.disk_read_bytes += moved.disk_bytes
+        traffic.stall_ms += (time.perf_counter() - started) * 1e3
+
+    def _open(self, like: Tensor) -> tuple[_Pool, Tiers]:
+        of, (K, _, D) = self.placement, like.shape
+        pool = _Pool(of, like)
+        tiers = Tiers(
+            kv_heads=K, head_dim=D, page_tok=of.page_tok, unit_tok=of.unit_tok, dtype=like.dtype, format=of.format,
+            host_pages=None if of.host_tok is None else of.host_tok // of.page_tok, disk=self.disk, pin=like.is_cuda,
+            expect_pages=self._expected_tok // of.page_tok,
+        )  # fmt: skip
+        return pool, tiers
+
+    def _kept_from(self, position: int) -> int:
+        """Where the newest tokens begin that a query at ``position`` needs: with a page, no later than its window."""
+        return max(self._begin, (position - self.placement.window_tok) // self.placement.page_tok * self.placement.page_tok)
+
+    def _make_room(self, begin: int, end: int, like: Tensor) -> None:
+        room = self._newest[0].shape[1] if self._newest else 0
+        if end - self._begin <= room:
+            return
+        keep_from = self._begin if self.hold else self._kept_from(begin)
+        needed = end - keep_from
+        if self.hold:
+            needed = max(needed, self._expected_tok, room + room // 2)
+        if not self._newest:
+            self._newest = [like.new_empty(like.shape[0], 0, like.shape[2]) for _ in range(2)]
+        self._move(keep_from, max(needed, self.placement.newest_tok))
+
+    def _move(self, keep_from: int, room: int) -> None:
+        """Keep the newest tokens from ``keep_from`` on, in memory for ``room`` of them."""
+        for i, rows in enumerate(self._newest):
+            moved = rows.new_empty(rows.shape[0], room, rows.shape[2])
+            moved[:, : self.length - keep_from] = rows[:, keep_from - self._begin : self.length - self._begin]
+            self._newest[i] = moved
+        self._begin = keep_from
+
+    def _write_pages(self, tiers: Tiers) -> None:
+        """Write the pages that have become whole. What readers of a lossy format will see is what they see from now on."""
+        page_tok, first = self.placement.page_tok, tiers.pages * self.placement.page_tok
+        last = self.length // page_tok * page_tok
+        if last == first:
+            return
+        keys, values = (rows[:, first - self._begin : last - self._begin] for rows in self._newest)
+        moved = tiers.write(keys, values)
+        written = self.traffic.of("decode" if self.decoding else "prefill", WRITE)
+        written.d2h_bytes += moved.link_bytes
+        written.disk_write_bytes += moved.disk_bytes
+        raw = max(0, min(self.placement.sink_tok, last) - first)  # sinks never leave the device
+        for rows in (keys, values):
+            seen = tiers.round_trip(rows)
+            if seen is not rows:
+                rows[:, raw:] = seen[:, raw:]
+
+
+class _Pool:
+    """Slots ``[capacity + n_sinks, heads of a list, unit_tok, D]`` for the keys or the values of a unit, and what lies in which.
+
+    Units are numbered ``(unit * lists + list) * 2 + which``; those of the sinks come first and have their slots behind the others.
+    """
+
+    def __init__(self, placement: Placement, like: Tensor):
+        K, _, D = like.shape
+        self.unit_tok, self.lists = placement.unit_tok, K if placement.per_head else 1
+        self.capacity, self.n_sinks = (tok // self.unit_tok * self.lists * 2 for tok in (placement.pool_tok, placement.sink_tok))
+        self.slots = like.new_empty(self.capacity + self.n_sinks, K // self.lists, self.unit_tok, D)
+        self.residency = Residency(self.capacity, placement.policy, like.device)
+
+    @property
+    def rows(self) -> Tensor:
+        """The slots as rows ``[*, D]``."""
+        return self.slots.view(-1, self.slots.shape[3])
+
+    @property
+    def bytes(self) -> int:
+        return self.slots.nbytes + self.residency.table.nbytes
+
+    def number(self, which: int, token: Tensor, head: Tensor) -> Tensor:
+        """Numbers of the units of ``token`` ``[k or 1, n]``: ``[k, n]`` where every head has its own, else as ``token``."""
+        unit = token // self.unit_tok
+        return ((unit * self.lists + head if self.lists > 1 else unit) * 2) + which
+
+    def place(self, number: Tensor, token: Tensor, head: Tensor) -> Tensor:
+        """Rows ``[k, n]`` of ``token`` in units that are there."""
+        of_sinks, table = number < self.n_sinks, self.residency.table
+        slot = number + self.capacity
+        if not bool(of_sinks.all()):
+            slot = torch.where(of_sinks, slot, table[(number - self.n_sinks).clamp(min=0)])
+        inside = 0 if self.lists > 1 else head
+        return (slot * self.slots.shape[1] + inside) * self.unit_tok + token % self.unit_tok
+
+    def keep_sinks(self, begin: int, k: Tensor, v: Tensor) -> None:
+        """Put what is new of the sinks into their slots; ``k`` and ``v`` ``[K, n, D]`` are of the tokens from ``begin`` on."""
+        n = min(k.shape[1], self.n_sinks // (2 * self.lists) * self.unit_tok - begin)
+        token = torch.arange(begin, begin + n, device=k.device)
+        sinks = self.slots[self.capacity :].view(-1, self.lists, 2, *self.slots.shape[1:])
+        for which, new in enumerate((k, v)):
+            sinks[token // self.unit_tok, :, which, :, token % self.unit_tok] = (
+                new[:, :n].unflatten(0, (self.lists, -1)).permute(2, 0, 1, 3)
+            )
+
+
+class PagedRows(Paged):
+    """The keys or the values of an :class:`OffloadedStore` as operations read them."""
+
+    def __init__(self, store: OffloadedStore, which: int, reader: str = ""):
+        like = store._newest[which]
+        self.shape, self.dtype, self.device = (like.shape[0], store.length, like.shape[2]), like.dtype, like.device
+        self._store, self._which, self._reader = store, which, reader
+
+    def gather(self, token: Tensor, heads: slice, out: Tensor) -> Tensor:
+        return self._store.gather(self._which, token, heads, out, self._reader)
+
+    def run(self, begin: int, end: int) -> Tensor:
+        return self._store.run(self._which, begin, end, self._reader)
+
+    def by(self, reader: str) -> Paged:
+        return PagedRows(self._store, self._which, reader)
