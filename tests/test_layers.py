@@ -47,6 +47,10 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         CONFIG | {"hipexp.cache.policies", "hipexp.cache.replay", "hipexp.cache.traces", "hipexp.report", "hipexp.run"},
         {"hipexp.hf", "tqdm"},
     ),
+    "hipexp/run/link_traffic.py": (
+        CONFIG | {"hipexp.cache.traffic", "hipexp.hf", "hipexp.report", "hipexp.run", "torch", "transformers"},
+        set(),
+    ),
     "hipexp/run/timing.py": ({"hipexp.run", "torch"}, set()),
     "hipexp/run/probes.py": ({"hipexp.run", "hipexp_kernels", "torch", "triton"}, set()),
     "hipexp/run/selected.py": ({"hipexp.attention", "hipexp.run", "hipexp_kernels", "torch"}, {"flashinfer"}),

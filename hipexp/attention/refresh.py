@@ -17,18 +17,25 @@ class Memory:
     """Refresh state of one sequence in one layer: decode steps done, and what each stage was given by the one before.
 
     ``lists[i]``: the candidates of stage ``i`` (those of the first are not kept); ``lists[len(stages)]``: the final selection. A stage
-    that runs again writes over its last result where that has the right size. ``held``: what attention made of window,
-    sinks and final selection, for the steps that follow; None if there will be none.
+    that runs again writes over its last result where that has the right size. ``late``: a final selection that counts from the next step on.
+    ``held``: what attention made of window, sinks and final selection, for the steps that follow; None if there will be none.
     """
 
     step: int = 0
     lists: dict[int, Candidates] = field(default_factory=dict)
+    late: Candidates | None = None
     held: Held | None = field(default_factory=Held, compare=False)
 
-    def remember(self, stage: int, candidates: Candidates) -> None:
-        """Keep what stage ``stage`` is given; a selection that was made from other candidates is not the last one any more."""
+    def catch_up(self, n_stages: int) -> None:
+        """The selection that the last step made too late for itself becomes the final one."""
+        if self.late is not None:
+            self.remember(n_stages, self.late, final=True)
+            self.late = None
+
+    def remember(self, stage: int, candidates: Candidates, final: bool) -> None:
+        """Keep what stage ``stage`` is given, or the ``final`` selection; what was made of an earlier one is of no use then."""
         self.lists[stage] = candidates
-        if self.held:
+        if final and self.held:
             self.held.clear()
 
     def first_stage_due(self, stages: list[Stage]) -> int:

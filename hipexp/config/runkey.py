@@ -35,8 +35,10 @@ def key_fields(experiment: Experiment) -> dict[str, Any]:
     fields["offload"] = offload_fields(experiment.offload)
     for name in MODEL_SOURCE:
         del fields["model"][name]
-    if fields["pipeline"] is not None:
+    if experiment.pipeline is not None:
         del fields["pipeline"]["name"]
+        if not experiment.pipeline.late_refresh:  # as keys were before there was a choice
+            del fields["pipeline"]["late_refresh"]
         # A list, since the order of groups decides which one wins; an empty range switches a group off.
         fields["pipeline"]["layers"] = [(name, group) for name, group in fields["pipeline"]["layers"].items() if group["range"]]
     return fields

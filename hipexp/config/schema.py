@@ -132,6 +132,7 @@ class LayerPlan:
     heads: Heads
     attend: AttendRope
     groups: list[str]
+    late_refresh: bool = False
 
 
 @dataclass
@@ -142,6 +143,7 @@ class Pipeline:
     ``method``  ``hip`` (prune in stages) or ``streaming`` (sink and window only, no stages)
     ``decode``  other stages for decode; None uses ``stages``
     ``layers``  named groups of overrides; a later group wins over an earlier one
+    ``late_refresh``  a selection that a decode step makes is used from the next step on, so that nobody has to wait for what it misses
     """
 
     name: str = ""
@@ -153,6 +155,7 @@ class Pipeline:
     heads: Heads = Heads.shared
     rope: Rope = field(default_factory=Rope)
     layers: dict[str, LayerGroup] = field(default_factory=dict)
+    late_refresh: bool = False
 
     def plan(self, n_layers: int) -> list[LayerPlan]:
         """Resolve the pipeline for a model of ``n_layers`` layers: one plan per layer.
@@ -179,7 +182,7 @@ class Pipeline:
             decode = stages if self.decode is None else [_change(stage, rope=group.rope.prune) for stage in decode]
             window_tok = window_tok if group.window_tok is None else group.window_tok
             attend = group.rope.attend or attend
-        return LayerPlan(layer, stages, list(decode), self.sink_tok, window_tok, self.heads, attend, groups)
+        return LayerPlan(layer, stages, list(decode), self.sink_tok, window_tok, self.heads, attend, groups, self.late_refresh)
 
 
 @dataclass

@@ -12,7 +12,7 @@ from hipexp.report.figures import Axis, HeatMap, draw_heat_maps
 from hipexp.report.tables import duration, text_table
 from hipexp.run.ledger import runs_root, write_text
 from hipexp.run.point import MEMORY, costs
-from hipexp.run.several import Named, model_line, refuse_own, run_all, trained_length
+from hipexp.run.several import Named, compose_named, model_line, refuse_own, resident, run_all, trained_length
 
 METHODS = ("dense", "3stage")
 TIMES = (1, 2, 4, 8)
@@ -23,7 +23,7 @@ DEPTHS = (0.1, 0.5, 0.9)  # at 0 and 1 the needle lies in the sinks and in the w
 
 def points(overrides: list[str]) -> dict[tuple[str, int, str], Named]:
     """Every run of the demo by method, multiple of the trained length and task, cheap ones first."""
-    trained_tok = trained_length(compose(["task=passkey", *overrides]).model)
+    trained_tok = trained_length(compose(["task=passkey", *resident(overrides)]).model)
     found = {}
     for times in TIMES:
         for method in METHODS:
@@ -35,7 +35,7 @@ def points(overrides: list[str]) -> dict[tuple[str, int, str], Named]:
                 tasks["infbench"] = [f"task.length_tok={length}", "task.subtasks=[number_string,kv_retrieval]", "task.samples=2"]
             for task, words in tasks.items():
                 name = f"{method}, {task}, {times} × the trained length ({length} tokens)"
-                found[method, times, task] = Named(name, compose([f"task={task}", *words, *chosen, *overrides]))
+                found[method, times, task] = compose_named(name, [f"task={task}", *words, *chosen], overrides)
     return found
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hipexp.config.schema import Experiment, Offload, Pipeline
 from hipexp.report.tables import text_table
 from hipexp.run.ledger import Ledger
+from hipexp.run.room import on_disk_tier
 from hipexp.run.strategy import refresh_pattern
 from hipexp.suites import infbench, lengths_of
 from hipexp.suites.sample import Encode, LineEncoder, ProtocolCard, Sample
@@ -116,7 +117,7 @@ def timed(
     from hipexp import hf
 
     pipeline, offload = (None, Offload()) if impl == "dense" else (experiment.pipeline, experiment.offload)
-    with hf.install(loaded.model, pipeline, loaded.trained_tok, offload=offload) as installed:
+    with on_disk_tier(), hf.install(loaded.model, pipeline, loaded.trained_tok, offload=offload) as installed:
         (made,) = hf.generate(
             loaded,
             [sample.tokens],

@@ -29,6 +29,7 @@ from hipexp.suites.sample import DataMissing
 
 LOG = logging.getLogger("hipexp")
 FAILURES = ("out_of_memory", "data_missing", "bad_config", "interrupted", "error")
+LESS_MEMORY = "try a shorter length, task.batch=1, or a smaller model.prefill_chunk_tok"
 # What every line of samples.jsonl holds; one without a score is a measurement of times and holds more. What nobody can know of a
 # served model is None.
 NUMBER, UNKNOWN = (int, float), type(None)
@@ -149,7 +150,8 @@ def classify(error: BaseException) -> str:
     # torch.OutOfMemoryError on a GPU; a RuntimeError with these words from torch's allocator on a CPU.
     words = str(error).lower()
     on_cpu = isinstance(error, RuntimeError) and ("allocate memory" in words or "not enough memory" in words)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or on_cpu:
+    by_system = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or on_cpu or by_system:
         return "out_of_memory"
     return "error"
 
@@ -312,6 +314,7 @@ def open_ledger(folder: Path, key: str) -> Iterator[Ledger]:
 def _record_failure(ledger: Ledger, error: BaseException) -> None:
     kind = classify(error)
     message = str(error) or type(error).__name__
+    message += f"; {LESS_MEMORY}" if kind == "out_of_memory" else ""
     LOG.error("failed (%s): %s", kind, message, exc_info=error if kind == "error" and not isinstance(error, RunFailed) else None)
     try:
         ledger.status("failed", **{"class": kind, "message": message})

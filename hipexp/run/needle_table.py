@@ -16,7 +16,7 @@ from hipexp.run import latency
 from hipexp.run.identity import model_revision
 from hipexp.run.ledger import file_name, make_folder, runs_root, write_text
 from hipexp.run.point import stored
-from hipexp.run.several import Named, load_once, model_line, refuse_own, run_all, trained_length
+from hipexp.run.several import Named, compose_named, load_once, model_line, refuse_own, resident, run_all, trained_length
 from hipexp.suites.infbench import SUBTASKS
 from hipexp.suites.sample import LineEncoder
 
@@ -71,14 +71,14 @@ GOALS = (
 
 def accuracy_points(overrides: Sequence[str]) -> dict[Spec, Named]:
     """Every accuracy run, most telling first."""
-    trained_tok = trained_length(compose(["task=infbench", *overrides]).model)
+    trained_tok = trained_length(compose(["task=infbench", *resident(overrides)]).model)
     found = {}
     for spec in SPECS:
         subtasks = f"task.subtasks=[{','.join(spec.subtasks)}]"
         words = [f"task.length_tok={spec.times * trained_tok}", f"task.samples={spec.samples}", subtasks]
         what = f"{spec.times} × the trained length, {spec.samples} samples, {spec.wording} wording"
         name = f"{spec.method}, {' '.join(spec.subtasks)}, {what}"
-        found[spec] = Named(name, compose(["task=infbench", *words, *spec.words, *overrides]))
+        found[spec] = compose_named(name, ["task=infbench", *words, *spec.words], overrides)
     return found
 
 
@@ -88,7 +88,7 @@ def latency_points(overrides: Sequence[str]) -> list[Named]:
     for lengths_tok, rounds in LATENCY:
         lengths = ",".join(map(str, lengths_tok))
         words = ["task=latency", f"task.lengths_tok=[{lengths}]", "task.decode_steps=48", f"task.repeats={rounds}", *HIP]
-        made.append(Named(f"latency at {lengths} tokens, {rounds} round(s)", compose([*words, *overrides])))
+        made.append(compose_named(f"latency at {lengths} tokens, {rounds} round(s)", words, overrides))
     return made
 
 

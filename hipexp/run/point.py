@@ -15,17 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 from hipexp.config.check import check_layers, check_model
 from hipexp.config.convert import to_plain
-from hipexp.config.model import ModelFacts, model_folder
-from hipexp.config.offload import Room, check_fits, room_for, sizes
+from hipexp.config.model import model_folder
+from hipexp.config.offload import Room
 from hipexp.config.schema import Experiment, Model, Offload
 from hipexp.report.tables import text_table
 from hipexp.run import environment
-from hipexp.run.identity import WEIGHTS, config_path, facts_of, fetching, key_of, model_revision, version_of
+from hipexp.run.identity import facts_of, fetching, key_of, model_revision, version_of
 from hipexp.run.job import Job
 from hipexp.run.ledger import Ledger, RunFailed, is_done, open_ledger, read_json, read_rows, run_folder
+from hipexp.run.room import check_room, on_disk_tier, weights_bytes
 from hipexp.run.strategy import describe
 from hipexp.run.tokenizer_file import read_tokenizer
-from hipexp.suites import OWN, lengths_of
+from hipexp.run.traffic import thrashing, traffic_table
+from hipexp.suites import OWN
 from hipexp.suites.sample import Item, LineEncoder, ProtocolCard, Sample, Suite
 from hipexp.suites.scoring import open_rules, score_rows
 from hipexp.suites.scoring.statistics import describe as describe_scores
@@ -199,29 +201,6 @@ def model_job(experiment: Experiment, ledger: Ledger, load: Load | None) -> Job:
     return Job([(item.subtask, item.index) for item in suite.items()], card, measure)
 
 
-def check_room(experiment: Experiment, facts: ModelFacts, suite: Suite | None, loading_bytes: int = 0, room: Room | None = None) -> None:
-    """Refuse a sample whose keys and values would not fit where the offload puts them. Raises ``ConfigError``.
-
-    ``loading_bytes``: of weights that are still to come; ``room``: what there is, found out by default. Without a GPU the device's tier and
-    the weights are in the same memory.
-    """
-    if not experiment.offload.on or experiment.pipeline is None:
-        return
-    task, plans = experiment.task, experiment.pipeline.plan(facts.layers)
-    lengths = [item.length_tok for item in suite.items()] if suite else lengths_of(task, facts.trained_tok).values()
-    if room is None:
-        from torch import cuda
-
-        device_bytes = task.batch * sizes(experiment.offload, plans, facts).device_bytes
-        room = room_for(experiment.offload, 0 if cuda.is_available() else loading_bytes + device_bytes)
-    check_fits(experiment.offload, plans, facts, max(lengths), task.batch, room)
-
-
-def weights_bytes(model: Model) -> int:
-    """Bytes of the files with a model's weights that are here."""
-    return sum(path.stat().st_size for path in config_path(model).parent.glob("*") if path.suffix in WEIGHTS)
-
-
 def check_unchanged(experiment: Experiment, run_key: str) -> None:
     """Raise ``RunFailed`` if the experiment has got another key: what was loaded may not be the model that the key stands for."""
     if key_of(experiment) != run_key:
@@ -313,7 +292,8 @@ def run_samples(experiment: Experiment, suite: Suite, loaded: Loaded, ledger: Le
         for batch in batches(todo, experiment.task.batch):
             bar.set_description(f"{experiment.task.name} {batch[0].subtask} {batch[0].index}")
             samples = [suite.sample(item) for item in batch]
-            answers = answer(experiment, loaded, samples, bar.update, installed)
+            with on_disk_tier():
+                answers = answer(experiment, loaded, samples, bar.update, installed)
             for sample, made in zip(samples, answers, strict=True):
                 ledger.append(row_of(suite, sample, made, loaded))
                 trackers.log(ledger.rows[-1], mean_scores(ledger.rows))
@@ -491,16 +471,17 @@ def report(experiment: Experiment, folder: Path, overrides: Sequence[str] | None
 
         return attention_point.table(summary["latency"]["rows"])
     exact = EXACT if summary["exact"] and experiment.pipeline is not None else ""
+    rows, n_layers = read_rows(folder), read_json(folder / "card.json")["model"].get("n_layers", 0)  # a server does not tell them
+    slow = thrashing(experiment, rows, n_layers)
     if experiment.task.name == "latency":
         from hipexp.run import latency
 
-        few = latency.too_few_steps(experiment, read_json(folder / "card.json")["model"]["n_layers"])
-        return "\n".join(filter(None, [latency.table(summary["latency"]["rows"]), few, exact, thrashing(experiment, summary["traffic"])]))
+        few = latency.too_few_steps(experiment, n_layers)
+        return "\n".join(filter(None, [latency.table(summary["latency"]["rows"]), few, exact, slow]))
     dense = None if experiment.pipeline is None else dataclasses.replace(experiment, pipeline=None, offload=Offload())
     dense_rows = read_rows(folder_of(dense)) if dense and stored(dense) else None
     cost = MEMORY if experiment.model.base_url is None else REQUESTS
-    lines = [score_table(summary, read_rows(folder), dense_rows), cost, summary["note"], exact]
-    lines += [traffic_table(summary["traffic"]), thrashing(experiment, summary["traffic"])]
+    lines = [score_table(summary, rows, dense_rows), cost, summary["note"], exact, traffic_table(summary["traffic"]), slow]
     if dense and dense_rows is None and overrides is not None:
         lines.append(f"dense on the same samples: {dense_command(overrides)}")
     return "\n".join(filter(None, lines))
@@ -522,34 +503,6 @@ def score_table(summary: dict[str, Any], rows: list[dict[str, Any]], dense_rows:
         header, table = drop_columns(header, table, ("dense", "difference", "better/worse"))
     means = [[name, protocol, None, value, *[None] * (len(header) - 4)] for name, value in summary.get("averages", {}).items()]
     return text_table(header, table + means, left=2)
-
-
-def traffic_table(traffic: dict[str, Any]) -> str:
-    """What crossed the link, by phase and reader, over all samples and layers; empty where all keys and values stay on the device."""
-    if not traffic:
-        return ""
-    header = ["phase", "by", "hit %", "MiB fetched", "of them from disk", "MiB written", "stall s"]
-    table = []
-    for row in traffic["by"]:
-        name = f"stage {row['by']}" if row["by"].isdecimal() else row["by"]
-        hit = None if row["hit_ratio"] is None else 100 * row["hit_ratio"]
-        moved = [row[name] / 2**20 for name in ("h2d_bytes", "disk_read_bytes", "d2h_bytes")]
-        table.append([row["phase"], name, hit, *moved, row["stall_ms"] / 1000])
-    if not any(row["disk_read_bytes"] for row in traffic["by"]):
-        header, table = drop_columns(header, table, ("of them from disk",))
-    words = "hit %: what was on the device when it was asked for; MiB and seconds of all samples and layers"
-    return f"{text_table(header, table, left=2)}\n{words}"
-
-
-def thrashing(experiment: Experiment, traffic: dict[str, Any]) -> str:
-    """A word on a device too small for what is read again and again; empty if it is not."""
-    if not traffic:
-        return ""
-    hit, split = traffic["decode"]["hit_ratio"], sum(traffic[phase]["split"] for phase in ("prefill", "decode"))
-    told = [f"{100 - 100 * hit:.0f} % of what decode asked for had to be fetched"] if hit is not None and hit < 0.5 else []
-    told += [f"{split} request(s) did not fit on the device and were read in parts"] if split else []
-    key = "device_tok" if experiment.offload.device_bytes is None else "device_bytes"
-    return f"still right, but slow: {' and '.join(told)}; raise offload.{key}={getattr(experiment.offload, key)}" if told else ""
 
 
 def grouped(summary: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, dict[tuple[str, int], float]]:

@@ -225,11 +225,16 @@ def _record(words: list[str]) -> int:
 
 
 def check_recordable(experiment: Experiment) -> None:
-    """Refuse what has no stages or no samples. Raises ``ConfigError``."""
+    """Refuse what has no stages or no samples, or is not resident. Raises ``ConfigError``."""
     if experiment.model.base_url is not None:
         raise ConfigError("replay record needs a model that is loaded here: a server does not tell what it reads")
     if experiment.pipeline is None or not experiment.pipeline.stages:
         raise ConfigError("replay record needs a pipeline with stages, as nothing else chooses what it reads; add +pipeline=3stage")
+    if experiment.offload.on:
+        raise ConfigError(
+            f"replay record: offload={experiment.offload.name} would change nothing in a trace: it says what is read, wherever that lies; "
+            "leave it out, and try its sizes and policies on the trace, as in replay <trace> sizes=8192 policies=clock"
+        )
     if experiment.task.name in ("latency", "recall"):
         raise ConfigError(f"replay record needs a task with prompts, and task={experiment.task.name} has none; use task=passkey")
 

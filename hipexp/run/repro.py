@@ -9,7 +9,7 @@ from hipexp.config.compose import compose, conf_dir
 from hipexp.config.schema import ConfigError
 from hipexp.report.tables import MISSING, text_table
 from hipexp.run.ledger import make_folder, runs_root, write_text
-from hipexp.run.several import Named, model_line, refuse_own, run_all, trained_length
+from hipexp.run.several import Named, compose_named, model_line, refuse_own, resident, run_all, trained_length
 
 
 def read_table(name: str) -> dict[str, Any]:
@@ -38,13 +38,13 @@ def points(table: dict[str, Any], size: str, overrides: list[str]) -> dict[tuple
     chosen = any(word.lstrip("+-").startswith("model=") for word in overrides)
     own_size = [word for word in table["sizes"][size]["overrides"] if not (chosen and word.startswith("model="))]
     common = ["task=infbench", f"task.subtasks=[{','.join(table['columns'].values())}]", *own_size]
-    trained_tok = trained_length(compose([*common, *overrides]).model)
+    trained_tok = trained_length(compose([*common, *resident(overrides)]).model)
     found = {}
     for times in table["sizes"][size]["times"]:
         for row in table["rows"]:
             own = [word.format(trained_tok=trained_tok) for word in row["overrides"]]
             name = f"{row['method']}, {times} × the trained length ({times * trained_tok} tokens)"
-            found[row["method"], times] = Named(name, compose([*common, f"task.length_tok={times * trained_tok}", *own, *overrides]))
+            found[row["method"], times] = compose_named(name, [*common, f"task.length_tok={times * trained_tok}", *own], overrides)
     return found
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hipexp.config.compose import compose
 from hipexp.config.model import read_facts
 from hipexp.config.schema import ConfigError, Experiment, Model
 from hipexp.run.identity import model_revision
@@ -44,7 +45,7 @@ class Named:
 def refuse_own(command: str, overrides: Sequence[str], free: Sequence[str] = ()) -> None:
     """Refuse overrides of what ``command`` varies itself, so that no table says one thing and shows another.
 
-    Left to the user are model, seed, tracking and offload, and the keys in ``free``. Raises ``ConfigError``.
+    Left to the user are model, seed, tracking, the offload of points with a pipeline, and the keys in ``free``. Raises ``ConfigError``.
     """
     for word in overrides:
         key = word.lstrip("+~-").split("=")[0]
@@ -53,6 +54,18 @@ def refuse_own(command: str, overrides: Sequence[str], free: Sequence[str] = ())
             raise ConfigError(
                 f"{word} cannot be changed in `{command}`, which chooses tasks and pipelines itself; left to you are {allowed}"
             )
+
+
+def compose_named(name: str, words: Sequence[str], overrides: Sequence[str]) -> Named:
+    """The point of a command's own ``words`` and the user's ``overrides``; without a pipeline it is resident, whatever the offload."""
+    if not any(word.startswith("+pipeline=") for word in words):
+        overrides = resident(overrides)
+    return Named(name, compose([*words, *overrides]))
+
+
+def resident(overrides: Sequence[str]) -> list[str]:
+    """The overrides without those of an offload, which dense attention does not go with."""
+    return [word for word in overrides if not word.lstrip("+~-").startswith(("offload=", "offload."))]
 
 
 def model_line(model: Model) -> str:

@@ -65,7 +65,9 @@ def describe_offload(offload: Offload) -> str:
 
     def size(tier: str, otherwise: str) -> str:
         tokens, bytes_ = getattr(offload, f"{tier}_tok"), getattr(offload, f"{tier}_bytes")
-        return f"{tokens} tokens a layer" if tokens is not None else show_bytes(bytes_) if bytes_ is not None else otherwise
+        if bytes_ is not None:
+            return f"{show_bytes(bytes_)} for all layers"
+        return otherwise if tokens is None else f"{tokens} tokens a layer"
 
     disk = f", the rest on disk ({size('disk', 'as much as there is')})" if offload.disk_dir is not None else ""
     form = "the model's own format" if offload.format == "auto" else offload.format

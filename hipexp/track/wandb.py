@@ -22,6 +22,11 @@ def mode_of(track: Track) -> str:
     return os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
 
 
+def traffic_totals(traffic: dict[str, Any]) -> dict[str, Any]:
+    """What an offload moved and had to wait for, ``traffic/<phase>/<name>``; empty where everything stayed on the device."""
+    return {f"traffic/{phase}/{name}": value for phase in ("prefill", "decode") for name, value in traffic.get(phase, {}).items()}
+
+
 class WandbTracker:
     """Follows a run in wandb; see ``hipexp.track.Tracker``.
 
@@ -64,4 +69,5 @@ class WandbTracker:
         self._run.summary.update({f"score/{name}": cell["score"] for name, cell in summary["scores"].items()})
         self._run.summary.update({f"average/{name}": value for name, value in summary.get("averages", {}).items()})
         self._run.summary.update({name: summary[name] for name in ("average", "protocol", "latency", "memory")})
+        self._run.summary.update(traffic_totals(summary["traffic"]))
         self._run.finish()

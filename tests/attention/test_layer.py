@@ -1,6 +1,7 @@
 """One layer under a pipeline: selection against an independent statement of the method, and its invariants."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -402,3 +403,29 @@ def test_a_step_is_where_the_device_says(heads, attend, start):
         found = attention(q[:, at : at + 1], k, v, 419, served, step)
         expected = attention(q[:, at : at + 1], k[:, : at + 1], v[:, : at + 1], at, exact)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("refresh", [(8, 4, 2), (1, 1, 1), (3, 3, 3)])
+@pytest.mark.parametrize("held", [True, False])
+def test_a_late_refresh_is_what_a_prompt_one_made_a_step_before(refresh, held):
+    """Every step but the first attends to the selection that would have been the last step's; what is held of it changes nothing."""
+    q, k, v = random_qkv(260)
+    seen, outs = {}, {}
+    for late in (False, True):
+        chosen = []
+        hears = SimpleNamespace(scores=lambda *_: None, attends=lambda *told, to=chosen: to.append(told[2].blocks.clone()))
+        made = layer(dataclasses.replace(plan(refresh=refresh), late_refresh=late), listener=hears)
+        memory = Memory() if held else Memory(held=None)
+        outs[late] = [made(q[:, t : t + 1], k[:, : t + 1], v[:, : t + 1], t, memory) for t in range(220, 244)]
+        seen[late] = chosen
+    prompt, late = seen[False], seen[True]
+    assert torch.equal(late[0], prompt[0])
+    assert all(torch.equal(*pair) for pair in zip(late[1:], prompt[:-1], strict=True))
+    assert not all(torch.equal(*pair) for pair in zip(late, prompt, strict=True))
+    whole = [x.clone() for x in outs[True]]
+    for t, blocks, out in zip(range(220, 244), late, whole, strict=True):
+        expected, _ = attend_blocks(
+            q[:, None, t : t + 1], k[:, : t + 1], v[:, : t + 1], blocks, (blocks >= 0).sum(-1), torch.tensor([t]), torch.tensor([False]),
+            block_tok=4, sink_tok=8, window_tok=64, scale=D**-0.5, rotation=AttendRotation("streaming", tables().upto(300), 256),
+        )  # fmt: skip
+        torch.testing.assert_close(out, expected[:, 0])

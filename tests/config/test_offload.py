@@ -315,6 +315,6 @@ def test_the_strategy_says_where_keys_and_values_are():
     ]
     words = ["offload.device_tok=null", "offload.device_bytes=67108864", "offload.format=fp8", "offload.policy=lru"]
     assert told("offload=disk", *words, "offload.prefill_bytes=1073741824")[2:] == [
-        "keys and values: 262144 tokens a layer in host memory, the rest on disk (as much as there is), in fp8; on the device 64 MiB, lru "
-        "decides which; prompts of up to 1.0 GiB a layer are read layer by layer"
+        "keys and values: 262144 tokens a layer in host memory, the rest on disk (as much as there is), in fp8; on the device 64 MiB for all "
+        "layers, lru decides which; prompts of up to 1.0 GiB a layer are read layer by layer"
     ]

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -5,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import hipexp
-from hipexp.config.schema import Experiment, Model, Pipeline, Task
+from hipexp.config.schema import Experiment, Model, Offload, Pipeline, Task
 from hipexp.run import environment, identity
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -42,5 +43,17 @@ def experiment(model_folder):
     def make(pipeline: Pipeline | None = None, name: str = "infbench", **task):
         settings = {"subtasks": ["passkey", "kv_retrieval"], "samples": 4, "length_tok": 600} if name == "infbench" else {}
         return Experiment(model=Model(path=str(model_folder), name="fake"), task=Task(name=name, **(settings | task)), pipeline=pipeline)
+
+    return make
+
+
+@pytest.fixture
+def offloaded(experiment):
+    """``offloaded(offload, task=...)``: a small one with sink and window, whose keys and values are off the device."""
+
+    def make(offload: Offload | None = None, **task):
+        return dataclasses.replace(
+            experiment(Pipeline("streaming", "streaming"), **task), offload=offload or Offload("host", device_tok=16384)
+        )
 
     return make

@@ -80,7 +80,7 @@ def traffic_of(steps):
         for phase, times in (("prefill", 1), ("decode", steps)):
             rows += [{"layer": layer, "phase": phase, "by": by, **_times({"hits": 1, **counts}, times)} for by in ("attend", "0")]
             rows.append({"layer": layer, "phase": phase, "by": "write", **_times(write, times)})
-    return {"rows": rows}
+    return {"rows": rows, "host_bytes": 2 << 20, "disk_bytes": 0}
 
 
 def _times(counts, factor):

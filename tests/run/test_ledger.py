@@ -150,6 +150,7 @@ class OutOfMemoryError(RuntimeError):
         (RuntimeError("shapes do not match"), "error"),
         (FloatingPointError("logits are not finite"), "error"),
         (OSError(errno.ENOSPC, "x"), "error"),
+        (OSError(errno.ENOMEM, "x"), "out_of_memory"),
     ],
 )
 def test_failures_have_a_class(tmp_path, error, kind):

@@ -112,6 +112,10 @@ def test_a_replay_needs_no_torch(trace):
         (["record", *SMALL, "out=no/folder/a"], "out=no/folder/a: there is no folder no/folder; make it first"),
         (["record"], "needs a pipeline with stages, as nothing else chooses what it reads; add [+]pipeline=3stage"),
         (["record", "+pipeline=streaming"], "needs a pipeline with stages"),
+        (
+            ["record", *SMALL, "offload=host"],
+            "offload=host would change nothing in a trace: it says what is read, wherever that lies; leave it out",
+        ),
         (["record", "+pipeline=3stage", "task=latency"], "task=latency has none; use task=passkey"),
         (["record", *SMALL, "pipeline.stages.1.chunk_tok=48"], "chunk_tok=48 must divide"),
     ],

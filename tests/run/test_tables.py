@@ -84,6 +84,25 @@ def test_a_published_table_stands_beside_ours(overrides, fake, capsys):
     assert fake.calls == calls
 
 
+def test_offload_is_for_the_pruned_points_of_a_table(overrides, fake, capsys):
+    words = [*overrides, "offload=host", "offload.policy=lru"]
+    everything = [
+        *demo.points(words).values(),
+        *needle_table.accuracy_points(words).values(),
+        *needle_table.latency_points(words),
+        *repro.points(repro.read_table("table2"), "needle", words).values(),
+    ]
+    assert {point.experiment.pipeline is None for point in everything} == {True, False}
+    for point in everything:
+        where = point.experiment.offload
+        assert (where.name, where.policy) == (("none", "clock") if point.experiment.pipeline is None else ("host", "lru"))
+    assert demo.main(words) == 0
+    assert "[11/11] 3stage, passkey, 8 × the trained length (4096 tokens)" in capsys.readouterr().out
+    resident = [point for point in demo.points(overrides).values() if point.experiment.pipeline is None]
+    assert all(point.summary()["scores"] for point in resident)  # the same runs as without an offload
+    assert demo.points(words)["3stage", 1, "passkey"].summary()["traffic"]["decode"]["hit_ratio"] == 0.25
+
+
 @pytest.mark.parametrize("words", [[], ["size=needle"], ["table99"], ["../model/needle"], ["table2", "size=huge"]])
 def test_repro_says_what_it_needs(overrides, words):
     with pytest.raises(ConfigError):

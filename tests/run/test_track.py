@@ -6,7 +6,7 @@ import pytest
 
 from hipexp.config import wandb_key
 from hipexp.config.schema import Track
-from hipexp.run.ledger import RunFailed, read_json, read_rows, runs_root
+from hipexp.run.ledger import LESS_MEMORY, RunFailed, read_json, read_rows, runs_root
 from hipexp.run.point import execute
 from hipexp.track import open_trackers
 from hipexp.track.wandb import mode_of
@@ -65,6 +65,18 @@ def test_wandb_hears_everything_offline(fake, experiment, wandb):
     assert run.ended == 0
 
 
+def test_wandb_hears_the_traffic_of_an_offload_per_phase(fake, experiment, offloaded, wandb):
+    one = offloaded()
+    one.track = Track(name="wandb")
+    traffic = read_json(execute(one) / "summary.json")["traffic"]
+    sent = {name: value for name, value in wandb.runs[0].summary.items() if name.startswith("traffic/")}
+    assert sent == {f"traffic/{phase}/{name}": value for phase in ("prefill", "decode") for name, value in traffic[phase].items()}
+    assert (sent["traffic/decode/hit_ratio"], sent["traffic/decode/h2d_bytes_per_step"]) == (0.25, 12 << 20)
+    assert sent["traffic/prefill/stall_ms"] == traffic["prefill"]["stall_ms"] > 0
+    execute(tracked(experiment))
+    assert not any(name.startswith("traffic") for name in wandb.runs[1].summary)
+
+
 def test_a_sweep_keeps_the_agents_id_and_gets_stored_results(fake, experiment, wandb, monkeypatch):
     execute(experiment())
     calls, said = fake.calls, []
@@ -115,7 +127,7 @@ def test_a_tracker_that_fails_does_not_hide_why_a_run_failed(fake, experiment, w
     with pytest.raises(MemoryError):
         execute(tracked(experiment))
     (status,) = (read_json(path) for path in runs_root().glob("*/*/status.json"))
-    assert (status["class"], status["message"]) == ("out_of_memory", "too long a prompt")
+    assert (status["class"], status["message"]) == ("out_of_memory", f"too long a prompt; {LESS_MEMORY}")
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,8 @@ def select(
     the keys so far are kept up for a stage that scores by them; without them that stage summarizes all keys anew. ``listener`` is told
     what each stage scores.
     """
+    if memory:
+        memory.catch_up(len(stages))
     due = memory.first_stage_due(stages) if memory else 0
     if memory and due == len(stages):
         return Selection(*memory.lists[due])
@@ -51,6 +53,7 @@ def select(
     else:
         starts, counts = first_candidates(queries, plan.sink_tok, scan_window_tok, stages[0].chunk_tok)
     limits, stride_tok = queries.first, 0
+    late = memory is not None and plan.late_refresh and len(stages) in memory.lists
     for i in range(due, len(stages)):
         stage = stages[i]
         if stage.query_block_tok < queries.size:
@@ -71,13 +74,18 @@ def select(
             q, read_by(keys, str(i)), starts, counts, limits,
             chunk_tok=stage.chunk_tok, representative=stage.representative.value, rotation=rotation, summaries=of_keys,
         )  # fmt: skip
-        following = stages[min(i + 1, len(stages) - 1)]
+        final = i + 1 == len(stages)
+        too_late = late and final
         starts, counts = keep_top(
             scores, starts, counts, limits, keep=stage.keep_tok // stage.chunk_tok, lists=lists,
-            chunk_tok=stage.chunk_tok, next_tok=following.chunk_tok, out=memory.lists.get(i + 1) if memory else None,
+            chunk_tok=stage.chunk_tok, next_tok=stages[i if final else i + 1].chunk_tok,
+            out=memory.lists.get(i + 1) if memory and not too_late else None,
         )  # fmt: skip
-        if memory:
-            memory.remember(i + 1, (starts, counts))
+        if memory and not too_late:
+            memory.remember(i + 1, (starts, counts), final)
+    if memory and late:
+        memory.late = starts, counts
+        return Selection(*memory.lists[len(stages)])
     return Selection(starts, counts)
 
 
