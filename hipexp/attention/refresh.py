@@ -17,7 +17,7 @@ class Memory:
     """Refresh state of one sequence in one layer: decode steps done, and what each stage was given by the one before.
 
     ``lists[i]``: the candidates of stage ``i`` (those of the first are not kept); ``lists[len(stages)]``: the final selection. A stage
-    that runs again writes over its last result where that has the right size. ``late``: a final selection that counts from the next step on.
+    that runs again writes over its last result where that has the right size. ``late``: a final selection for the next step.
     ``held``: what attention made of window, sinks and final selection, for the steps that follow; None if there will be none.
     """
 

@@ -19,7 +19,7 @@ from hipexp_kernels.paged import KV, Paged
 from torch import Tensor
 
 from hipexp.cache.residency import Residency
-from hipexp.cache.tiers import Disk, Tiers
+from hipexp.cache.tiers import Disk, Moved, Tiers
 from hipexp.cache.traffic import WRITE, Traffic, TrafficLog
 
 KEYS, VALUES = 0, 1
@@ -110,7 +110,8 @@ class OffloadedStore:
 
     @property
     def bytes(self) -> int:
-        return (self._pool.bytes if self._pool else 0) + sum(rows.nbytes for rows in self._newest)
+        pool, scales = self._pool.bytes if self._pool else 0, self._tiers.device_bytes if self._tiers else 0
+        return pool + scales + sum(rows.nbytes for rows in self._newest)
 
     @property
     def host_bytes(self) -> int:
@@ -133,7 +134,7 @@ class OffloadedStore:
     def gather(self, which: int, token: Tensor, heads: slice, out: Tensor, reader: str) -> Tensor:
         """Keys or values at ``token`` ``[k or 1, ...]`` of ``k`` heads, written into ``out`` ``[k, ..., D]``; what is missing is fetched.
 
-        What the pool does not hold at once is read in parts.
+        What the pool cannot hold at once is read past it.
         """
         newest = self._newest[which]
         K, room, D = newest.shape
@@ -154,7 +155,10 @@ class OffloadedStore:
         return out
 
     def _gather_far(self, which: int, token: Tensor, near: Tensor, head: Tensor, rows: Tensor, reader: str) -> None:
-        """Fill ``rows`` ``[k * n, D]`` from the pool, where ``token`` ``[k or 1, n]`` is not ``near``; what the others get is no matter."""
+        """Fill ``rows`` ``[k * n, D]`` from the pool, where ``token`` ``[k or 1, n]`` is not ``near``; what the others get is no matter.
+
+        A request that the pool cannot hold at once is read past it, row by row, and leaves what it holds alone.
+        """
         assert self._pool is not None
         pool, traffic = self._pool, self.traffic.of("decode" if self.decoding else "prefill", reader)
         number = pool.number(which, token, head).masked_fill(near, 0)
@@ -167,14 +171,25 @@ class OffloadedStore:
             place = pool.place(number, token, head).masked_fill_(near, 0)
             torch.index_select(pool.rows, 0, place.flatten(), out=rows)
             return
-        traffic.split += 1
         shape = len(head), token.shape[1]
-        number, token, head, far = (x.expand(shape).reshape(1, -1) for x in (number, token, head, ~near))
-        for where in far[0].nonzero().flatten().split(pool.capacity):
-            wanted = number[0, where].unique()
-            self._bring(which, wanted[wanted >= pool.n_sinks], traffic)
-            place = pool.place(number[:, where], token[:, where], head[:, where])
-            rows.index_copy_(0, where, pool.rows.index_select(0, place.flatten()))
+        number, token, head, far = (x.expand(shape).flatten() for x in (number, token, head, ~near))
+        self._read_past(which, number, token, head, far, rows, traffic)
+
+    def _read_past(self, which: int, number: Tensor, token: Tensor, head: Tensor, far: Tensor, rows: Tensor, traffic: Traffic) -> None:
+        """Fill ``rows`` ``[n, D]`` where ``far``: from the pool what is there, from the tiers the others, every row once."""
+        assert self._pool is not None and self._tiers is not None
+        pool, K = self._pool, self._newest[which].shape[0]
+        there = pool.has(number)
+        here = (far & there).nonzero().flatten()
+        rows.index_copy_(0, here, pool.rows.index_select(0, pool.place(number[here], token[here], head[here])))
+        elsewhere = (far & ~there).nonzero().flatten()
+        started = time.perf_counter()
+        missing, place = (token * K + head)[elsewhere].unique(return_inverse=True)
+        data, moved = self._tiers.read_rows(which, missing // K, missing % K)
+        rows.index_copy_(0, elsewhere, data[place])
+        hits, misses = (len(number[where][number[where] >= pool.n_sinks].unique()) for where in (here, elsewhere))
+        traffic.add(Traffic(hits=hits, misses=misses, uncached=1))
+        self._count(traffic, moved, started)
 
     def _bring(self, which: int, wanted: Tensor, traffic: Traffic) -> None:
         """Have the units ``wanted``, distinct numbers and none of the sinks, in the pool."""
@@ -189,20 +204,22 @@ class OffloadedStore:
         listed = (fetched.missing + pool.n_sinks) // 2
         try:
             data, moved = self._tiers.read(which, listed // pool.lists, listed % pool.lists if pool.lists > 1 else None)
-            pool.slots.index_copy_(0, fetched.slots.long(), data.to(pool.slots.device))
+            pool.slots.index_copy_(0, fetched.slots, data)
         except BaseException:
             pool.residency.forget()  # the table has them in slots where they never came
             raise
-        traffic.h2d_bytes += moved.link_bytes
-        traffic.disk_read_bytes += moved.disk_bytes
-        traffic.stall_ms += (time.perf_counter() - started) * 1e3
+        self._count(traffic, moved, started)
+
+    def _count(self, traffic: Traffic, moved: Moved, started: float) -> None:
+        stall_ms = (time.perf_counter() - started) * 1e3
+        traffic.add(Traffic(h2d_bytes=moved.link_bytes, disk_read_bytes=moved.disk_bytes, stall_ms=stall_ms))
 
     def _open(self, like: Tensor) -> tuple[_Pool, Tiers]:
         of, (K, _, D) = self.placement, like.shape
         pool = _Pool(of, like)
         tiers = Tiers(
             kv_heads=K, head_dim=D, page_tok=of.page_tok, unit_tok=of.unit_tok, dtype=like.dtype, format=of.format,
-            host_pages=None if of.host_tok is None else of.host_tok // of.page_tok, disk=self.disk, pin=like.is_cuda,
+            host_pages=None if of.host_tok is None else of.host_tok // of.page_tok, disk=self.disk, device=like.device,
             expect_pages=self._expected_tok // of.page_tok,
         )  # fmt: skip
         return pool, tiers
@@ -275,6 +292,13 @@ class _Pool:
         """Numbers of the units of ``token`` ``[k or 1, n]``: ``[k, n]`` where every head has its own, else as ``token``."""
         unit = token // self.unit_tok
         return ((unit * self.lists + head if self.lists > 1 else unit) * 2) + which
+
+    def has(self, number: Tensor) -> Tensor:
+        """Whether units with these numbers are there."""
+        table, unit = self.residency.table, number - self.n_sinks
+        if not len(table):
+            return unit < 0
+        return (unit < 0) | ((unit < len(table)) & (table[unit.clamp(0, len(table) - 1)] >= 0))
 
     def place(self, number: Tensor, token: Tensor, head: Tensor) -> Tensor:
         """Rows ``[k, n]`` of ``token`` in units that are there."""

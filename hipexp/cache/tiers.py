@@ -1,7 +1,8 @@
 """Pages of keys and values below the device: the first of a layer in host memory, the others in a file on disk.
 
-Each page is written once and then read in units: the keys, or the values, of a few neighbouring tokens, of all heads or of one. A unit of
-one head is one run of bytes. Scales of pages, where a format has them, are all in host memory.
+Each page is written once and then read in units, the keys or the values of a few neighbouring tokens, of all heads or of one, or by single
+tokens. What is read of one head is one run of bytes. It crosses the link as it is stored; scales of pages, where a format has them, stay on
+the device.
 """
 
 from __future__ import annotations
@@ -212,8 +213,9 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, pin: bool = False) -> T
 class Tiers:
     """Pages of one layer of one sequence: the first ``host_pages`` in host memory (None: all), the others in a file of ``disk``.
 
-    A page holds ``page_tok`` tokens, of keys and of values, of all heads, in ``format``; a unit ``unit_tok`` tokens. ``expect_pages``: how
-    many will come, if that is known: memory for them is taken at once. One thread at a time. Raises ConfigError for an unknown format.
+    A page holds ``page_tok`` tokens, of keys and of values, of all heads, in ``format``; a unit ``unit_tok`` tokens. ``device``: where
+    readers are; host memory is registered with a GPU. ``expect_pages``: how many will come, if that is known: memory for them is taken at
+    once. One thread at a time. Raises ConfigError for an unknown format.
     """
 
     def __init__(
@@ -227,7 +229,7 @@ class Tiers:
         format: str,
         host_pages: int | None,
         disk: Disk | None,
-        pin: bool = False,
+        device: torch.device | str = "cpu",
         expect_pages: int = 0,
     ) -> None:
         if unit_tok < 1 or page_tok % unit_tok:
@@ -236,18 +238,23 @@ class Tiers:
         self.format = make_format(format, dtype, page_tok, head_dim)
         self._shape = kv_heads, page_tok, head_dim
         self._unit_tok, self._expect_pages = unit_tok, expect_pages
-        self._run_bytes = unit_tok * self.format.row_bytes
         self._page_bytes = 2 * kv_heads * page_tok * self.format.row_bytes
         self._host_pages, self._disk = sys.maxsize if host_pages is None else host_pages, disk
-        self._host = HostMemory(self._page_bytes, self._host_pages, pin)
-        self._scales = HostMemory(2 * kv_heads * 4 if self.format.page_scales else 0)
+        self._device = torch.device(device)
+        self._host = HostMemory(self._page_bytes, self._host_pages, pin=self._device.type == "cuda")
+        self._scales = torch.empty(0, 2, kv_heads, device=self._device)
         self._file: DiskFile | None = None
         self._closed = False
 
     @property
     def host_bytes(self) -> int:
         """Bytes allocated in host memory."""
-        return self._host.pages.numel() + self._scales.pages.numel()
+        return self._host.pages.numel()
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of scales, on the device."""
+        return self._scales.nbytes
 
     @property
     def disk_bytes(self) -> int:
@@ -271,29 +278,34 @@ class Tiers:
         disk_bytes = (new - in_host) * self._page_bytes
         if self._file is not None:
             self._file.bytes += disk_bytes
-        return Moved(new * (self._page_bytes + self._scales.pages.shape[1]), disk_bytes)
+        return Moved(new * self._page_bytes, disk_bytes)
 
-    @torch.no_grad()
     def read(self, which: int, units: Tensor, head: Tensor | None = None) -> tuple[Tensor, Moved]:
         """Keys (``which`` 0) or values (1) of units, int64 ``[n]`` in any order, of all heads or of one each, ``head`` ``[n]``.
 
-        Returns ``[n, K, unit_tok, D]``, or ``[n, 1, unit_tok, D]``, in ``dtype``; all is on the CPU. Raises ValueError for what was not
+        Returns ``[n, K, unit_tok, D]``, or ``[n, 1, unit_tok, D]``, in ``dtype``, on the device. Raises ValueError for what was not
         written, OSError if the file was cut.
         """
+        return self._read(which, units, head, self._unit_tok)
+
+    def read_rows(self, which: int, token: Tensor, head: Tensor) -> tuple[Tensor, Moved]:
+        """Keys or values ``[n, D]`` of single tokens ``[n]``, of one head each, ``[n]``. Otherwise as :meth:`read`."""
+        rows, moved = self._read(which, token, head, 1)
+        return rows[:, 0, 0], moved
+
+    @torch.no_grad()
+    def _read(self, which: int, units: Tensor, head: Tensor | None, unit_tok: int) -> tuple[Tensor, Moved]:
+        units, head = units.cpu(), None if head is None else head.cpu()
         K, page_tok, _ = self._shape
-        self._demand_written(which, units, head)
-        in_page = page_tok // self._unit_tok
+        self._demand_written(which, units, head, unit_tok)
+        in_page = page_tok // unit_tok
         page, part = units // in_page, units % in_page
         heads = torch.arange(K) if head is None else head[:, None]
         blocks = (2 * page + which)[:, None] * K + heads  # of a page's keys or values of one head
-        runs = (blocks * in_page + part[:, None]).flatten()
-        rows, disk_bytes = self._gather(runs)
-        scales, link_bytes = None, rows.numel()
-        if self.format.page_scales:
-            scales = self._scales.pages.view(torch.float32).view(-1)[blocks]
-            link_bytes += 4 * scales.numel()
-        out = self.format.unpack(rows.view(*blocks.shape, self._unit_tok, self.format.row_bytes), scales)
-        return out, Moved(link_bytes, disk_bytes)
+        rows, disk_bytes = self._gather((blocks * in_page + part[:, None]).flatten(), unit_tok * self.format.row_bytes)
+        scales = self._scales.view(-1)[blocks.to(self._device)] if self.format.page_scales else None
+        there = rows.to(self._device).view(*blocks.shape, unit_tok, self.format.row_bytes)
+        return self.format.unpack(there, scales), Moved(rows.numel(), disk_bytes)
 
     @torch.no_grad()
     def round_trip(self, k: Tensor) -> Tensor:
@@ -309,7 +321,7 @@ class Tiers:
         """Free memory and file; nothing can be read or written any more."""
         self._closed = True
         self._host.close()
-        self._scales.close()
+        self._scales = self._scales[:0].clone()
         if self._file is not None:
             self._file.close()
 
@@ -332,10 +344,20 @@ class Tiers:
             )
         if in_host:
             self._host.reserve(self.pages + in_host, self._expect_pages)
-        self._scales.reserve(self.pages + in_host + on_disk, self._expect_pages)
+        self._reserve_scales(self.pages + in_host + on_disk)
         if on_disk and self._disk is not None:
             self._file = self._file or self._disk.open()
             self._file.reserve(on_disk * self._page_bytes)
+
+    def _reserve_scales(self, pages: int) -> None:
+        there = len(self._scales)
+        if self.format.page_scales and there < pages:
+            with torch.inference_mode(False):
+                grown = torch.empty(
+                    max(pages, there + there // 2 if there else self._expect_pages), *self._scales.shape[1:], device=self._device
+                )
+            grown[:there] = self._scales
+            self._scales = grown
 
     def _pieces(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """Pages ``first`` to ``last`` in parts, none of which needs much memory while it is packed."""
@@ -350,35 +372,35 @@ class Tiers:
     def _put(self, page: int, rows: Tensor, scales: Tensor | None) -> None:
         """Write pages ``[n, bytes]`` from number ``page`` on, which lie in one tier."""
         if scales is not None:
-            self._scales.pages[page : page + len(rows)] = scales.flatten(1).view(torch.uint8)
+            self._scales[page : page + len(rows)] = scales
         if page < self._host_pages:
             self._host.pages[page : page + len(rows)] = rows
         elif self._file is not None:
             self._file.write((page - self._host_pages) * self._page_bytes, rows.cpu())
 
-    def _gather(self, runs: Tensor) -> tuple[Tensor, int]:
-        """Runs of bytes by number, ``[n, bytes of a run]``, and how many of the bytes came from the disk."""
+    def _gather(self, runs: Tensor, run_bytes: int) -> tuple[Tensor, int]:
+        """Runs of bytes by number, ``[n, run_bytes]``, and how many of the bytes came from the disk."""
         if self._file is None:
-            return self._host.pages.view(-1, self._run_bytes).index_select(0, runs), 0
-        first = self._host_pages * (self._page_bytes // self._run_bytes)  # of the file
+            return self._host.pages.view(-1, run_bytes).index_select(0, runs), 0
+        first = self._host_pages * (self._page_bytes // run_bytes)  # of the file
         below, behind = (runs < first).nonzero().flatten(), (runs >= first).nonzero().flatten()
         order = torch.cat((below, behind))
-        out = torch.empty(len(runs), self._run_bytes, dtype=torch.uint8)
-        torch.index_select(self._host.pages.view(-1, self._run_bytes), 0, runs[below], out=out[: len(below)])
-        torch.index_select(self._file.mapped().view(-1, self._run_bytes), 0, runs[behind] - first, out=out[len(below) :])
-        self._file.disk.touch(len(behind), self._run_bytes)
+        out = torch.empty(len(runs), run_bytes, dtype=torch.uint8)
+        torch.index_select(self._host.pages.view(-1, run_bytes), 0, runs[below], out=out[: len(below)])
+        torch.index_select(self._file.mapped().view(-1, run_bytes), 0, runs[behind] - first, out=out[len(below) :])
+        self._file.disk.touch(len(behind), run_bytes)
         ascending = torch.arange(len(runs))
         if not torch.equal(order, ascending):  # as it is if all are in one tier, or the runs of the file come last
             out = out.index_select(0, torch.empty_like(order).index_copy_(0, order, ascending))
-        return out, len(behind) * self._run_bytes
+        return out, len(behind) * run_bytes
 
     def _demand_open(self) -> None:
         if self._closed:
             raise ValueError("these tiers were closed: their pages are gone")
 
-    def _demand_written(self, which: int, units: Tensor, head: Tensor | None) -> None:
+    def _demand_written(self, which: int, units: Tensor, head: Tensor | None, unit_tok: int) -> None:
         self._demand_open()
-        there = self.pages * (self._shape[1] // self._unit_tok)
+        there = self.pages * (self._shape[1] // unit_tok)
         if which not in (0, 1) or units.ndim != 1 or not _within(units, there):
             raise ValueError(f"which={which} must be 0 (keys) or 1 (values), and units [n] from 0 to {there - 1}: no others were written")
         if head is not None and (head.shape != units.shape or not _within(head, self._shape[0])):

@@ -16,8 +16,8 @@ class Traffic:
 
     ``hits`` and ``misses``: units asked for that were on the device, and that had to be fetched. ``h2d_bytes`` and ``d2h_bytes``: over the
     link, in the format of the host, ``disk_read_bytes`` of the first straight from the disk tier; ``disk_write_bytes``: written to it.
-    ``stall_ms``: time that whoever asked had to wait for what was missing. ``split``: requests that the device could not hold at once, so
-    that they were read in parts.
+    ``stall_ms``: time that whoever asked had to wait for what was missing. ``uncached``: requests that the device could not hold at
+    once; what was missing was read token by token, and not kept.
     """
 
     hits: int = 0
@@ -27,7 +27,7 @@ class Traffic:
     disk_read_bytes: int = 0
     disk_write_bytes: int = 0
     stall_ms: float = 0.0
-    split: int = 0
+    uncached: int = 0
 
     def add(self, other: Traffic) -> None:
         """Count what another one counted."""

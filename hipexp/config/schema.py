@@ -226,12 +226,12 @@ INT4_GROUP = 32  # numbers that share a scale and a least value
 def page_bytes(format: str, page_tok: int, head_dim: int, itemsize: int) -> int:
     """Bytes of a page off the device, of one head's keys or values; ``itemsize``: bytes of a number in the model's own format.
 
-    ``fp8`` has a scale of 4 bytes for the page; ``int8`` one of 2 bytes for every token; ``int4`` a scale and a least value of 2 bytes
-    each for every ``INT4_GROUP`` numbers of a token.
+    ``fp8`` has a scale for the page, which stays on the device; ``int8`` one of 2 bytes for every token; ``int4`` a scale and a least value
+    of 2 bytes each for every ``INT4_GROUP`` numbers of a token.
     """
     groups = -(-head_dim // INT4_GROUP)
     row = {"auto": head_dim * itemsize, "bf16": 2 * head_dim, "fp8": head_dim, "int8": head_dim + 2, "int4": head_dim // 2 + 4 * groups}
-    return page_tok * row[format] + (4 if format == "fp8" else 0)
+    return page_tok * row[format]
 
 
 @dataclass

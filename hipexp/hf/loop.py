@@ -24,8 +24,7 @@ class Generation:
     """What a prompt produced: new tokens (without the stop token) and what they cost.
 
     ``prefill_ms`` of this prompt; ``decode_ms`` of every decode step (shared by the batch); ``peak_bytes`` above the loaded model;
-    ``cache_bytes`` and ``traffic`` of the cache (see ``SequenceCache.bytes`` and ``SequenceCache.traffic``); ``exact``: every query block of
-    this sequence saw all its keys.
+    ``cache_bytes`` and ``traffic`` of the cache (see ``SequenceCache``); ``exact``: every query block of this sequence saw all its keys.
     """
 
     tokens: list[int] = field(default_factory=list)

@@ -124,11 +124,11 @@ def measure(model: PreTrainedModel, shape: Shape, point: Point, steps: int) -> d
     try:
         with install(model, quick(pipeline) if point.read == "layers" else pipeline):
             last, fetched = read_prompt(model, cache, point, by_chunk)
-        unit_bytes = shape.kv_heads * page_bytes(point.format, told.unit_tok, shape.head_dim, model.dtype.itemsize)
-        prefill_traffic = counts(cache, unit_bytes)
+        row_bytes = page_bytes(point.format, 1, shape.head_dim, model.dtype.itemsize)
+        prefill_traffic = counts(cache, row_bytes)
         with install(model, pipeline) as installed:
             schedule = [stage.refresh_steps for stage in installed.layers[0].plan.decode]
-            decoded = list(decode_steps(model, cache, last, schedule, 0 if by_chunk else steps, unit_bytes))
+            decoded = list(decode_steps(model, cache, last, schedule, 0 if by_chunk else steps, row_bytes))
     finally:
         cache.close()
     both = {name: sum(getattr(traffic, name) for traffic in prefill_traffic.values()) for name in ("h2d_bytes", "d2h_bytes")}
@@ -154,14 +154,14 @@ def read_prompt(model: PreTrainedModel, cache: SequenceCache, point: Point, by_c
 
 
 def decode_steps(
-    model: PreTrainedModel, cache: SequenceCache, first: int, schedule: Sequence[int], steps: int, unit_bytes: int
+    model: PreTrainedModel, cache: SequenceCache, first: int, schedule: Sequence[int], steps: int, row_bytes: int
 ) -> Iterator[dict[str, Any]]:
     """What each step moved: ``due``, the first stage that ran (their number if none did); bytes by layer."""
     last, layers = [first], range(len(cache.layers))
-    before = counts(cache, unit_bytes)
+    before = counts(cache, row_bytes)
     for step in range(steps):
         decode(model, [cache], last, [Generation()], 2, set())  # the first of the two new tokens is there
-        now = counts(cache, unit_bytes)
+        now = counts(cache, row_bytes)
         moved: dict[str, dict[str, list[int]]] = {"h2d_bytes": {}, "d2h_bytes": {}}
         for name, by_reader in moved.items():
             for by in sorted({by for _, by in now}):
@@ -172,15 +172,15 @@ def decode_steps(
         before = now
 
 
-def counts(cache: SequenceCache, unit_bytes: int) -> dict[tuple[int, str], Traffic]:
+def counts(cache: SequenceCache, row_bytes: int) -> dict[tuple[int, str], Traffic]:
     """What the stores counted so far, by layer and reader.
 
-    Raises RuntimeError if bytes fetched are not those of the units that were missing: they would not scale as units do.
+    Raises RuntimeError if bytes fetched are no whole rows, of one token and head: they would not scale as rows do.
     """
     found = summed(cache.traffic["rows"], "layer", "by")
     for (layer, by), traffic in found.items():
-        if traffic.h2d_bytes != traffic.misses * unit_bytes:
-            raise RuntimeError(f"layer {layer}, {by}: {traffic.h2d_bytes} bytes for {traffic.misses} units of {unit_bytes} bytes")
+        if traffic.h2d_bytes % row_bytes:
+            raise RuntimeError(f"layer {layer}, {by}: {traffic.h2d_bytes} bytes are no rows of {row_bytes} bytes")
     return found
 
 
@@ -193,7 +193,7 @@ def first_due(step: int, schedule: Sequence[int]) -> int:
 
 
 def factor(row: dict[str, Any], tokens: int) -> float:
-    """How many times the bytes a unit or page of ``tokens`` has with heads of ``LONG_DIM``, in the row's format."""
+    """How many times the bytes so many ``tokens`` have with heads of ``LONG_DIM``, in the row's format."""
     large, small = (page_bytes(row["point"]["format"], tokens, dim, 2) for dim in (LONG_DIM, row["shape"]["head_dim"]))
     return large / small
 
@@ -345,7 +345,7 @@ Steps: mean / worst layer. Cold pool: the first step after a prefill layer by la
 steps, of which one is a full refresh.
 "few keys attended to": to save time the prompt is read with the preset's landmarks, if it has any, and next to no attention; a page
 is written once whatever is attended to, and decode steps run as the preset says. The others are read as the preset says.
-Scaled to d = {LONG_DIM}: units and pages, each with its bytes in that format (bf16: 16 times; fp8 has 4 bytes for a scale besides).
+Scaled to d = {LONG_DIM}: rows of a token and head, each with its bytes in that format.
 Scaled to {LONG_TOK:,} tokens: a prefill layer by layer by its bytes per token. Steps: as at the longest length, but for a first stage
 that probes keys, which goes on along the line through the two longest lengths. Chunk by chunk: as if every chunk fetched what the last
 one did, which is the least, as later ones choose among more.

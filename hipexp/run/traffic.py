@@ -47,8 +47,8 @@ def thrashing(experiment: Experiment, rows: Iterable[dict[str, Any]], n_layers: 
     period, samples = refresh_pattern(experiment.pipeline, n_layers)[0], [row["traffic"] for row in rows if row["traffic"]]
     judged, every = summarize(sample for sample in samples if sample["steps"] >= period), summarize(samples)
     hit = judged["decode"]["hit_ratio"] if judged else None
-    split = sum(every[phase]["split"] for phase in ("prefill", "decode")) if every else 0
+    uncached = sum(every[phase]["uncached"] for phase in ("prefill", "decode")) if every else 0
     told = [f"{100 - 100 * hit:.0f} % of what decode asked for had to be fetched"] if hit is not None and hit < 0.5 else []
-    told += [f"{split} time(s) more was asked for at once than the device holds, and was read in parts"] if split else []
+    told += [f"{uncached} time(s) more was asked for at once than the device holds, and what was missing was not kept"] if uncached else []
     key = "device_tok" if experiment.offload.device_bytes is None else "device_bytes"
     return f"still right, but slow: {' and '.join(told)}; raise offload.{key}={getattr(experiment.offload, key)}" if told else ""

@@ -73,7 +73,15 @@ def answer_to(prompt):
 
 def traffic_of(steps):
     """What two layers count: a stage and attention hit one time in four, in decode once a step."""
-    counts = {"misses": 3, "h2d_bytes": 3 << 20, "d2h_bytes": 0, "disk_read_bytes": 0, "disk_write_bytes": 0, "stall_ms": 1.5, "split": 0}
+    counts = {
+        "misses": 3,
+        "h2d_bytes": 3 << 20,
+        "d2h_bytes": 0,
+        "disk_read_bytes": 0,
+        "disk_write_bytes": 0,
+        "stall_ms": 1.5,
+        "uncached": 0,
+    }
     write = dict.fromkeys(counts, 0) | {"hits": 0, "d2h_bytes": 1 << 20}
     rows = []
     for layer in (0, 1):

@@ -63,15 +63,23 @@ def test_bytes_of_the_disk_have_columns_where_there_are_any():
     assert "disk" not in traffic_table({"by": [row | {"disk_read_bytes": 0}], "host_bytes": 5 << 20, "disk_bytes": 0})
 
 
-def sample(steps, hits, misses, split=0, phase="decode"):
+def sample(steps, hits, misses, uncached=0, phase="decode"):
     """A line of ``samples.jsonl`` as far as it matters here."""
-    counts = {"hits": hits, "misses": misses, "split": split, "h2d_bytes": 0, "d2h_bytes": 0, "disk_read_bytes": 0, "disk_write_bytes": 0}
+    counts = {
+        "hits": hits,
+        "misses": misses,
+        "uncached": uncached,
+        "h2d_bytes": 0,
+        "d2h_bytes": 0,
+        "disk_read_bytes": 0,
+        "disk_write_bytes": 0,
+    }
     return {"traffic": {"rows": [{"layer": 0, "phase": phase, "by": "attend", "stall_ms": 0.0, **counts}], "steps": steps}}
 
 
 PRUNED = compose(["+pipeline=3stage", "offload=host"])  # of five layers, the slowest stage is refreshed every 16 steps
 TOLD = "still right, but slow: {}; raise offload.device_tok=16384"
-IN_PARTS = "2 time(s) more was asked for at once than the device holds, and was read in parts"
+IN_PARTS = "2 time(s) more was asked for at once than the device holds, and what was missing was not kept"
 
 
 @pytest.mark.parametrize(
@@ -86,8 +94,8 @@ IN_PARTS = "2 time(s) more was asked for at once than the device holds, and was 
         ([sample(15, 1000, 0), sample(16, 49, 51)], "51 % of what decode asked for had to be fetched"),
         ([sample(64, 0, 100, phase="prefill")], ""),  # a prompt is read once
         ([sample(16, 0, 0)], ""),
-        ([sample(3, 9, 1, split=1), sample(3, 9, 1, split=1, phase="prefill")], IN_PARTS),
-        ([sample(16, 0, 100, split=2)], f"100 % of what decode asked for had to be fetched and {IN_PARTS}"),
+        ([sample(3, 9, 1, uncached=1), sample(3, 9, 1, uncached=1, phase="prefill")], IN_PARTS),
+        ([sample(16, 0, 100, uncached=2)], f"100 % of what decode asked for had to be fetched and {IN_PARTS}"),
     ],
 )
 def test_a_device_is_too_small_where_long_answers_miss_or_requests_do_not_fit(rows, told):
