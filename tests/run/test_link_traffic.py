@@ -142,12 +142,12 @@ def test_times_are_bytes_over_the_rate_of_a_link():
     assert link_traffic.predicted_ms(12.5e6) == {"PCIe 4 x16": pytest.approx(0.5), "PCIe 5 x16": pytest.approx(12.5 / 52)}
 
 
-def test_bytes_that_are_not_those_of_units_are_refused():
+def test_bytes_that_are_no_whole_rows_are_refused():
     told = {"layer": 0, "phase": "decode", "by": "2", **vars(Traffic(misses=2, h2d_bytes=128))}
     cache = SimpleNamespace(traffic={"rows": [told]})
     assert link_traffic.counts(cache, 64)[0, "2"].misses == 2
     told["h2d_bytes"] = 127
-    with pytest.raises(RuntimeError, match="127 bytes for 2 units of 64 bytes"):
+    with pytest.raises(RuntimeError, match="127 bytes are no rows of 64 bytes"):
         link_traffic.counts(cache, 64)
 
 
