@@ -407,6 +407,18 @@ class Tiers:
             raise ValueError(f"head {tuple(head.shape)} must name one of {self._shape[0]} heads for each of {len(units)} units")
 
 
+def as_kept(x: Tensor, format: str, page_tok: int, sink_tok: int) -> Tensor:
+    """Keys or values ``[K, T, D]`` as their readers see them: whole pages as ``format`` keeps them, but for the sinks."""
+    K, T, D = x.shape
+    sizes = {"kv_heads": K, "head_dim": D, "page_tok": page_tok, "unit_tok": page_tok}
+    tiers = Tiers(**sizes, dtype=x.dtype, format=format, host_pages=None, disk=None, device=x.device)
+    if tiers.format.lossless:
+        return x
+    kept, whole = x.clone(), T // page_tok * page_tok
+    kept[:, sink_tok:whole] = tiers.round_trip(x[:, :whole])[:, sink_tok:]
+    return kept
+
+
 def _within(numbers: Tensor, end: int) -> bool:
     """Whether all are whole numbers from 0 to before ``end``."""
     if not numbers.numel():

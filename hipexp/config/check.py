@@ -167,10 +167,15 @@ def _check_tier(tier: str, tokens: int | None, size: int | None) -> None:
 def _check_offloaded(experiment: Experiment) -> None:
     """Refuse to take from the device what everything is read of, or what a task measures there."""
     name, task = f"offload={experiment.offload.name}", experiment.task
+    if task.name == "recall":
+        if experiment.offload.format == "auto":
+            raise ConfigError(
+                f"{name} changes nothing that task=recall measures, unless offload.format does; choose bf16, fp8, int8 or int4, or use "
+                "offload=none"
+            )
+        return
     if task.geometry is not None:
         raise ConfigError(f"{name} is for a model, and task.geometry={task.geometry} is attention alone, on the device; use offload=none")
-    if task.name == "recall":
-        raise ConfigError(f"{name} changes nothing that task=recall measures, which reads every key; use offload=none")
     if experiment.pipeline is None:
         raise ConfigError(
             f"{name} must have a pipeline: without one attention is dense, and every step would read all keys and values over the link; "

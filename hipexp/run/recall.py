@@ -2,7 +2,8 @@
 
 On activations of a model that reads retrieval prompts of its trained length, where dense attention at true positions is known to be right,
 with the budgets of all stages divided; or, with a geometry, on structured random keys of any length, at the distance of the scoring.
-Selections are those of prefill, for sampled query blocks; each is judged by some of its queries.
+Selections are those of prefill, for sampled query blocks; each is judged by some of its queries. Of an offload, the format counts: stages
+see keys as it keeps them, and are judged by the true ones.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hipexp.config.check import CONTEXT_TOK, TEXTS, check_experiment
-from hipexp.config.schema import ConfigError, Experiment, LayerPlan, Pipeline, Task, read_geometry
+from hipexp.config.schema import PAGE_TOK, ConfigError, Experiment, LayerPlan, Offload, Pipeline, Task, read_geometry
 from hipexp.report.tables import text_table
 from hipexp.run import attention_point
 from hipexp.run.job import Job
@@ -238,7 +239,7 @@ def text_of(experiment: Experiment, loaded: Loaded | None, source: str, context_
                 return logits_in_place(query, keys, scale, tables and tables.upto(keys.shape[1]))
 
             size = attention.plan.stages[0].query_block_tok
-            out[i] = stages_of(attention, q[:, begin : begin + size], k, begin, logits)
+            out[i] = stages_of(attention, q[:, begin : begin + size], k, begin, logits, experiment.offload)
         return out
 
     return text
@@ -272,7 +273,7 @@ def _generated(experiment: Experiment, pipelines: dict[int, Pipeline], source: s
             return logits_at_one_distance(query, keys, attention.scale, attention.tables.upto(distance + 1), distance)
 
         own = queries[:, begin - (context_tok - queries.shape[1]) :][:, :size]
-        return {0: stages_of(attention, own, made.keys, begin, logits)}
+        return {0: stages_of(attention, own, made.keys, begin, logits, experiment.offload)}
 
     return text
 
@@ -294,10 +295,12 @@ def block_of(plans: list[LayerPlan], n_tok: int, number: int, task: Task) -> int
     return (first + (last - first) * (number + 1) // task.samples) * size
 
 
-def stages_of(attention: LayerAttention, own: Tensor, k: Tensor, begin: int, logits: Callable[[Tensor, Tensor], Tensor]) -> Stages:
+def stages_of(
+    attention: LayerAttention, own: Tensor, k: Tensor, begin: int, logits: Callable[[Tensor, Tensor], Tensor], offload: Offload
+) -> Stages:
     """What each stage holds for the queries ``own`` ``[H, n, D]`` of the block at ``begin``, over raw keys ``[K, T, D]``.
 
-    ``logits(query, keys)`` are those that count, of a query over the keys it sees.
+    ``logits(query, keys)`` are those that count, of a query over the keys it sees. Stages see keys as ``offload`` keeps them.
     """
     import torch
 
@@ -307,11 +310,13 @@ def stages_of(attention: LayerAttention, own: Tensor, k: Tensor, begin: int, log
     from hipexp.attention.methods import METHODS
     from hipexp.attention.recall import attention_mass, chosen_tokens, fixed_tokens
     from hipexp.attention.rope import RopeTables
+    from hipexp.cache.tiers import as_kept
 
     plan, tables = attention.plan, attention.tables or RopeTables(no_rope, 0)
     size = plan.stages[0].query_block_tok
     memory, blocks = Memory(), QueryBlocks.cut(own, begin, size)
-    METHODS[attention.method](plan, plan.stages, blocks, k[:, : begin + own.shape[1]], tables, memory)
+    kept = as_kept(k[:, : begin + own.shape[1]], offload.format, PAGE_TOK, plan.sink_tok)
+    METHODS[attention.method](plan, plan.stages, blocks, kept, tables, memory)
     out: Stages = [{name: [] for name in (*VALUES, "fixed")} for _ in plan.stages]
     for row in range(own.shape[1] // (2 * ROWS), own.shape[1], max(1, own.shape[1] // ROWS)):
         seen = begin + row + 1

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hipexp.cache import tiers as module
-from hipexp.cache.tiers import Disk, Moved, Tiers
+from hipexp.cache.tiers import Disk, Moved, Tiers, as_kept
 from hipexp.config.schema import ConfigError, page_bytes
 
 FORMATS = ("auto", "bf16", "fp8", "int8", "int4")
@@ -332,3 +332,13 @@ def test_memory_and_files_go_back_over_many_stores(disk):
     for _ in range(60):  # 150 MB of pages
         use()
     assert resident() - before < 16 << 20 and open_files() == files
+
+
+@pytest.mark.parametrize("format", ["auto", "fp8", "int4"])
+def test_what_readers_see_is_rounded_but_for_sinks_and_the_last_page(format):
+    k = torch.randn(2, 150, 8, generator=torch.Generator().manual_seed(3))
+    kept = as_kept(k, format, 64, sink_tok=24)
+    assert torch.equal(kept[:, :24], k[:, :24]) and torch.equal(kept[:, 128:], k[:, 128:])
+    store = made(None, None, format, kv_heads=2, head_dim=8, page_tok=64, unit_tok=8, dtype=torch.float32)
+    assert torch.equal(kept[:, 24:128], store.round_trip(k[:, :128])[:, 24:])
+    assert torch.equal(kept, k) == (format == "auto")

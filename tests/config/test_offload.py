@@ -60,7 +60,7 @@ CASES = {
         "offload=host must have a pipeline: without one attention is dense, and every step would read all keys and values over the link",
     ),
     "a served model": ([*SERVED, "offload=host"], "offload=host moves a model's keys and values, and a server's are its own"),
-    "recall": ([*HOST, "task=recall"], "offload=host changes nothing that task=recall measures"),
+    "recall": ([*HOST, "task=recall"], "offload=host changes nothing that task=recall measures, unless offload.format does"),
     "attention alone": (
         [*HOST, "task=latency", "task.geometry=llama31_8b"],
         "offload=host is for a model, and task.geometry=llama31_8b is attention alone, on the device; use offload=none",

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hipexp.config.compose import compose
-from hipexp.config.schema import ConfigError, LayerGroup, PruneRope, StageOverride
+from hipexp.config.schema import ConfigError, LayerGroup, Offload, PruneRope, StageOverride
 from hipexp.run import recall
 from hipexp.run.identity import key_of
 from hipexp.run.ledger import read_json, read_rows
@@ -72,20 +72,31 @@ def test_everything_kept_is_everything():
         assert found["stages"][1]["mass"]["mean"] < 1
 
 
-def test_against_a_sum_over_tokens():
-    """The mass of the last stage of one block, from the selection that prefill makes, token by token."""
+@pytest.mark.parametrize("format", ["auto", "int4"])
+def test_against_a_sum_over_tokens(format):
+    """The mass of the last stage of one block, from the selection that prefill makes, token by token.
+
+    Of a lossy format: the selection is that of the keys as they are kept, the mass that of the true ones.
+    """
     from hipexp.attention.blocks import QueryBlocks
     from hipexp.attention.inputs import Geometry, drifting
     from hipexp.attention.methods import hip
     from hipexp.attention.recall import logits_at_one_distance
+    from hipexp.cache.tiers import as_kept
     from hipexp.run.attention_latency import layer_attention
 
     pipeline, geometry = compose(SMALL).pipeline, Geometry(4, 2, 16)
     made, begin = drifting(geometry, 640), 576
     attention = layer_attention(pipeline, geometry, torch.device("cpu"))
     own = made.prefill_queries(64)
-    stages = recall.stages_of(attention, own, made.keys, begin, lambda q, k: logits_at_one_distance(q, k, 0.25, None, 0))
-    chosen = hip.select(attention.plan, attention.plan.stages, QueryBlocks.cut(own, begin, 64), made.keys, attention.tables, None)
+    offload = Offload("host", format=format)
+    stages = recall.stages_of(attention, own, made.keys, begin, lambda q, k: logits_at_one_distance(q, k, 0.25, None, 0), offload)
+    kept = as_kept(made.keys, format, 64, sink_tok=32)
+    chosen, of_true = (
+        hip.select(attention.plan, attention.plan.stages, QueryBlocks.cut(own, begin, 64), keys, attention.tables, None)
+        for keys in (kept, made.keys)
+    )
+    assert torch.equal(chosen.blocks, of_true.blocks) == (format == "auto")
     for head in range(4):
         shares = []
         for row in range(8, 64, 16):
@@ -151,7 +162,9 @@ def test_a_layer_without_rope_and_blocks_of_several_sizes():
     for stage in attention.plan.stages:
         stage.rope = PruneRope.none
     attention.tables = None
-    stages = recall.stages_of(attention, made.prefill_queries(64), made.keys, 576, lambda q, k: logits_in_place(q, k, 0.25, None))
+    stages = recall.stages_of(
+        attention, made.prefill_queries(64), made.keys, 576, lambda q, k: logits_in_place(q, k, 0.25, None), Offload()
+    )
     assert 0 < stages[-1]["mass"][0] <= 1
     wide = compose(SMALL).pipeline
     wide.layers["early"] = LayerGroup("0", stages={"0": StageOverride(query_block_tok=128)})
