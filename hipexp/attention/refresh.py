@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from hipexp_kernels import Held
 from torch import Tensor
 
-from hipexp.config.schema import Stage
+from hipexp.config.schema import Representative, Stage
 
 Candidates = tuple[Tensor, Tensor]  # starts [S, N or 1, C] and counts [S, N]; one block in decode
 
@@ -37,6 +37,18 @@ class Memory:
         self.lists[stage] = candidates
         if final and self.held:
             self.held.clear()
+
+    def expected(self, stages: list[Stage]) -> tuple[Candidates, int] | None:
+        """Chunks whose keys this step will probably read, all of them, and the tokens of a chunk; None if that is not known.
+
+        They are the candidates of the first stage from the one that is due on that scores by all keys: if it is due itself they are just
+        those, else those that it had the last time.
+        """
+        due = self.first_stage_due(stages)
+        for number in range(max(1, due), len(stages)):
+            if stages[number].representative is Representative.exact and number in self.lists:
+                return self.lists[number], stages[number].chunk_tok
+        return None
 
     def first_stage_due(self, stages: list[Stage]) -> int:
         """The first stage that this decode step runs again (later ones follow); ``len(stages)`` if the selection is reused.

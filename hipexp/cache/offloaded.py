@@ -11,7 +11,9 @@ attention asks for is fetched when its list is final: a table says what lies in 
 
 from __future__ import annotations
 
+import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from hipexp.cache.residency import Residency
 from hipexp.cache.tiers import Disk, Moved, Tiers
-from hipexp.cache.traffic import WRITE, Traffic, TrafficLog
+from hipexp.cache.traffic import AHEAD, WRITE, Traffic, TrafficLog
 
 KEYS, VALUES = 0, 1
 
@@ -58,15 +60,19 @@ class Placement:
 class OffloadedStore:
     """A ``KVStore`` whose tokens are mostly elsewhere. ``hold``: while it is set, everything that is appended stays on the device as well.
 
+    ``ahead``: what reads :meth:`expect`ed units in the background; the store shuts it down when it is closed.
+
     Raises ValueError for a ``placement`` without room for a unit in the pool.
     """
 
-    def __init__(self, placement: Placement, disk: Disk | None = None):
+    def __init__(self, placement: Placement, disk: Disk | None = None, ahead: ThreadPoolExecutor | None = None):
         if placement.pool_tok < placement.unit_tok:
             raise ValueError(
                 f"device_tok={placement.device_tok} leaves no room for a unit of {placement.unit_tok} tokens beside the window"
             )
         self.placement, self.disk = placement, disk
+        self._ahead, self._coming = ahead, _Coming()
+        self._turn = threading.Lock()  # to use the tiers
         self.length = 0
         self.decoding = self.hold = False
         self.traffic = TrafficLog()
@@ -104,6 +110,8 @@ class OffloadedStore:
             self._move(self._kept_from(self.length), self.placement.newest_tok)
 
     def close(self) -> None:
+        if self._ahead is not None:
+            self._ahead.shutdown()
         if self._tiers is not None:
             self._tiers.close()
         self._newest, self._pool = [], None
@@ -154,6 +162,31 @@ class OffloadedStore:
                 rows.index_copy_(0, where, newest_rows.index_select(0, place[where]))
         return out
 
+    def expect(self, starts: Tensor, counts: Tensor, chunk_tok: int) -> None:
+        """Read in the background the keys that are not here of the first ``counts`` ``[S]`` chunks at ``starts`` ``[S, n]``.
+
+        Whoever asks for them later finds them read, or waits for the rest. Without ``ahead``, or if they do not fit the pool, nothing is
+        done.
+        """
+        if self._ahead is None or self._pool is None or self._tiers is None:
+            return
+        pool = self._pool
+        inside = torch.arange(0, chunk_tok, self.placement.unit_tok, device=starts.device)
+        token = (starts[..., None] + inside).masked_fill(
+            torch.arange(starts.shape[1], device=starts.device)[:, None] >= counts[:, None, None], -1
+        )
+        token = token.flatten(1)
+        head = torch.arange(len(token), device=token.device)[:, None]
+        number = pool.number(KEYS, token, head)[(token >= self.placement.sink_tok) & (token < self._begin)]
+        missing = number[~pool.has(number)].unique()
+        if 0 < len(missing) <= pool.capacity:
+            traffic = self.traffic.of("decode" if self.decoding else "prefill", AHEAD)
+            self._coming = _Coming(missing, self._ahead.submit(self._read_ahead, missing, traffic))
+
+    def wait(self) -> None:
+        """Until nothing is being read in the background, so that all traffic is counted."""
+        self._coming.done()
+
     def _gather_far(self, which: int, token: Tensor, near: Tensor, head: Tensor, rows: Tensor, reader: str) -> None:
         """Fill ``rows`` ``[k * n, D]`` from the pool, where ``token`` ``[k or 1, n]`` is not ``near``; what the others get is no matter.
 
@@ -185,7 +218,8 @@ class OffloadedStore:
         elsewhere = (far & ~there).nonzero().flatten()
         started = time.perf_counter()
         missing, place = (token * K + head)[elsewhere].unique(return_inverse=True)
-        data, moved = self._tiers.read_rows(which, missing // K, missing % K)
+        with self._turn:
+            data, moved = self._tiers.read_rows(which, missing // K, missing % K)
         rows.index_copy_(0, elsewhere, data[place])
         hits, misses = (len(number[where][number[where] >= pool.n_sinks].unique()) for where in (here, elsewhere))
         traffic.add(Traffic(hits=hits, misses=misses, uncached=1))
@@ -201,14 +235,33 @@ class OffloadedStore:
         if not len(fetched.missing):
             return
         started = time.perf_counter()
-        listed = (fetched.missing + pool.n_sinks) // 2
+        missing = fetched.missing + pool.n_sinks
         try:
-            data, moved = self._tiers.read(which, listed // pool.lists, listed % pool.lists if pool.lists > 1 else None)
-            pool.slots.index_copy_(0, fetched.slots, data)
+            slots, moved = fetched.slots, Moved(0, 0)
+            came, data = self._coming.among(missing)
+            if len(data):
+                pool.slots.index_copy_(0, slots[came], data)
+                missing, slots = missing[~came], slots[~came]
+            if len(missing):
+                data, moved = self._read(which, missing)
+                pool.slots.index_copy_(0, slots, data)
         except BaseException:
             pool.residency.forget()  # the table has them in slots where they never came
+            self._coming = _Coming()
             raise
         self._count(traffic, moved, started)
+
+    def _read_ahead(self, number: Tensor, traffic: Traffic) -> Tensor:
+        data, moved = self._read(KEYS, number)
+        traffic.add(Traffic(h2d_bytes=moved.link_bytes, disk_read_bytes=moved.disk_bytes))
+        return data
+
+    def _read(self, which: int, number: Tensor) -> tuple[Tensor, Moved]:
+        """Units ``[n, heads of a list, unit_tok, D]`` by number."""
+        assert self._pool is not None and self._tiers is not None
+        lists, listed = self._pool.lists, number // 2
+        with self._turn:
+            return self._tiers.read(which, listed // lists, listed % lists if lists > 1 else None)
 
     def _count(self, traffic: Traffic, moved: Moved, started: float) -> None:
         stall_ms = (time.perf_counter() - started) * 1e3
@@ -255,7 +308,8 @@ class OffloadedStore:
         if last == first:
             return
         keys, values = (rows[:, first - self._begin : last - self._begin] for rows in self._newest)
-        moved = tiers.write(keys, values)
+        with self._turn:
+            moved = tiers.write(keys, values)
         written = self.traffic.of("decode" if self.decoding else "prefill", WRITE)
         written.d2h_bytes += moved.link_bytes
         written.disk_write_bytes += moved.disk_bytes
@@ -264,6 +318,27 @@ class OffloadedStore:
             seen = tiers.round_trip(rows)
             if seen is not rows:
                 rows[:, raw:] = seen[:, raw:]
+
+
+@dataclass
+class _Coming:
+    """Keys of units that are read in the background: their numbers, ascending, and what is read, ``[n, heads of a list, unit_tok, D]``."""
+
+    number: Tensor | None = None
+    data: Future[Tensor] | None = None
+
+    def among(self, missing: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of the units ``missing`` ``[n]`` are coming, and those, waited for. Raises what the reading raised."""
+        if self.number is None or self.data is None:
+            return torch.zeros_like(missing, dtype=torch.bool), torch.empty(0)
+        at = torch.searchsorted(self.number, missing).clamp(max=len(self.number) - 1)
+        came = self.number[at] == missing
+        return came, self.data.result()[at[came]]
+
+    def done(self) -> None:
+        """Wait."""
+        if self.data is not None:
+            self.data.exception()
 
 
 class _Pool:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-WRITE, SUMMARIZE = "write", "summarize"  # what is new, to the host; keys for their landmarks
+WRITE, SUMMARIZE, AHEAD = "write", "summarize", "ahead"  # what is new, to the host; keys for their landmarks; units read in advance
 PHASES = ("prefill", "decode")
 
 
@@ -46,7 +46,9 @@ NAMES = tuple(item.name for item in fields(Traffic))
 
 @dataclass
 class TrafficLog:
-    """Traffic of one layer by ``(phase, by)``: ``prefill`` or ``decode``; the number of a stage, ``attend``, ``summarize`` or ``write``."""
+    """Traffic of one layer by ``(phase, by)``: phase ``prefill`` or ``decode``; by the number of a stage, ``attend``, ``summarize``,
+    ``ahead`` or ``write``.
+    """
 
     counts: dict[tuple[str, str], Traffic] = field(default_factory=dict)
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from hipexp.config.schema import ConfigError, Experiment
 
 MISSING = "???"  # how a YAML file says that a value must be given
-EXAMPLES = {int: "1024", float: "0.5", str: "text"}
+EXAMPLES = {int: "1024", float: "0.5", str: "text", bool: "true"}
 T = TypeVar("T")
 
 
@@ -127,6 +127,11 @@ def _convert_scalar(value: Any, kind: type, key: str) -> Any:
         if isinstance(value, str | int | float):
             return str(value)
         raise wrong
+    if kind is bool:
+        found = {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())
+        if found is None:
+            raise wrong
+        return found
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise wrong
     try:
@@ -177,4 +182,4 @@ def _words(kind: Any) -> str:
     kind = required(kind)
     if isinstance(kind, type) and issubclass(kind, Enum):
         return "one of " + ", ".join(kind.__members__)
-    return {int: "a whole number", float: "a number", str: "text"}.get(kind, "a list" if is_list(kind) else "given field by field")
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(kind, "a list" if is_list(kind) else "given field by field")

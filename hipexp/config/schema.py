@@ -198,6 +198,7 @@ class Offload:
     ``disk_dir``      folder of that file; None: no disk tier
     ``format``        of keys and values off the device: ``auto`` (the model's own), ``bf16``, ``fp8``, ``int8`` or ``int4``
     ``policy``        which units make room for others: ``lru``, ``clock`` or ``lfu``
+    ``prefetch``      decode: a thread reads what the next layer will probably ask for while this one computes
     ``prefill_bytes`` prompts whose keys and values of one layer take no more are read layer by layer: they cross the link once
     """
 
@@ -211,6 +212,7 @@ class Offload:
     disk_dir: str | None = None
     format: str = "auto"
     policy: str = "clock"
+    prefetch: bool = False
     prefill_bytes: int = 0
 
     @property

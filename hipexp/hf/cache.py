@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -44,6 +45,7 @@ class SequenceLayer(CacheLayerMixin):
         self.rows: list[SequenceState] = []
         self.reserve_tok, self.decoding, self.new_store = reserve_tok, decoding, new_store
         self.holding = False
+        self.next: SequenceLayer | None = None  # of the same sequences
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
@@ -96,6 +98,8 @@ class SequenceCache(Cache):
     def __init__(self, n_layers: int, reserve_tok: int = 0, decoding: bool | None = None, new_store: NewStore | None = None):
         makers = [partial(new_store, layer) if new_store else ResidentStore for layer in range(n_layers)]
         super().__init__(layers=[SequenceLayer(reserve_tok, decoding, make) for make in makers])
+        for layer, following in itertools.pairwise(self.layers):
+            layer.next = following
 
     @classmethod
     def of(cls, caches: list[SequenceCache]) -> SequenceCache:
@@ -117,6 +121,8 @@ class SequenceCache(Cache):
         stores = [(i, row.store) for i, layer in enumerate(self.layers) for row in layer.rows if isinstance(row.store, OffloadedStore)]
         if not stores:
             return {}
+        for _, store in stores:
+            store.wait()
         rows = [row for layer, store in stores for row in store.traffic.rows(layer)]
         return {"rows": rows, "host_bytes": sum(s.host_bytes for _, s in stores), "disk_bytes": sum(s.disk_bytes for _, s in stores)}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ from hipexp.cache.summaries import KeySummaries
 from hipexp.cache.tiers import Disk
 from hipexp.config.model import ModelFacts
 from hipexp.config.offload import Sizes, check_sizes, disk_folder, sizes
-from hipexp.config.schema import ConfigError, Heads, LayerPlan, Offload, Pipeline, PruneRope
+from hipexp.config.schema import ConfigError, Heads, LayerPlan, Offload, Pipeline, PruneRope, Stage
 from hipexp.hf.cache import NewStore, SequenceLayer, SequenceState
 from hipexp.hf.dense import attend_dense
 from hipexp.hf.selfcheck import same_as_before
@@ -50,7 +51,8 @@ class Installed:
         folder, limit_tok = disk_folder(self.offload), self.sizes.disk_tok
         limit_bytes = None if limit_tok is None else self.sizes.bytes_of(limit_tok)
         disk = Disk(folder, limit_bytes) if folder else None
-        return lambda layer: OffloadedStore(self.placements[layer], disk)
+        ahead = ThreadPoolExecutor(1, "hipexp-ahead") if self.offload.prefetch else None
+        return lambda layer: OffloadedStore(self.placements[layer], disk, ahead)
 
     def reads_by_layer(self, n_tok: int) -> bool:
         """Whether a prompt of ``n_tok`` tokens is read layer by layer, as keys and values of one layer fit ``offload.prefill_bytes``."""
@@ -98,6 +100,8 @@ def install(
         **_,
     ):
         positions = position_ids if module.layer_idx == 0 else None
+        if offload.prefetch and isinstance(key, SequenceLayer) and key.next and key.decodes(query.shape[2]):
+            _read_ahead(key.next, layers[module.layer_idx + 1].plan.decode)
         return _attend_batch(layers.get(module.layer_idx), query, key, value, attention_mask, positions, scaling), None
 
     name, before = NAME.format(next(_NUMBERS)), model.config._attn_implementation
@@ -247,6 +251,15 @@ def _attend_batch(
                 state.store.settle()
         out[b, skip:] = rows.transpose(0, 1)
     return out
+
+
+def _read_ahead(layer: SequenceLayer, stages: list[Stage]) -> None:
+    """Let a layer's stores read in the background what its next decode step will probably ask for."""
+    for state in layer.rows:
+        expected = state.memory.expected(stages)
+        if expected and isinstance(state.store, OffloadedStore):
+            (starts, counts), chunk_tok = expected
+            state.store.expect(starts[:, 0], counts[:, 0], chunk_tok)
 
 
 def _check_positions(positions: Tensor, begin: int, padding: int) -> None:

@@ -50,7 +50,8 @@ def describe(pipeline: Pipeline | None, n_layers: int, offload: Offload | None =
         return ["attention: dense, every token"]
     plans = pipeline.plan(n_layers)
     name, heads, rope = pipeline.name or "unnamed", plans[0].heads.value, plans[0].attend.value
-    lines = [f"attention: {name} ({pipeline.method}), heads {heads}, {rope} RoPE while attending"]
+    late = ", a new selection is used from the next decode step on" if pipeline.late_refresh else ""
+    lines = [f"attention: {name} ({pipeline.method}), heads {heads}, {rope} RoPE while attending{late}"]
 
     def same(plan: LayerPlan) -> dict[str, object]:
         return {name: value for name, value in vars(plan).items() if name != "layer"}

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -246,6 +247,51 @@ def test_rows_are_those_that_were_appended(data, per_head, policy):
                 assert torch.equal(x.gather(token, heads, torch.empty(all_heads, 6, D)), expected)
                 begin, end = sorted(data.draw(st.tuples(st.integers(0, 400), st.integers(0, 400))))
                 assert torch.equal(x.run(begin, end), whole[:, begin:end])
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_what_is_expected_is_read_in_the_background(per_head):
+    """Once, whoever asks for it finds it, and what nobody expected is fetched as ever."""
+    ahead, (_, k, v) = ThreadPoolExecutor(1), inputs(900)
+    store = OffloadedStore(Placement(8, per_head, 16, 64, PAGE_TOK, 16 + 64 + PAGE_TOK + 256), ahead=ahead)
+    store.append(k, v)
+    store.settle()
+    starts, counts = torch.tensor([[16, 64, 320, 800, 880]]), torch.tensor([4])  # 880: on the device, and does not count
+    if per_head:
+        starts, counts = torch.cat([starts, starts + 16]), torch.tensor([4, 4])
+    store.expect(starts, counts, 16)
+    store.wait()
+    fetched = store.traffic.counts["prefill", "ahead"]
+    assert fetched.h2d_bytes == 8 * K * 8 * D * 4
+    for begin in (320, 64, 400):
+        token = torch.arange(begin, begin + 16)[None]
+        if per_head:
+            token = torch.cat([token, token + 16])
+        out = store.view()[0].by("2").gather(token, slice(None), torch.empty(K, 16, D))
+        assert torch.equal(out, k.gather(1, token.expand(K, -1)[..., None].expand(-1, -1, D)))
+    asked = store.traffic.counts["prefill", "2"]
+    assert asked.misses == 6 * (K if per_head else 1) and asked.h2d_bytes == 2 * K * 8 * D * 4  # of the third place alone
+    store.expect(starts, counts - 2, 16)  # 16 to 32, where nobody was yet
+    store.wait()
+    assert fetched.h2d_bytes == (8 + 2) * K * 8 * D * 4
+    store.close()
+    assert not any(thread.is_alive() for thread in ahead._threads)
+
+
+def test_what_fails_in_the_background_fails_for_whoever_needs_it(monkeypatch):
+    store, (_, k, v) = OffloadedStore(placement(plan_of()), ahead=ThreadPoolExecutor(1)), inputs(900)
+    store.append(k, v)
+    store.settle()
+    read = store._tiers.read
+    monkeypatch.setattr(store._tiers, "read", lambda *args: (_ for _ in ()).throw(OSError("gone")))
+    store.expect(torch.tensor([[320]]), torch.tensor([1]), 16)
+    store.wait()
+    monkeypatch.setattr(store._tiers, "read", read)
+    keys, out = store.view()[0], torch.empty(K, 8, D)
+    with pytest.raises(OSError, match="gone"):
+        keys.gather(torch.arange(320, 328)[None], slice(None), out)
+    assert torch.equal(keys.gather(torch.arange(320, 328)[None], slice(None), out), k[:, 320:328])  # it is not asked for ever again
+    store.close()
 
 
 def test_closing_gives_everything_back(tmp_path):

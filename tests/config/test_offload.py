@@ -42,6 +42,7 @@ CASES = {
     ),
     "no size": ([*HOST, "offload.device_tok=null"], "offload.device_tok is not set and must be a whole number: tokens of a layer"),
     "none at all": (["+pipeline=3stage", "offload.name=host"], "offload.device_tok is not set"),
+    "no truth": ([*HOST, "offload.prefetch=maybe"], "offload.prefetch=maybe must be true or false, as in offload.prefetch=true"),
     "an empty device": ([*HOST, "offload.device_tok=0"], "offload.device_tok=0 must be at least 1"),
     "an empty host": ([*HOST, "offload.host_bytes=-5"], "offload.host_bytes=-5 must be at least 1"),
     "an empty disk": ([*DISK, "offload.disk_tok=0"], "offload.disk_tok=0 must be at least 1"),
@@ -318,3 +319,9 @@ def test_the_strategy_says_where_keys_and_values_are():
         "keys and values: 262144 tokens a layer in host memory, the rest on disk (as much as there is), in fp8; on the device 64 MiB for all "
         "layers, lru decides which; prompts of up to 1.0 GiB a layer are read layer by layer"
     ]
+
+
+@pytest.mark.parametrize(("word", "value"), [("true", True), ("True", True), ("1", True), ("false", False), ("False", False), ("0", False)])
+def test_truth_is_understood_as_sweep_agents_print_it(word, value):
+    assert compose([*HOST, f"offload.prefetch={word}", f"pipeline.late_refresh={word}"]).offload.prefetch is value
+    assert compose([*HOST, f"pipeline.late_refresh={word}"]).pipeline.late_refresh is value

@@ -34,7 +34,7 @@ def test_tokens_are_those_of_a_resident_cache(loaded, tokens, data):
         stage.representative = data.draw(st.sampled_from(Representative))
     offload = Offload(
         "host", device_tok=LEAST_TOK + data.draw(st.sampled_from([0, 8, 200, 4096])), policy=data.draw(st.sampled_from(POLICIES)),
-        prefill_bytes=data.draw(st.sampled_from([0, 1 << 30])),
+        prefill_bytes=data.draw(st.sampled_from([0, 1 << 30])), prefetch=data.draw(st.booleans()),
     )  # fmt: skip
     prompts = [tokens[: data.draw(st.integers(400, 900))], tokens[100:150]]
     for ours, resident in zip(made_with(loaded, pipeline, prompts, offload), made_with(loaded, pipeline, prompts), strict=True):
