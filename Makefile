@@ -18,7 +18,7 @@ DEV := $(VENV)/.dev
 PIP := $(RUN) -m pip --disable-pip-version-check install --constraint constraints.txt --no-build-isolation
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check check-official needle needle-table aot bench-cpu link-table gpu repro-table2
+.PHONY: help setup demo test test-all check check-official needle needle-table needle-1m aot bench-cpu link-table gpu repro-table2
 
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,10 @@ aot: $(DEV) ## compile every kernel for five kinds of GPU, without one: register
 bench-cpu: $(CORE) ## attention alone on this CPU: 3stage and 3stage_scan against torch's fastest dense path, with recall (11 minutes)
 	$(RUN) -m hipexp -m +pipeline=3stage,3stage_scan $(ALONE) 'task.phases=[prefill]'
 	$(RUN) -m hipexp -m +pipeline=3stage,3stage_scan $(ALONE) 'task.contexts_tok=[131072,524288,1048576]' 'task.phases=[decode]'
+
+needle-1m: $(CORE) ## a pass key in 1,048,576 tokens at five depths: 64 MB on the device, the rest in memory and on disk (an hour; resumable)
+	$(RUN) -m hipexp +pipeline=3stage_long offload=disk offload.device_tok=null offload.device_bytes=64000000 offload.host_tok=262144 \
+	  task=passkey 'task.lengths_tok=[1048576]' 'task.depths=[0.0,0.25,0.5,0.75,1.0]' task.samples=1
 
 link-table: $(CORE) ## what offload moves over the link at 32K, 64K and 128K, scaled to 1M (some two hours; resumable)
 	$(RUN) -m hipexp.run.link_traffic

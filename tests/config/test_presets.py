@@ -11,6 +11,7 @@ from hipexp.config.schema import AttendRope, Heads, PruneRope, Representative
 OPTIONS = group_options(conf_dir())
 PRESETS = [name for name in OPTIONS["pipeline"] if name != DENSE]
 FIRST_THREE = {0, 1, 2}
+SCANS = ("3stage_scan", "3stage_long")
 
 # chunk_tok, keep_tok, query_stride_tok and refresh_steps of each stage.
 THREE = [(256, 32768, 4, 16), (32, 8192, 4, 8), (8, 2048, 1, 4)]
@@ -20,6 +21,7 @@ STAGES = {
     "3stage_fast": [(256, 32768, 4, 32), (32, 8192, 4, 16), (8, 2048, 1, 8)],
     "3stage_flash": [(256, 32768, 4, 96), (32, 8192, 4, 24), (8, 2048, 1, 8)],
     "3stage_scan": THREE,
+    "3stage_long": [(256, 8192, 16, 16), (64, 2048, 4, 8), (8, 512, 1, 4)],  # ours
     "5k": FIVE,
     "3k_5k": THREE,
     "16k_shallow": [(32, 16384, 1, 8)],
@@ -44,15 +46,16 @@ def test_preset_has_the_published_numbers(name):
     assert numbers(pipeline.stages) == STAGES[name]
     assert (pipeline.sink_tok, pipeline.window_tok, pipeline.heads) == (256, 1024, Heads.shared)
     assert (pipeline.rope.prune, pipeline.rope.attend) == (PruneRope.relative, AttendRope.streaming)
-    assert all(s.query_block_tok == 64 for s in pipeline.stages)
+    blocks = [s.query_block_tok for s in pipeline.stages]
+    assert blocks == ([256, 64, 64] if name == "3stage_long" else [64] * len(blocks))
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_only_3stage_scan_has_other_scores_than_descents(name):
+def test_only_scans_have_other_scores_than_descents(name):
     for plan in compose([f"+pipeline={name}"]).pipeline.plan(5):
         for stages in (plan.stages, plan.decode):
-            others = dict.fromkeys((0, 1), Representative.bounds) if name == "3stage_scan" else {}
-            usual = Representative.exact if name == "3stage_scan" else Representative.descent
+            others = dict.fromkeys((0, 1), Representative.bounds) if name in SCANS else {}
+            usual = Representative.exact if name in SCANS else Representative.descent
             assert [stage.representative for stage in stages] == [others.get(i, usual) for i in range(len(stages))]
 
 
@@ -69,10 +72,11 @@ def test_preset_passes_the_checks_in_every_layer(name, layers):
         assert {s.rope for s in plan.stages + plan.decode} <= {PruneRope.chunk_indexed if early else PruneRope.relative}
 
 
-@pytest.mark.parametrize("name", ["3stage", "3stage_fast", "3stage_flash", "3stage_scan", "3k_5k"])
+@pytest.mark.parametrize("name", ["3stage", "3stage_fast", "3stage_flash", *SCANS, "3k_5k"])
 def test_the_first_layers_keep_twice_as_much(name):
     kept = [plan.stages[-1].keep_tok for plan in compose([f"+pipeline={name}"]).pipeline.plan(5)]
-    assert kept == [4096, 4096, 4096, 2048, 2048]
+    usual = STAGES[name][-1][1]
+    assert kept == [2 * usual] * 3 + [usual] * 2
 
 
 def test_3k_5k_decodes_with_the_stages_of_5k():
