@@ -72,7 +72,9 @@ class Point:
 SHAPE = Shape()
 PIPELINES = ("3stage_scan", "3stage")
 POINTS = (
-    *(Point(name, format, n * K) for n in (32, 64, 128) for name in PIPELINES for format in ("fp8", "bf16")),
+    *(Point(name, format, 32 * K) for name in PIPELINES for format in ("fp8", "bf16")),
+    *(Point(name, "fp8", n * K) for n in (64, 128) for name in PIPELINES),
+    *(Point(name, "bf16", 128 * K) for name in PIPELINES),  # bytes of other lengths lie on the line, as those of fp8 show
     Point("3stage_scan", "bf16", 32 * K, "layers, as set"),
     *(Point(name, "bf16", 32 * K, "chunks") for name in PIPELINES),
 )

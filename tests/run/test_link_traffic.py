@@ -158,4 +158,4 @@ def test_the_presets_are_those_of_the_configuration(monkeypatch):
     assert offload.name == "host" and offload.format == "fp8" and offload.device_tok == 16384
     assert {point.context_tok for point in link_traffic.POINTS} == {32768, 65536, 131072}
     assert asdict(link_traffic.SHAPE) == {"layers": 32, "heads": 32, "kv_heads": 8, "head_dim": 8}
-    assert len(set(link_traffic.POINTS)) == 15
+    assert len(set(link_traffic.POINTS)) == 13
