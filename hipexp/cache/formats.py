@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from hipexp.config.schema import INT4_GROUP, ConfigError
+from hipexp.config.schema import FORMATS, INT4_GROUP, ConfigError
 
 E4M3_MAX = 448.0  # the largest number of float8_e4m3fn
 SMALLEST = torch.finfo(torch.float32).tiny
@@ -184,15 +184,12 @@ def _divisor(scales: Tensor) -> Tensor:
     return torch.where(scales > 0, scales.float(), 1.0)
 
 
-FORMATS = ("auto", "bf16", "fp8", "int8", "int4")
-
-
 def make_format(name: str, dtype: torch.dtype, page_tok: int, head_dim: int) -> Format:
     """The format ``name`` for pages of ``page_tok`` tokens of a model whose numbers are ``dtype``.
 
-    Raises ConfigError for another name, ValueError for a ``head_dim`` that is no multiple of 4.
+    Raises ConfigError for another name, ValueError for a ``head_dim`` that int4 cannot pack.
     """
-    if head_dim % 4 or head_dim < 1:
+    if name == "int4" and head_dim % 4:
         raise ValueError(f"head_dim={head_dim} must be a multiple of 4")
     if name in ("auto", "bf16"):
         return Plain(dtype, page_tok, head_dim, dtype if name == "auto" else torch.bfloat16)

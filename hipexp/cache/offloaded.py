@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -110,11 +111,12 @@ class OffloadedStore:
             self._move(self._kept_from(self.length), self.placement.newest_tok)
 
     def close(self) -> None:
-        if self._ahead is not None:
-            self._ahead.shutdown()
-        if self._tiers is not None:
-            self._tiers.close()
         self._newest, self._pool = [], None
+        with ExitStack() as closing:  # both, whatever one of them raises
+            if self._tiers is not None:
+                closing.callback(self._tiers.close)
+            if self._ahead is not None:
+                closing.callback(self._ahead.shutdown)
 
     @property
     def bytes(self) -> int:

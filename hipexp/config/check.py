@@ -13,9 +13,10 @@ from importlib.util import find_spec
 from urllib.parse import urlsplit
 
 from hipexp.config.model import ModelFacts, read_facts
-from hipexp.config.offload import FORMATS, POLICIES, check_folder, check_sizes
+from hipexp.config.offload import POLICIES, check_chunks, check_folder, check_sizes, page_tok_of
 from hipexp.config.overrides import DENSE
 from hipexp.config.schema import (
+    FORMATS,
     ConfigError,
     Experiment,
     LayerPlan,
@@ -109,6 +110,7 @@ def check_layers(experiment: Experiment, facts: ModelFacts) -> None:
         _check_plan(experiment.pipeline, plan, experiment.model)
     if experiment.offload.on:
         check_sizes(experiment.offload, plans, facts)
+        check_chunks(experiment.offload, page_tok_of(plans), experiment.model.prefill_chunk_tok)
 
 
 def _check_pipeline(pipeline: Pipeline, model: Model) -> None:

@@ -182,4 +182,6 @@ def _words(kind: Any) -> str:
     kind = required(kind)
     if isinstance(kind, type) and issubclass(kind, Enum):
         return "one of " + ", ".join(kind.__members__)
-    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(kind, "a list" if is_list(kind) else "given field by field")
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(
+        kind, "a list" if is_list(kind) else "given field by field"
+    )

@@ -86,10 +86,10 @@ def facts_in(path: Path, model: Model) -> ModelFacts:
             f"{'='.join(files_of(model))}: config.json must give num_hidden_layers and max_position_embeddings; "
             "for a missing trained length set model.trained_tok"
         )
-    return ModelFacts(0, trained_tok) if served else ModelFacts(layers, trained_tok, *_head_sizes(config), _itemsize(model, config, whole))
+    return ModelFacts(0, trained_tok) if served else ModelFacts(layers, trained_tok, *head_sizes(config), _itemsize(model, config, whole))
 
 
-def _head_sizes(config: dict[str, Any]) -> tuple[int, int]:
+def head_sizes(config: dict[str, Any]) -> tuple[int, int]:
     """Key/value heads and head dimension, 0 for what is not said."""
     heads = config.get("num_attention_heads") or 0
     head_dim = config.get("head_dim") or (config.get("hidden_size", 0) // heads if heads else 0)

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hipexp.config.model import ModelFacts
-from hipexp.config.schema import PAGE_TOK, ConfigError, LayerPlan, Offload, page_bytes
+from hipexp.config.schema import FORMATS, INT4_GROUP, PAGE_TOK, ConfigError, LayerPlan, Offload, page_bytes
 
-FORMATS = ("auto", "bf16", "fp8", "int8", "int4")
 POLICIES = ("lru", "clock", "lfu")
 SPARED_DISK_BYTES = 1 << 30  # for the files of the run itself and for what others write meanwhile
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
@@ -63,6 +62,23 @@ def kept_tok(plan: LayerPlan) -> int:
     return max((stages[-1].keep_tok for stages in (plan.stages, plan.decode) if stages), default=0)
 
 
+def page_tok_of(plans: list[LayerPlan]) -> int:
+    """Tokens of a page for layers with these plans: a chunk of any last stage fits."""
+    return max([PAGE_TOK, *(stages[-1].chunk_tok for plan in plans for stages in (plan.stages, plan.decode) if stages)])
+
+
+def check_chunks(offload: Offload, page_tok: int, prefill_chunk_tok: int) -> None:
+    """Refuse parts of a prompt that cut a page of a lossy format; raises ConfigError.
+
+    A page is rounded when it is whole, and what queries of the next part see of it must not depend on where the prompt was cut.
+    """
+    if offload.on and offload.format != "auto" and prefill_chunk_tok % page_tok:
+        raise ConfigError(
+            f"model.prefill_chunk_tok={prefill_chunk_tok} must be whole pages of {page_tok} tokens with offload.format={offload.format}, "
+            f"which rounds a page at a time; try {max(1, prefill_chunk_tok // page_tok) * page_tok}"
+        )
+
+
 def sizes(offload: Offload, plans: list[LayerPlan], facts: ModelFacts) -> Sizes:
     """The sizes of the tiers for layers with these plans. Raises ConfigError where the model does not say how large its heads are."""
     if not facts.kv_heads or not facts.head_dim:
@@ -70,7 +86,7 @@ def sizes(offload: Offload, plans: list[LayerPlan], facts: ModelFacts) -> Sizes:
             f"offload={offload.name} has to know how large keys and values are, and the model's config.json does not say it; "
             "it must give num_attention_heads, and num_key_value_heads and head_dim where they are not as usual"
         )
-    page_tok = max([PAGE_TOK, *(stages[-1].chunk_tok for plan in plans for stages in (plan.stages, plan.decode) if stages)])
+    page_tok = page_tok_of(plans)
     token = 2 * facts.kv_heads * facts.head_dim * facts.itemsize
     page = 2 * facts.kv_heads * page_bytes(offload.format, page_tok, facts.head_dim, facts.itemsize)
 
@@ -84,16 +100,25 @@ def sizes(offload: Offload, plans: list[LayerPlan], facts: ModelFacts) -> Sizes:
 
 
 def check_sizes(offload: Offload, plans: list[LayerPlan], facts: ModelFacts) -> None:
-    """Refuse a device that could not hold what a query attends to, and tiers below a page; raises ConfigError."""
+    """Refuse a device that could not hold what a query attends to, tiers below a page, heads that a format cannot pack.
+
+    Raises ConfigError.
+    """
     told = sizes(offload, plans, facts)
+    if offload.format == "int4" and facts.head_dim % 4:
+        raise ConfigError(
+            f"offload.format=int4 packs {INT4_GROUP} numbers of a head: its dimension must be a multiple of 4, and this model's is "
+            f"{facts.head_dim}; use int8"
+        )
     greedy = max(plans, key=lambda plan: plan.sink_tok + plan.window_tok + kept_tok(plan))
-    kept, needed = kept_tok(greedy), greedy.sink_tok + greedy.window_tok + kept_tok(greedy) + told.page_tok
+    kept = kept_tok(greedy)
+    needed = greedy.sink_tok + greedy.window_tok + told.page_tok + max(1, kept)  # a pool has a slot at least
     if told.device_tok < needed:
         key, shown = _named(offload, "device"), f"at least {needed}"
         if offload.device_tok is None:
             shown += f" tokens in each of {told.layers} layers, which are {needed * told.token_bytes * told.layers} bytes"
         what = f"sinks, a window of {greedy.window_tok}, the {kept} tokens that layer {greedy.layer} keeps and a page"
-        what = what if kept else f"sinks, a window of {greedy.window_tok} tokens (layer {greedy.layer}) and a page"
+        what = what if kept else f"sinks, a window of {greedy.window_tok} tokens (layer {greedy.layer}), a page and a token"
         raise ConfigError(f"{key} must hold {what}: {shown}; raise it, or let the pipeline keep less")
     for tier, tokens in (("host", told.host_tok), ("disk", told.disk_tok)):
         if tokens is not None and tokens < told.page_tok and (tier == "host" or offload.disk_dir is not None):
@@ -116,7 +141,7 @@ def check_fits(offload: Offload, plans: list[LayerPlan], facts: ModelFacts, cont
     _check_limits(offload, told, context_tok)
     names, has = ("host memory", f"disk in offload.disk_dir={offload.disk_dir}"), (room.host_bytes, room.disk_bytes)
     for tier, (name, needed, free) in enumerate(zip(names, needs(told, context_tok, rows), has, strict=True)):
-        if free is None or needed <= free:
+        if not needed or free is None or needed <= free:
             continue
         others = {other: sizes(dataclasses.replace(offload, format=other), plans, facts) for other in FORMATS}
         smaller = [f"offload.format={other}" for other, size in others.items() if needs(size, context_tok, rows)[tier] <= free]
@@ -161,11 +186,12 @@ def room_for(offload: Offload, taken_bytes: int = 0) -> Room:
     """What this machine can spare for the tiers, ``taken_bytes`` of host memory being promised to something else.
 
     A tenth of the available memory is left: the system's figure is an estimate that counts files it may drop, which it reads again
-    if it does, and a step needs memory of its own.
+    if it does, and a step needs memory of its own. Of the disk a tenth is left too, or a GiB if that is less.
     """
     available, folder = available_bytes(), disk_folder(offload)
     host = None if available is None else available - available // 10 - taken_bytes
-    return Room(host, None if folder is None else shutil.disk_usage(folder).free - SPARED_DISK_BYTES)
+    free = None if folder is None else shutil.disk_usage(folder).free
+    return Room(host, None if free is None else free - min(SPARED_DISK_BYTES, free // 10))
 
 
 def available_bytes(meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> int | None:

@@ -33,6 +33,8 @@ def key_fields(experiment: Experiment) -> dict[str, Any]:
     fields = to_plain(experiment)
     del fields["track"], fields["task"]["data"]  # a path; what the data are is in ``extra``
     fields["offload"] = offload_fields(experiment.offload)
+    if experiment.task.name == "recall" and experiment.offload.on:  # where keys lie is nothing to it
+        fields["offload"] = {"format": experiment.offload.format}
     for name in MODEL_SOURCE:
         del fields["model"][name]
     if experiment.pipeline is not None:

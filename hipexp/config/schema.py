@@ -221,6 +221,7 @@ class Offload:
         return self.name != "none"
 
 
+FORMATS = ("auto", "bf16", "fp8", "int8", "int4")  # of keys and values off the device
 PAGE_TOK = 64  # tokens of a page off the device, or those of a chunk of the last stage if they are more
 INT4_GROUP = 32  # numbers that share a scale and a least value
 

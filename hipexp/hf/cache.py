@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -128,9 +129,10 @@ class SequenceCache(Cache):
 
     def close(self) -> None:
         """The sequences are finished: give back what they hold."""
-        for layer in self.layers:
-            for row in layer.rows:
-                row.store.close()
+        with ExitStack() as closing:  # every one, whatever one of them raises
+            for layer in self.layers:
+                for row in layer.rows:
+                    closing.callback(row.store.close)
 
     @property
     def bytes(self) -> int:

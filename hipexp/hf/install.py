@@ -21,7 +21,7 @@ from hipexp.cache.offloaded import OffloadedStore, Placement
 from hipexp.cache.resident import ResidentStore
 from hipexp.cache.summaries import KeySummaries
 from hipexp.cache.tiers import Disk
-from hipexp.config.model import ModelFacts
+from hipexp.config.model import ModelFacts, head_sizes
 from hipexp.config.offload import Sizes, check_sizes, disk_folder, sizes
 from hipexp.config.schema import ConfigError, Heads, LayerPlan, Offload, Pipeline, PruneRope, Stage
 from hipexp.hf.cache import NewStore, SequenceLayer, SequenceState
@@ -168,9 +168,7 @@ def _places(model: PreTrainedModel, layers: dict[int, LayerAttention], offload: 
     """How large the tiers are and where each layer's keys and values go; nothing if all stay on the device."""
     if offload.name == "none":
         return None, {}
-    config = model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    facts = ModelFacts(len(layers), 0, config.num_key_value_heads, head_dim, model.dtype.itemsize)
+    facts = ModelFacts(len(layers), 0, *head_sizes(model.config.get_text_config().to_dict()), model.dtype.itemsize)
     told = sizes(offload, [layer.plan for layer in layers.values()], facts)
     check_sizes(offload, [layer.plan for layer in layers.values()], facts)
     return told, {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hipexp.config.offload import check_chunks
 from hipexp.hf.cache import SequenceCache
 from hipexp.hf.install import Installed
 from hipexp.hf.layer_major import run_layer_major
@@ -54,10 +56,13 @@ def generate(
     Prompts are prefilled one by one, ``prefill_chunk_tok`` tokens at a time (``progress`` is told how many), and decoded together;
     so a prompt gives the same tokens alone and in a batch. ``installed``: whose offload decides where keys and values lie; None: all on the
     device. No answer begins with one of ``not_first``. Raises ValueError for an empty
-    prompt or a ``prefill_chunk_tok`` that cuts a query block, and FloatingPointError if the model's logits are not finite.
+    prompt or a ``prefill_chunk_tok`` that cuts a query block, ConfigError for one that cuts a page of a lossy format,
+    and FloatingPointError if the model's logits are not finite.
     """
     if any(not prompt for prompt in prompts):
         raise ValueError("every prompt needs at least one token")
+    if installed and installed.sizes:
+        check_chunks(installed.offload, installed.sizes.page_tok, prefill_chunk_tok)
     memory = PeakMemory()
     memory.start()
     out, last = [Generation() for _ in prompts], []
@@ -75,8 +80,9 @@ def generate(
             result.peak_bytes, result.cache_bytes, result.traffic = memory.peak(), cache.bytes, cache.traffic
             result.exact = cache.pruned_blocks == 0
     finally:
-        for cache in caches:
-            cache.close()
+        with ExitStack() as closing:  # every one, whatever one of them raises
+            for cache in caches:
+                closing.callback(cache.close)
     return out
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from hipexp.attention.reads import ReadRecorder, units_of
 from hipexp.cache.traces import Header, TraceWriter
+from hipexp.config.model import head_sizes
 from hipexp.config.schema import Pipeline
 from hipexp.hf.install import install
 from hipexp.hf.load import Loaded
@@ -30,11 +31,10 @@ def record(
 
     ``pipeline`` has stages. ``about`` goes into the trace's header. Raises as ``generate``; then the trace has no end and is refused.
     """
-    config = loaded.model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_heads, head_dim = head_sizes(loaded.model.config.get_text_config().to_dict())
     key_bytes = head_dim * loaded.model.dtype.itemsize
     with install(loaded.model, pipeline, loaded.trained_tok) as installed:
-        units = {i: units_of(layer.plan, config.num_key_value_heads, key_bytes) for i, layer in installed.layers.items()}
+        units = {i: units_of(layer.plan, kv_heads, key_bytes) for i, layer in installed.layers.items()}
         with TraceWriter(path, Header(units, about)) as writer:
             for i, layer in installed.layers.items():
                 layer.listener = ReadRecorder(writer, layer.plan, units[i], phases)

@@ -16,7 +16,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hipexp.config.check import CONTEXT_TOK, TEXTS, check_experiment
-from hipexp.config.schema import PAGE_TOK, ConfigError, Experiment, LayerPlan, Offload, Pipeline, Task, read_geometry
+from hipexp.config.offload import page_tok_of
+from hipexp.config.schema import ConfigError, Experiment, LayerPlan, Offload, Pipeline, Task, read_geometry
 from hipexp.report.tables import text_table
 from hipexp.run import attention_point
 from hipexp.run.job import Job
@@ -315,7 +316,7 @@ def stages_of(
     plan, tables = attention.plan, attention.tables or RopeTables(no_rope, 0)
     size = plan.stages[0].query_block_tok
     memory, blocks = Memory(), QueryBlocks.cut(own, begin, size)
-    kept = as_kept(k[:, : begin + own.shape[1]], offload.format, PAGE_TOK, plan.sink_tok)
+    kept = as_kept(k[:, : begin + own.shape[1]], offload.format, page_tok_of([plan]), plan.sink_tok)
     METHODS[attention.method](plan, plan.stages, blocks, kept, tables, memory)
     out: Stages = [{name: [] for name in (*VALUES, "fixed")} for _ in plan.stages]
     for row in range(own.shape[1] // (2 * ROWS), own.shape[1], max(1, own.shape[1] // ROWS)):

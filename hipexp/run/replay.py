@@ -232,8 +232,8 @@ def check_recordable(experiment: Experiment) -> None:
         raise ConfigError("replay record needs a pipeline with stages, as nothing else chooses what it reads; add +pipeline=3stage")
     if experiment.offload.on:
         raise ConfigError(
-            f"replay record: offload={experiment.offload.name} would change nothing in a trace: it says what is read, wherever that lies; "
-            "leave it out, and try its sizes and policies on the trace, as in replay <trace> sizes=8192 policies=clock"
+            f"replay record: offload={experiment.offload.name} has no place here: a trace says what a resident run reads, in the "
+            "model's own format; leave it out, and try its sizes and policies on the trace, as in replay <trace> sizes=8192 policies=clock"
         )
     if experiment.task.name in ("latency", "recall"):
         raise ConfigError(f"replay record needs a task with prompts, and task={experiment.task.name} has none; use task=passkey")

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -291,6 +292,30 @@ def test_what_fails_in_the_background_fails_for_whoever_needs_it(monkeypatch):
     with pytest.raises(OSError, match="gone"):
         keys.gather(torch.arange(320, 328)[None], slice(None), out)
     assert torch.equal(keys.gather(torch.arange(320, 328)[None], slice(None), out), k[:, 320:328])  # it is not asked for ever again
+    store.close()
+
+
+def test_nobody_writes_while_units_are_read_in_the_background(monkeypatch):
+    """Host memory may move when it grows."""
+    ahead, (_, k, v) = ThreadPoolExecutor(1), inputs(900)
+    store, order, reading, go_on = OffloadedStore(placement(plan_of()), ahead=ahead), [], threading.Event(), threading.Event()
+    store.append(k[:, :832], v[:, :832])
+    store.settle()
+    read, write = store._tiers.read, store._tiers.write
+
+    def slow(*args):
+        reading.set()
+        go_on.wait(10)
+        order.append("read")
+        return read(*args)
+
+    monkeypatch.setattr(store._tiers, "read", slow)
+    monkeypatch.setattr(store._tiers, "write", lambda *args: (order.append("written"), write(*args))[1])
+    store.expect(torch.tensor([[320]]), torch.tensor([1]), 16)
+    assert reading.wait(10)
+    threading.Timer(0.2, go_on.set).start()
+    store.append(k[:, 832:], v[:, 832:])
+    assert order == ["read", "written"]
     store.close()
 
 

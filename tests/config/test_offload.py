@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -78,9 +79,19 @@ TOO_SMALL = {
         "the 4096 tokens that layer 0 keeps and a page: at least 5440",
     ),
     "a window": (["+pipeline=16k_shallow"], "a window of 131072, the 16384 tokens that layer 0 keeps and a page: at least 147776"),
+    "parts of pages": (
+        [
+            "offload.format=fp8",
+            "pipeline.stages.2.query_block_tok=16",
+            "pipeline.stages.1.query_block_tok=16",
+            "pipeline.stages.0.query_block_tok=16",
+            "model.prefill_chunk_tok=8208",
+        ],
+        "model.prefill_chunk_tok=8208 must be whole pages of 64 tokens with offload.format=fp8, which rounds a page at a time; try 8192",
+    ),
     "no stages": (
-        ["+pipeline=streaming", "offload.device_tok=1343"],
-        "offload.device_tok=1343 must hold sinks, a window of 1024 tokens (layer 0) and a page: at least 1344",
+        ["+pipeline=streaming", "offload.device_tok=1344"],
+        "offload.device_tok=1344 must hold sinks, a window of 1024 tokens (layer 0), a page and a token: at least 1345",
     ),
     "a large chunk": (
         ["+pipeline=1stage", "pipeline.stages.0.chunk_tok=256", "pipeline.layers.early.range=''", "offload.device_tok=3583"],
@@ -125,7 +136,8 @@ def test_a_tier_that_is_too_small_is_refused(words, message):
     [
         ["offload.device_tok=5440"],
         ["offload.device_tok=null", f"offload.device_bytes={5440 * TOKEN * 5}"],
-        ["+pipeline=streaming", "offload.device_tok=1344"],
+        ["+pipeline=streaming", "offload.device_tok=1345"],
+        ["offload.format=fp8", "model.prefill_chunk_tok=128"],
         ["offload.host_tok=64"],
         [f"offload.host_bytes={64 * TOKEN * 5}"],
     ],
@@ -325,3 +337,21 @@ def test_the_strategy_says_where_keys_and_values_are():
 def test_truth_is_understood_as_sweep_agents_print_it(word, value):
     assert compose([*HOST, f"offload.prefetch={word}", f"pipeline.late_refresh={word}"]).offload.prefetch is value
     assert compose([*HOST, f"pipeline.late_refresh={word}"]).pipeline.late_refresh is value
+
+
+def test_int4_wants_groups_of_four(tmp_path):
+    with pytest.raises(ConfigError, match="its dimension must be a multiple of 4, and this model's is 6; use int8"):
+        check_layers(composed(["offload.format=int4"]), replace(FACTS, head_dim=6))
+    check_layers(composed([]), replace(FACTS, head_dim=6))
+
+
+def test_a_disk_of_which_nothing_is_needed_may_be_full(tmp_path):
+    one = compose([*DISK, f"offload.disk_dir={tmp_path}"])
+    check_fits(one.offload, plans_of(one), FACTS, 262144, 1, Room(1 << 40, 0))
+    with pytest.raises(ConfigError, match=r"disk in offload\.disk_dir="):
+        check_fits(one.offload, plans_of(one), FACTS, 262144 + 1, 1, Room(1 << 40, 0))
+
+
+def test_of_a_small_disk_a_tenth_is_spared(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=200_000_000))
+    assert room_for(compose([*DISK, f"offload.disk_dir={tmp_path}"]).offload).disk_bytes == 180_000_000

@@ -89,3 +89,12 @@ def test_the_key_is_a_hash_that_stays():
 def test_what_is_not_a_number_is_refused():
     with pytest.raises(ValueError):
         key(score=float("nan"))
+
+
+def test_of_an_offload_recall_depends_on_the_format_only():
+    def key_of(*words):
+        return run_key(compose(["+pipeline=3stage", "task=recall", "offload=host", *words]), model_revision="abc", extra={})
+
+    first = key_of("offload.format=fp8")
+    assert first == key_of("offload.format=fp8", "offload.device_tok=8192", "offload.policy=lru")
+    assert first != key_of("offload.format=int4")

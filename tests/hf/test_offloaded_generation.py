@@ -81,6 +81,41 @@ def test_a_device_below_the_minimum_is_refused(loaded, pipeline):
             pass
 
 
+def test_the_smallest_device_of_a_pipeline_without_stages_works(loaded, tokens):
+    streaming = Pipeline(method="streaming", sink_tok=16, window_tok=128)
+    offload = Offload("host", device_tok=16 + 128 + PAGE_TOK + 1)
+    assert made_with(loaded, streaming, [tokens], offload)[0].tokens == made_with(loaded, streaming, [tokens])[0].tokens
+
+
+def test_parts_of_a_prompt_are_whole_pages_of_a_lossy_format(loaded, pipeline, tokens):
+    """So that what a query sees of a page does not depend on them; of a lossless one they may be anything that is whole blocks."""
+    for stage in pipeline.stages:
+        stage.query_block_tok = 16
+    offload = Offload("host", device_tok=LEAST_TOK, format="fp8")
+    with pytest.raises(ConfigError, match=r"model\.prefill_chunk_tok=96 must be whole pages of 64 tokens"):
+        made_with(loaded, pipeline, [tokens], offload, prefill_chunk_tok=96)
+    answers = {tuple(made_with(loaded, pipeline, [tokens], offload, prefill_chunk_tok=n)[0].tokens) for n in (64, 192, 1408)}
+    assert len(answers) == 1
+    made_with(loaded, pipeline, [tokens], Offload("host", device_tok=LEAST_TOK), prefill_chunk_tok=96)
+
+
+def test_everything_is_closed_whatever_one_store_raises(loaded, pipeline, tokens, monkeypatch):
+    from hipexp.cache.tiers import Tiers
+
+    closed, close = [], Tiers.close
+
+    def interrupted(tiers: Tiers) -> None:
+        close(tiers)
+        closed.append(tiers)
+        if len(closed) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Tiers, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        made_with(loaded, pipeline, [tokens[:500], tokens[100:600]], Offload("host", device_tok=LEAST_TOK, prefetch=True))
+    assert len(closed) == 2 * LAYERS
+
+
 def test_a_full_disk_is_an_error_that_leaves_nothing(loaded, pipeline, tokens, tmp_path):
     offload = Offload("disk", device_tok=LEAST_TOK, host_tok=PAGE_TOK, disk_tok=4 * PAGE_TOK, disk_dir=str(tmp_path))
     before = open_files()

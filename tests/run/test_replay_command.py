@@ -114,7 +114,7 @@ def test_a_replay_needs_no_torch(trace):
         (["record", "+pipeline=streaming"], "needs a pipeline with stages"),
         (
             ["record", *SMALL, "offload=host"],
-            "offload=host would change nothing in a trace: it says what is read, wherever that lies; leave it out",
+            "offload=host has no place here: a trace says what a resident run reads",
         ),
         (["record", "+pipeline=3stage", "task=latency"], "task=latency has none; use task=passkey"),
         (["record", *SMALL, "pipeline.stages.1.chunk_tok=48"], "chunk_tok=48 must divide"),
