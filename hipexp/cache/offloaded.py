@@ -12,10 +12,11 @@ attention asks for is fetched when its list is final: a table says what lies in 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from hipexp_kernels.paged import KV, Paged
+from hipexp_kernels.paged import KV, Paged, Places
 from torch import Tensor
 
 from hipexp.cache.residency import Residency
@@ -167,7 +168,7 @@ class OffloadedStore:
         if len(wanted) > pool.capacity:
             wanted = wanted.unique()
         if len(wanted) <= pool.capacity:
-            self._bring(which, wanted, traffic)
+            self._bring(wanted, traffic)
             place = pool.place(number, token, head).masked_fill_(near, 0)
             torch.index_select(pool.rows, 0, place.flatten(), out=rows)
             return
@@ -191,24 +192,68 @@ class OffloadedStore:
         traffic.add(Traffic(hits=hits, misses=misses, uncached=1))
         self._count(traffic, moved, started)
 
-    def _bring(self, which: int, wanted: Tensor, traffic: Traffic) -> None:
+    def bring(self, whiches: Sequence[int], begin: Tensor, end: Tensor, reader: str, past: bool) -> tuple[Places, ...] | None:
+        """Have keys (0) or values (1), or both, of the runs from ``begin`` to ``end`` on the device; see :meth:`Paged.bring`."""
+        assert self._pool is not None
+        pool, newest = self._pool, self._newest[0]
+        base = pool.bases(begin.clamp(min=pool.sink_tok), end.clamp(max=self._begin))
+        wanted = torch.cat([base + which for which in whiches])
+        traffic = self.traffic.of("decode" if self.decoding else "prefill", reader)
+        if len(wanted) <= pool.capacity:
+            self._bring(wanted, traffic)
+            pool.residency.know(pool.n_numbers(self._begin))
+            slots, table, sinks = pool.slots, pool.residency.table, pool.capacity
+        elif past:
+            slots, table = self._beside(wanted, traffic)
+            sinks = len(wanted)
+        else:
+            return None
+        rows = [self._newest[which] for which in whiches]
+        assert all(x.shape == newest.shape for x in rows)
+        return tuple(
+            Places(slots, table, x, self._begin, which, pool.lists, pool.n_sinks, sinks) for x, which in zip(rows, whiches, strict=True)
+        )
+
+    def _beside(self, wanted: Tensor, traffic: Traffic) -> tuple[Tensor, Tensor]:
+        """Slots and table for units ``wanted``, which the pool has no room for and which leave it alone; its sinks lie behind them."""
+        assert self._pool is not None
+        pool, n = self._pool, len(wanted)
+        slots = pool.slots.new_empty(n + pool.n_sinks, *pool.slots.shape[1:])
+        slots[n:] = pool.slots[pool.capacity :]
+        there = pool.has(wanted)
+        here, elsewhere = there.nonzero().flatten(), (~there).nonzero().flatten()
+        if len(here):
+            slots.index_copy_(0, here, pool.slots.index_select(0, pool.residency.table[wanted[here] - pool.n_sinks]))
+        traffic.add(Traffic(hits=len(here), misses=len(elsewhere), uncached=1))
+        self._fetch(wanted[elsewhere], slots, elsewhere, traffic)
+        table = torch.full((pool.n_numbers(self._begin),), -1, dtype=torch.int32, device=slots.device)
+        table[wanted - pool.n_sinks] = torch.arange(n, dtype=torch.int32, device=slots.device)
+        return slots, table
+
+    def _bring(self, wanted: Tensor, traffic: Traffic) -> None:
         """Have the units ``wanted``, distinct numbers and none of the sinks, in the pool."""
-        assert self._pool is not None and self._tiers is not None
+        assert self._pool is not None
         pool = self._pool
         fetched = pool.residency.access(wanted - pool.n_sinks)
         traffic.hits += fetched.hits
         traffic.misses += len(fetched.missing)
-        if not len(fetched.missing):
-            return
-        started = time.perf_counter()
-        listed = (fetched.missing + pool.n_sinks) // 2
         try:
-            data, moved = self._tiers.read(which, listed // pool.lists, listed % pool.lists if pool.lists > 1 else None)
-            pool.slots.index_copy_(0, fetched.slots, data)
+            self._fetch(fetched.missing + pool.n_sinks, pool.slots, fetched.slots, traffic)
         except BaseException:
             pool.residency.forget()  # the table has them in slots where they never came
             raise
-        self._count(traffic, moved, started)
+
+    def _fetch(self, number: Tensor, slots: Tensor, place: Tensor, traffic: Traffic) -> None:
+        """Copy units with these numbers ``[n]`` from the tiers into ``slots`` at ``place`` ``[n]``."""
+        assert self._pool is not None and self._tiers is not None
+        pool = self._pool
+        for which in (KEYS, VALUES):
+            mine = (number % 2 == which).nonzero().flatten()
+            if len(mine):
+                started, listed = time.perf_counter(), number[mine] // 2
+                data, moved = self._tiers.read(which, listed // pool.lists, listed % pool.lists if pool.lists > 1 else None)
+                slots.index_copy_(0, place[mine], data)
+                self._count(traffic, moved, started)
 
     def _count(self, traffic: Traffic, moved: Moved, started: float) -> None:
         stall_ms = (time.perf_counter() - started) * 1e3
@@ -288,6 +333,28 @@ class _Pool:
     def bytes(self) -> int:
         return self.slots.nbytes + self.residency.table.nbytes
 
+    @property
+    def sink_tok(self) -> int:
+        """Tokens that have slots of their own."""
+        return self.n_sinks // (2 * self.lists) * self.unit_tok
+
+    def n_numbers(self, end: int) -> int:
+        """How many numbers behind those of the sinks the units of tokens before ``end`` have, 1 at least."""
+        return max(1, -(-end // self.unit_tok) * self.lists * 2 - self.n_sinks)
+
+    def bases(self, begin: Tensor, end: Tensor) -> Tensor:
+        """Numbers of the keys, ascending and each once, of all units of the runs from ``begin`` to ``end`` ``[K or 1, n]``."""
+        first = begin // self.unit_tok
+        n = (((end - 1) // self.unit_tok - first) + 1).masked_fill(end <= begin, 0)
+        run = torch.repeat_interleave(n.flatten())
+        inside = torch.arange(len(run), device=run.device) - (n.flatten().cumsum(0) - n.flatten())[run]
+        unit = first.flatten()[run] + inside
+        if self.lists == 1:
+            return unit.unique() * 2
+        lists = torch.arange(self.lists, device=run.device)
+        number = unit * self.lists + run // n.shape[1] if len(n) > 1 else (unit.unique()[:, None] * self.lists + lists).flatten()
+        return number.unique() * 2
+
     def number(self, which: int, token: Tensor, head: Tensor) -> Tensor:
         """Numbers of the units of ``token`` ``[k or 1, n]``: ``[k, n]`` where every head has its own, else as ``token``."""
         unit = token // self.unit_tok
@@ -311,7 +378,7 @@ class _Pool:
 
     def keep_sinks(self, begin: int, k: Tensor, v: Tensor) -> None:
         """Put what is new of the sinks into their slots; ``k`` and ``v`` ``[K, n, D]`` are of the tokens from ``begin`` on."""
-        n = min(k.shape[1], self.n_sinks // (2 * self.lists) * self.unit_tok - begin)
+        n = min(k.shape[1], self.sink_tok - begin)
         token = torch.arange(begin, begin + n, device=k.device)
         sinks = self.slots[self.capacity :].view(-1, self.lists, 2, *self.slots.shape[1:])
         for which, new in enumerate((k, v)):
@@ -333,6 +400,12 @@ class PagedRows(Paged):
 
     def run(self, begin: int, end: int) -> Tensor:
         return self._store.run(self._which, begin, end, self._reader)
+
+    def bring(self, begin: Tensor, end: Tensor, *others: Paged, past: bool = False) -> tuple[Places, ...] | None:
+        whiches = [x._which for x in (self, *others) if isinstance(x, PagedRows) and x._store is self._store]
+        if len(whiches) != 1 + len(others):
+            raise ValueError("keys and values that are brought together must be of one store")
+        return self._store.bring(whiches, begin, end, self._reader, past)
 
     def by(self, reader: str) -> Paged:
         return PagedRows(self._store, self._which, reader)
