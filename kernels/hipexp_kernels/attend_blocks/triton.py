@@ -29,6 +29,7 @@ from hipexp_kernels.attend_blocks.triton_tile import (
     _arrive,
     _finish,
     _key_angle,
+    _keys_values,
     _logits,
     _merged,
     _piece,
@@ -84,7 +85,8 @@ def _attend(
     q = q_raw
     if (HALF > 0) & (not TURN_BACK):
         q = _turned(q_raw, _query_angle(angles, sizes, 0, r, span, MODE, HALF))
-    k_head, v_head = _base(kv.k, kv.k_head, head, UNIT), _base(kv.v, kv.v_head, head, UNIT)
+    k, v = _keys_values(kv, UNIT)
+    k_head, v_head = _base(k, kv.k_head, head, UNIT), _base(v, kv.v_head, head, UNIT)
 
     state = (tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, padded(D)], tl.float32))
     n_before = span.n_far + span.first - span.near
@@ -94,8 +96,8 @@ def _attend(
     for begin in range(split * share, end, KEYS):
         j = begin + tl.arange(0, KEYS)
         token, inside = _tokens(j, span, lists, sizes, list_at, BLOCK_TOK), j < end
-        values = _piece(v_head, _row(kv.v, kv.v_tok, token, head, UNIT, D), inside, 0, D)
-        keys = _pieces(k_head, _row(kv.k, kv.k_tok, token, head, UNIT, D), inside, D, HALF)
+        values = _piece(v_head, _row(v, kv.v_tok, token, head, UNIT, D), inside, 0, D)
+        keys = _pieces(k_head, _row(k, kv.k_tok, token, head, UNIT, D), inside, D, HALF)
         if HALF > 0:
             keys = _turned(keys, _key_angle(angles, sizes, local, begin, token, span, MODE, Q, WINDOW, TRAINED, KEYS, SHIFT, HALF))
             if TURN_BACK:
@@ -108,8 +110,8 @@ def _attend(
             for begin in range(0, Q, KEYS):
                 own = begin + tl.arange(0, KEYS)
                 token, inside = span.first + own, (own < Q) & (span.first + own < sizes.T)
-                values = _piece(v_head, _row(kv.v, kv.v_tok, token, head, UNIT, D), inside, 0, D)
-                keys = _pieces(k_head, _row(kv.k, kv.k_tok, token, head, UNIT, D), inside, D, HALF)
+                values = _piece(v_head, _row(v, kv.v_tok, token, head, UNIT, D), inside, 0, D)
+                keys = _pieces(k_head, _row(k, kv.k_tok, token, head, UNIT, D), inside, D, HALF)
                 if HALF > 0:
                     at = n_before + begin
                     keys = _turned(keys, _key_angle(angles, sizes, local, at, token, span, MODE, Q, WINDOW, TRAINED, KEYS, SHIFT, HALF))
@@ -148,6 +150,7 @@ PREFILL = Tuning(128, 64, 8, 5)
 PREFILL_BEFORE_HOPPER = Tuning(64, 32, 4, 3)
 WIDE = Tuning(64, 32, 8, 3)  # heads of more than 128
 FP32 = Tuning(32, 32, 8, 1)
+PAGED_STAGES = 3  # at most: with more of them, what is under way for paged keys takes more registers than there are
 MERGE_AT_ONCE = 8192  # numbers of the parts that the merging program holds at a time
 
 
@@ -192,6 +195,11 @@ def kernel_for(G, Q, D, half, mode, M, block, sink, window, n_groups, itemsize, 
     if found:
         return triton_decode._attend_one, *found
     return _attend, *launch(G, Q, D, half, mode, M, n_groups, sink + M * block + window, itemsize, n_sm, hopper)
+
+
+def for_pages(options: dict) -> dict:
+    """Compiler options where keys are paged; they change no result."""
+    return options | dict(num_stages=min(PAGED_STAGES, options["num_stages"]))
 
 
 @cache
@@ -244,7 +252,7 @@ def attend_blocks(
             G=H // K, Q=Q, D=D, HALF=half, MODE=mode, TRAINED=rotation.trained_tok if rotation else 0,
             BLOCK_TOK=block_tok, SINK=sink_tok, WINDOW=window_tok, SOFTCAP=softcap or 0.0, UNIT=unit_tok,
             **tile,
-            **options,
+            **(for_pages(options) if unit_tok else options),
         )  # fmt: skip
     return out, lse
 
@@ -268,7 +276,7 @@ def _keys_of(k: KV, v: KV, N: int, runs: tuple, sizes: dict) -> Iterator[tuple[i
         return keys.bring(begins[:, some].flatten(1), ends[:, some].flatten(1), values, past=past)
 
     for ((begin, end),), (of_keys, of_values) in in_parts((N,), bring):
-        yield begin, end, of_keys.slots.shape[2], Keys(pages_of(of_keys), pages_of(of_values), 0, 0, 0, 0)
+        yield begin, end, of_keys.slots.shape[2], Keys(pages_of(of_keys), pages_of(of_values).newest, 0, 0, 0, 0)
 
 
 def aot_cases(dtype: str, dim: int, group: int, hopper: bool) -> Iterator[tuple[str, triton.JITFunction, dict, dict, dict]]:
@@ -292,4 +300,4 @@ def aot_cases(dtype: str, dim: int, group: int, hopper: bool) -> Iterator[tuple[
             constants = dict(G=group, Q=Q, D=dim, HALF=half, MODE=mode, TRAINED=131072, BLOCK_TOK=8, SINK=256, WINDOW=1024, SOFTCAP=0.0)
             yield f"{name} {mode}", kernel, types, constants | tile | dict(UNIT=0), options
             if (dtype, dim, mode) == ("bf16", 128, "streaming"):
-                yield f"{name} {mode}, paged", kernel, types | dict(kv=Keys(pages, pages, *strides)), constants | tile | dict(UNIT=8), options
+                yield f"{name} {mode}, paged", kernel, types | dict(kv=Keys(pages, "i64:16", *strides)), constants | tile | dict(UNIT=8), for_pages(options)

@@ -19,6 +19,7 @@ from hipexp_kernels.attend_blocks.triton_tile import (
     _angle,
     _arrive,
     _key_angle,
+    _keys_values,
     _logits,
     _piece,
     _pieces,
@@ -105,14 +106,15 @@ def _rows(
     PIECES: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Rows of keys and values, ``PIECE`` at a time, and their tokens."""
-    k_head, v_head = _base(kv.k, kv.k_head, head, UNIT), _base(kv.v, kv.v_head, head, UNIT)
+    k, v = _keys_values(kv, UNIT)
+    k_head, v_head = _base(k, kv.k_head, head, UNIT), _base(v, kv.v_head, head, UNIT)
     keys, tokens = (), ()
     for i in tl.static_range(PIECES):
         token, inside = _tokens(entries[i], i * PIECE + tl.arange(0, PIECE), tile, BLOCK_TOK)
-        keys = keys + (_pieces(k_head, _row(kv.k, kv.k_tok, token, head, UNIT, D), inside, D, HALF),)
+        keys = keys + (_pieces(k_head, _row(k, kv.k_tok, token, head, UNIT, D), inside, D, HALF),)
         tokens = tokens + (tl.where(inside, token, 0),)
     token, inside = _tokens(entries_all, tl.arange(0, PIECES * PIECE), tile, BLOCK_TOK)
-    values = _piece(v_head, _row(kv.v, kv.v_tok, token, head, UNIT, D), inside, 0, D)
+    values = _piece(v_head, _row(v, kv.v_tok, token, head, UNIT, D), inside, 0, D)
     return keys, tokens, values
 
 
@@ -157,14 +159,15 @@ def _exact(
 ):  # fmt: skip
     """As ``_state``, over the keys of an exact block that are this split's: any number."""
     span = Span(first, 0, 0, 0, 1)
-    k_head, v_head = _base(kv.k, kv.k_head, head, UNIT), _base(kv.v, kv.v_head, head, UNIT)
+    k, v = _keys_values(kv, UNIT)
+    k_head, v_head = _base(k, kv.k_head, head, UNIT), _base(v, kv.v_head, head, UNIT)
     if HALF > 0:
         q = _turned(q, _query_angle(angles, sizes, 0, tl.zeros([1], tl.int32), span, MODE, HALF))
     state = (tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, padded(D)], tl.float32))
     for begin in range(split * KEYS, first + 1, SPLITS * KEYS):
         token = begin + tl.arange(0, KEYS)
-        values = _piece(v_head, _row(kv.v, kv.v_tok, token, head, UNIT, D), token <= first, 0, D)
-        keys = _pieces(k_head, _row(kv.k, kv.k_tok, token, head, UNIT, D), token <= first, D, HALF)
+        values = _piece(v_head, _row(v, kv.v_tok, token, head, UNIT, D), token <= first, 0, D)
+        keys = _pieces(k_head, _row(k, kv.k_tok, token, head, UNIT, D), token <= first, D, HALF)
         if HALF > 0:
             keys = _turned(keys, _key_angle(angles, sizes, 0, begin, token, span, MODE, 1, WINDOW, TRAINED, KEYS, False, HALF))
         logits = _logits(_products(q, keys, D, HALF), scale, SOFTCAP)
