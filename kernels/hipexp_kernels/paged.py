@@ -13,10 +13,10 @@ from torch import Tensor
 class Places(NamedTuple):
     """Where keys or values of a sequence lie on the device, those that are there.
 
-    From token ``begin`` on they are in ``newest`` ``[K, room, D]``, the others by units in ``slots`` ``[n, K / lists, unit_tok, D]``, both with
-    rows side by side. Units of keys (``which`` 0) and of values (1) are numbered ``(unit * lists + list) * 2 + which``; there are ``lists``
-    of them, one or K. The first ``n_sinks`` numbers have the slots from ``sinks`` on, the others that of ``table`` ``[numbers - n_sinks]``,
-    int32, which knows the numbers of all tokens before ``begin``; below 0 stands for those that are not there.
+    From token ``begin`` on they are in ``newest`` ``[K, room, D]``, the others by units in ``slots`` ``[n, K / lists, unit_tok, D]``,
+    both with rows side by side. Units of keys (``which`` 0) and of values (1) are numbered ``(unit * lists + list) * 2 + which``, where ``lists``
+    is 1 or K. The first ``n_sinks`` numbers have the slots from ``sinks`` on, the others those of ``table`` ``[numbers - n_sinks]``, int32,
+    which knows the numbers of all tokens before ``begin``; below 0 stands for those that are not there.
     """
 
     slots: Tensor
@@ -33,7 +33,7 @@ class Paged(ABC):
     """Keys or values of a sequence, ``shape`` ``[K, T, D]``, of which some are elsewhere until they are asked for.
 
     What is asked for is what a tensor in their place would have given, number for number. ``vectorized`` implementations ask for rows as
-    they need them; ``reference`` ones ask for everything; ``triton`` ones know what they will read, have it brought, and read it where it is.
+    they need them; ``reference`` ones ask for everything; ``triton`` ones know what they will read, have it brought, and read it there.
     """
 
     shape: tuple[int, int, int]

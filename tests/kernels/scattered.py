@@ -30,7 +30,7 @@ class Scattered(Paged):
         if len(numbers) > self.room and not past:
             return None
         self.parts, self.past = self.parts + 1, self.past + (len(numbers) > self.room)
-        K, T, D = self.shape
+        K, _, D = self.shape
         n = len(numbers) + 3
         slots = torch.full((n + self.n_sinks, K // self.lists, self.unit, D), torch.nan, dtype=self.dtype, device=self.device)
         table = torch.full((max(1, -(-self.begin // self.unit) * self.lists * 2 - self.n_sinks),), -1, dtype=torch.int32)

@@ -19,5 +19,8 @@ def attended_runs(
     start = blocks.long().masked_fill(~listed, 0)
     stop = torch.minimum(start + block_tok, near[:, None]).masked_fill(~listed, 0)
     lists = (len(blocks), -1, -1)
-    own = torch.stack([torch.zeros_like(near), near], -1).expand(lists), torch.stack([near.clamp(max=sink_tok), first + q_tok], -1).expand(lists)
+    own = (
+        torch.stack([torch.zeros_like(near), near], -1).expand(lists),
+        torch.stack([near.clamp(max=sink_tok), first + q_tok], -1).expand(lists),
+    )
     return torch.cat([start, own[0]], -1), torch.cat([stop, own[1]], -1)

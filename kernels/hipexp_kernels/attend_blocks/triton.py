@@ -276,11 +276,11 @@ def _keys_of(k: KV, v: KV, N: int, runs: tuple, sizes: dict) -> Iterator[tuple[i
         return keys.bring(begins[:, some].flatten(1), ends[:, some].flatten(1), values, past=past)
 
     for ((begin, end),), (of_keys, of_values) in in_parts((N,), bring):
-        yield begin, end, of_keys.slots.shape[2], Keys(pages_of(of_keys), pages_of(of_values).newest, 0, 0, 0, 0)
+        yield begin, end, of_keys.slots.shape[2], Keys(pages_of(of_keys), of_values.newest, 0, 0, 0, 0)
 
 
 def aot_cases(dtype: str, dim: int, group: int, hopper: bool) -> Iterator[tuple[str, triton.JITFunction, dict, dict, dict]]:
-    """What ``hipexp_kernels.aot`` compiles: name, kernel, types, constants, options. With ``3stage``'s sizes; paged for common heads only."""
+    """What ``hipexp_kernels.aot`` compiles: name, kernel, types, constants, options. With ``3stage``'s sizes."""
     itemsize = 4 if dtype == "fp32" else 2
     pages, strides = pages_types(dtype), ["i64:16"] * 4
     for name, Q, N, exact in (("decode", 1, 1, "*i64"), ("prefill", 64, 512, "*i1")):
@@ -300,4 +300,10 @@ def aot_cases(dtype: str, dim: int, group: int, hopper: bool) -> Iterator[tuple[
             constants = dict(G=group, Q=Q, D=dim, HALF=half, MODE=mode, TRAINED=131072, BLOCK_TOK=8, SINK=256, WINDOW=1024, SOFTCAP=0.0)
             yield f"{name} {mode}", kernel, types, constants | tile | dict(UNIT=0), options
             if (dtype, dim, mode) == ("bf16", 128, "streaming"):
-                yield f"{name} {mode}, paged", kernel, types | dict(kv=Keys(pages, "i64:16", *strides)), constants | tile | dict(UNIT=8), for_pages(options)
+                yield (
+                    f"{name} {mode}, paged",
+                    kernel,
+                    types | dict(kv=Keys(pages, f"*{dtype}", *strides)),
+                    constants | tile | dict(UNIT=8),
+                    for_pages(options),
+                )

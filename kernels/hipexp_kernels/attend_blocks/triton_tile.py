@@ -23,7 +23,7 @@ class Queries(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """Keys and values ``[K, T, D]`` and their strides; the last is 1. Or pages of keys, and where the newest values begin."""
+    """Keys and values ``[K, T, D]`` and their strides; the last is 1. Or pages of keys, and the newest values."""
 
     k: object
     v: object

@@ -110,7 +110,7 @@ def _places(k: Paged, runs: tuple[Tensor, Tensor], sizes: tuple[int, int], tile:
     def bring(part: Box, past: bool) -> Places | None:
         (first, last), (begin, end) = part
         found = k.bring(*(x[:, begin:end, first * tile : last * tile].flatten(1) for x in runs), past=past)
-        return found and found[0]
+        return found[0] if found else None
 
     return in_parts(sizes, bring)
 

@@ -71,7 +71,7 @@ def _scan(
         return
     starts, limit = _list(lists, sizes, kv, n), _limit(lists, sizes, n)
     first, last = _block(angles, n, MODE)
-    k = _base(keys.k, keys.head, kv, UNIT)
+    k, some = _base(keys.k, keys.head, kv, UNIT), keys.k.slots if UNIT > 0 else keys.k
     at_once = tl.arange(0, TILE * TOGETHER)  # every chunk once for each of its keys that are multiplied together
 
     for column in range(0, GROUP * ROWS, COLUMNS):
@@ -81,7 +81,7 @@ def _scan(
         r = at_column % ROWS
         row = (((kv * GROUP + at_column // ROWS) * N + n) * ROWS + r)[:, None]
         at = _query_position(angles, sizes, n, r, count, ROWS, MODE)
-        q1, q2, q3 = _query_in(k.dtype.element_ty, q, row, angles, at, MODE, HALF, REST, 16)
+        q1, q2, q3 = _query_in(some.dtype.element_ty, q, row, angles, at, MODE, HALF, REST, 16)
         for i in range(live):
             key_rank = begin + i * TILE + at_once // TOGETHER
             start, length, present = _chunks(starts, key_rank, count, limit, CHUNK)
