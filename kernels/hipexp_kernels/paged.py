@@ -13,10 +13,10 @@ from torch import Tensor
 class Places(NamedTuple):
     """Where keys or values of a sequence lie on the device, those that are there.
 
-    From token ``begin`` on they are in ``newest`` ``[K, room, D]``, the others by units in ``slots`` ``[n, K / lists, unit_tok, D]``,
-    both with rows side by side. Units of keys (``which`` 0) and of values (1) are numbered ``(unit * lists + list) * 2 + which``, where ``lists``
-    is 1 or K. The first ``n_sinks`` numbers have the slots from ``sinks`` on, the others those of ``table`` ``[numbers - n_sinks]``, int32,
-    which knows the numbers of all tokens before ``begin``; below 0 stands for those that are not there.
+    From token ``begin`` on they are in ``newest`` ``[K, room, D]``, the others by units in ``slots`` ``[n, K / lists, unit_tok, D]``.
+    Rows lie side by side in both. Units of keys (``which`` 0) and of values (1) are numbered ``(unit * lists + list) * 2 + which``,
+    where ``lists`` is 1 or K. The first ``n_sinks`` numbers have the slots from ``sinks`` on, the others those of ``table``
+    ``[numbers - n_sinks]``, int32, which knows the numbers of all tokens before ``begin``; below 0 stands for those that are not there.
     """
 
     slots: Tensor
