@@ -13,49 +13,21 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
-from hipexp_kernels.paged import KV, Paged
+from hipexp_kernels.paged import KV, Paged, Places
 from torch import Tensor
 
-from hipexp.cache.residency import Residency
+from hipexp.cache.placement import Placement
+from hipexp.cache.pool import Pool
 from hipexp.cache.tiers import Disk, Moved, Tiers
 from hipexp.cache.traffic import AHEAD, WRITE, Traffic, TrafficLog
 
 KEYS, VALUES = 0, 1
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where the keys and values of a layer go; sizes in tokens.
-
-    ``unit_tok``: of a unit, which all heads share or (``per_head``) each has for itself; ``page_tok``: of a page, in whole units.
-    ``device_tok``: sinks, window, a page and the pool, keys and values. ``host_tok``: in host memory, None if all; what is beyond goes to
-    disk. ``format`` and ``policy`` as in ``Offload``.
-    """
-
-    unit_tok: int
-    per_head: bool
-    sink_tok: int
-    window_tok: int
-    page_tok: int
-    device_tok: int
-    host_tok: int | None = None
-    format: str = "auto"
-    policy: str = "clock"
-
-    @property
-    def newest_tok(self) -> int:
-        """The most newest tokens that stay on the device between two steps."""
-        return self.window_tok + self.page_tok
-
-    @property
-    def pool_tok(self) -> int:
-        """Tokens for which the pool has room, keys and values."""
-        return self.device_tok - self.sink_tok - self.newest_tok
 
 
 class OffloadedStore:
@@ -80,7 +52,7 @@ class OffloadedStore:
         self._expected_tok = 0
         self._begin = 0  # of the newest tokens, which lie on the device
         self._newest: list[Tensor] = []  # keys and values [K, room, D] from there on
-        self._pool: _Pool | None = None
+        self._pool: Pool | None = None
         self._tiers: Tiers | None = None
 
     def reserve(self, tokens: int, like: Tensor) -> None:
@@ -202,7 +174,7 @@ class OffloadedStore:
         if len(wanted) > pool.capacity:
             wanted = wanted.unique()
         if len(wanted) <= pool.capacity:
-            self._bring(which, wanted, traffic)
+            self._bring(wanted, traffic)
             place = pool.place(number, token, head).masked_fill_(near, 0)
             torch.index_select(pool.rows, 0, place.flatten(), out=rows)
             return
@@ -227,31 +199,75 @@ class OffloadedStore:
         traffic.add(Traffic(hits=hits, misses=misses, uncached=1))
         self._count(traffic, moved, started)
 
-    def _bring(self, which: int, wanted: Tensor, traffic: Traffic) -> None:
+    def bring(self, whiches: Sequence[int], begin: Tensor, end: Tensor, reader: str, past: bool) -> tuple[Places, ...] | None:
+        """Have keys (0) or values (1), or both, of the runs from ``begin`` to ``end`` on the device; see :meth:`Paged.bring`."""
+        assert self._pool is not None
+        pool, newest = self._pool, self._newest[0]
+        base = pool.bases(begin.clamp(min=pool.sink_tok), end.clamp(max=self._begin))
+        wanted = torch.cat([base + which for which in whiches])
+        traffic = self.traffic.of("decode" if self.decoding else "prefill", reader)
+        if len(wanted) <= pool.capacity:
+            self._bring(wanted, traffic)
+            pool.residency.know(pool.n_numbers(self._begin))
+            slots, table, sinks = pool.slots, pool.residency.table, pool.capacity
+        elif past:
+            slots, table = self._beside(wanted, traffic)
+            sinks = len(wanted)
+        else:
+            return None
+        rows = [self._newest[which] for which in whiches]
+        assert all(x.shape == newest.shape for x in rows)
+        return tuple(
+            Places(slots, table, x, self._begin, which, pool.lists, pool.n_sinks, sinks) for x, which in zip(rows, whiches, strict=True)
+        )
+
+    def _beside(self, wanted: Tensor, traffic: Traffic) -> tuple[Tensor, Tensor]:
+        """Slots and table for units ``wanted``, which the pool has no room for and which leave it alone; its sinks lie behind them."""
+        assert self._pool is not None
+        pool, n = self._pool, len(wanted)
+        slots = pool.slots.new_empty(n + pool.n_sinks, *pool.slots.shape[1:])
+        slots[n:] = pool.slots[pool.capacity :]
+        there = pool.has(wanted)
+        here, elsewhere = there.nonzero().flatten(), (~there).nonzero().flatten()
+        if len(here):
+            slots.index_copy_(0, here, pool.slots.index_select(0, pool.residency.table[wanted[here] - pool.n_sinks]))
+        traffic.add(Traffic(hits=len(here), misses=len(elsewhere), uncached=1))
+        self._fetch(wanted[elsewhere], slots, elsewhere, traffic)
+        table = torch.full((pool.n_numbers(self._begin),), -1, dtype=torch.int32, device=slots.device)
+        table[wanted - pool.n_sinks] = torch.arange(n, dtype=torch.int32, device=slots.device)
+        return slots, table
+
+    def _bring(self, wanted: Tensor, traffic: Traffic) -> None:
         """Have the units ``wanted``, distinct numbers and none of the sinks, in the pool."""
-        assert self._pool is not None and self._tiers is not None
+        assert self._pool is not None
         pool = self._pool
         fetched = pool.residency.access(wanted - pool.n_sinks)
         traffic.hits += fetched.hits
         traffic.misses += len(fetched.missing)
         if not len(fetched.missing):
             return
-        started = time.perf_counter()
-        missing = fetched.missing + pool.n_sinks
+        missing, slots, started = fetched.missing + pool.n_sinks, fetched.slots, time.perf_counter()
         try:
-            slots, moved = fetched.slots, Moved(0, 0)
             came, data = self._coming.among(missing)
             if len(data):
                 pool.slots.index_copy_(0, slots[came], data)
                 missing, slots = missing[~came], slots[~came]
-            if len(missing):
-                data, moved = self._read(which, missing)
-                pool.slots.index_copy_(0, slots, data)
+                traffic.stall_ms += (time.perf_counter() - started) * 1e3
+            self._fetch(missing, pool.slots, slots, traffic)
         except BaseException:
             pool.residency.forget()  # the table has them in slots where they never came
             self._coming = _Coming()
             raise
-        self._count(traffic, moved, started)
+
+    def _fetch(self, number: Tensor, slots: Tensor, place: Tensor, traffic: Traffic) -> None:
+        """Copy units with these numbers ``[n]`` from the tiers into ``slots`` at ``place`` ``[n]``."""
+        for which in (KEYS, VALUES):
+            mine = (number % 2 == which).nonzero().flatten()
+            if len(mine):
+                started = time.perf_counter()
+                data, moved = self._read(which, number[mine])
+                slots.index_copy_(0, place[mine], data)
+                self._count(traffic, moved, started)
 
     def _read_ahead(self, number: Tensor, traffic: Traffic) -> Tensor:
         data, moved = self._read(KEYS, number)
@@ -269,9 +285,9 @@ class OffloadedStore:
         stall_ms = (time.perf_counter() - started) * 1e3
         traffic.add(Traffic(h2d_bytes=moved.link_bytes, disk_read_bytes=moved.disk_bytes, stall_ms=stall_ms))
 
-    def _open(self, like: Tensor) -> tuple[_Pool, Tiers]:
+    def _open(self, like: Tensor) -> tuple[Pool, Tiers]:
         of, (K, _, D) = self.placement, like.shape
-        pool = _Pool(of, like)
+        pool = Pool(of, like)
         tiers = Tiers(
             kv_heads=K, head_dim=D, page_tok=of.page_tok, unit_tok=of.unit_tok, dtype=like.dtype, format=of.format,
             host_pages=None if of.host_tok is None else of.host_tok // of.page_tok, disk=self.disk, device=like.device,
@@ -343,60 +359,6 @@ class _Coming:
             self.data.exception()
 
 
-class _Pool:
-    """Slots ``[capacity + n_sinks, heads of a list, unit_tok, D]`` for the keys or the values of a unit, and what lies in which.
-
-    Units are numbered ``(unit * lists + list) * 2 + which``; those of the sinks come first and have their slots behind the others.
-    """
-
-    def __init__(self, placement: Placement, like: Tensor):
-        K, _, D = like.shape
-        self.unit_tok, self.lists = placement.unit_tok, K if placement.per_head else 1
-        self.capacity, self.n_sinks = (tok // self.unit_tok * self.lists * 2 for tok in (placement.pool_tok, placement.sink_tok))
-        self.slots = like.new_empty(self.capacity + self.n_sinks, K // self.lists, self.unit_tok, D)
-        self.residency = Residency(self.capacity, placement.policy, like.device)
-
-    @property
-    def rows(self) -> Tensor:
-        """The slots as rows ``[*, D]``."""
-        return self.slots.view(-1, self.slots.shape[3])
-
-    @property
-    def bytes(self) -> int:
-        return self.slots.nbytes + self.residency.table.nbytes
-
-    def number(self, which: int, token: Tensor, head: Tensor) -> Tensor:
-        """Numbers of the units of ``token`` ``[k or 1, n]``: ``[k, n]`` where every head has its own, else as ``token``."""
-        unit = token // self.unit_tok
-        return ((unit * self.lists + head if self.lists > 1 else unit) * 2) + which
-
-    def has(self, number: Tensor) -> Tensor:
-        """Whether units with these numbers are there."""
-        table, unit = self.residency.table, number - self.n_sinks
-        if not len(table):
-            return unit < 0
-        return (unit < 0) | ((unit < len(table)) & (table[unit.clamp(0, len(table) - 1)] >= 0))
-
-    def place(self, number: Tensor, token: Tensor, head: Tensor) -> Tensor:
-        """Rows ``[k, n]`` of ``token`` in units that are there."""
-        of_sinks, table = number < self.n_sinks, self.residency.table
-        slot = number + self.capacity
-        if not bool(of_sinks.all()):
-            slot = torch.where(of_sinks, slot, table[(number - self.n_sinks).clamp(min=0)])
-        inside = 0 if self.lists > 1 else head
-        return (slot * self.slots.shape[1] + inside) * self.unit_tok + token % self.unit_tok
-
-    def keep_sinks(self, begin: int, k: Tensor, v: Tensor) -> None:
-        """Put what is new of the sinks into their slots; ``k`` and ``v`` ``[K, n, D]`` are of the tokens from ``begin`` on."""
-        n = min(k.shape[1], self.n_sinks // (2 * self.lists) * self.unit_tok - begin)
-        token = torch.arange(begin, begin + n, device=k.device)
-        sinks = self.slots[self.capacity :].view(-1, self.lists, 2, *self.slots.shape[1:])
-        for which, new in enumerate((k, v)):
-            sinks[token // self.unit_tok, :, which, :, token % self.unit_tok] = (
-                new[:, :n].unflatten(0, (self.lists, -1)).permute(2, 0, 1, 3)
-            )
-
-
 class PagedRows(Paged):
     """The keys or the values of an :class:`OffloadedStore` as operations read them."""
 
@@ -410,6 +372,12 @@ class PagedRows(Paged):
 
     def run(self, begin: int, end: int) -> Tensor:
         return self._store.run(self._which, begin, end, self._reader)
+
+    def bring(self, begin: Tensor, end: Tensor, *others: Paged, past: bool = False) -> tuple[Places, ...] | None:
+        whiches = [x._which for x in (self, *others) if isinstance(x, PagedRows) and x._store is self._store]
+        if len(whiches) != 1 + len(others):
+            raise ValueError("keys and values that are brought together must be of one store")
+        return self._store.bring(whiches, begin, end, self._reader, past)
 
     def by(self, reader: str) -> Paged:
         return PagedRows(self._store, self._which, reader)

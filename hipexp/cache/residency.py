@@ -178,6 +178,11 @@ class Residency:
         self._slots.end(hits + len(missing))
         return Fetched(missing, slots, hits, evicted)
 
+    def know(self, n_units: int) -> None:
+        """Make the table as long as ``n_units``."""
+        if n_units > len(self.table):
+            self._grow(n_units)
+
     def __len__(self) -> int:
         """How many units are resident."""
         return self._length

@@ -9,6 +9,8 @@ from importlib.util import find_spec
 
 import torch
 
+from hipexp_kernels.paged import KV
+
 
 def choose(impl: str, implementations: dict[str, Callable], device: torch.device | None = None) -> Callable:
     """Return ``implementations[impl]``; ``auto`` means the fastest one for tensors on ``device``.
@@ -59,7 +61,7 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def require_triton_can(op: str, x: torch.Tensor, *, multiplies: bool = True) -> None:
+def require_triton_can(op: str, x: KV, *, multiplies: bool = True) -> None:
     """Refuse what would run wrongly or crash: CPU tensors without Triton's interpreter, products of bfloat16 within it."""
     from triton import knobs
 
@@ -67,4 +69,4 @@ def require_triton_can(op: str, x: torch.Tensor, *, multiplies: bool = True) -> 
         wrong = multiplies and x.dtype == torch.bfloat16
         require(not wrong, f"{op}: Triton's interpreter multiplies bfloat16 wrongly; use float32 or float16")
     else:
-        require(x.is_cuda, f"{op}: impl='triton' needs CUDA tensors, these are on {x.device} (or set TRITON_INTERPRET=1)")
+        require(x.device.type == "cuda", f"{op}: impl='triton' needs CUDA tensors, these are on {x.device} (or set TRITON_INTERPRET=1)")

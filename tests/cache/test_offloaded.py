@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from hipexp.attention import LayerAttention, Memory
 from hipexp.attention.reads import unit_tok_of
 from hipexp.attention.rope import RopeTables
-from hipexp.cache.offloaded import OffloadedStore, Placement
+from hipexp.cache.offloaded import OffloadedStore
+from hipexp.cache.placement import Placement
 from hipexp.cache.resident import ResidentStore
 from hipexp.cache.summaries import KeySummaries
 from hipexp.cache.tiers import Disk

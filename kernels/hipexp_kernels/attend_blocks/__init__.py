@@ -8,7 +8,7 @@ from hipexp_kernels.attend_blocks.held import Held
 from hipexp_kernels.attend_blocks.reference import attend_blocks as reference
 from hipexp_kernels.attend_blocks.vectorized import attend_blocks as vectorized
 from hipexp_kernels.dispatch import choose, lazy, require
-from hipexp_kernels.paged import KV, Paged, whole
+from hipexp_kernels.paged import KV, whole
 from hipexp_kernels.rope import AttendRotation
 
 
@@ -56,10 +56,8 @@ def attend_blocks(
     )
     require(first.shape == exact.shape == (N,), f"attend_blocks: first {tuple(first.shape)} and exact {tuple(exact.shape)} must be {(N,)}")
     run = choose(impl, {"reference": reference, "vectorized": vectorized, "triton": lazy("attend_blocks")}, q.device)
-    if isinstance(k, Paged):
-        run = vectorized if impl == "auto" else run
-        require(run in (reference, vectorized), "attend_blocks: impl='triton' does not read paged keys so far; use vectorized")
-        k, v = (whole(k), whole(v)) if run is reference else (k, v)
+    if run is reference:
+        k, v = whole(k), whole(v)
     sizes = dict(block_tok=block_tok, sink_tok=sink_tok, window_tok=window_tok)
     more = dict(held=held) if run is vectorized else {}
     return run(q, k, v, blocks, counts, first, exact, **sizes, **more, scale=scale, rotation=rotation, softcap=softcap)

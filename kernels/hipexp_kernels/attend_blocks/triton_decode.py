@@ -19,6 +19,7 @@ from hipexp_kernels.attend_blocks.triton_tile import (
     _angle,
     _arrive,
     _key_angle,
+    _keys_values,
     _logits,
     _piece,
     _pieces,
@@ -30,6 +31,7 @@ from hipexp_kernels.attend_blocks.triton_tile import (
     _update,
     padded,
 )
+from hipexp_kernels.triton_paged import _base, _row
 
 # -- which keys --------------------------------------------------------------------------------------------------------------------
 
@@ -101,17 +103,18 @@ def _beside(pieces, PIECES: tl.constexpr):
 @triton.jit
 def _rows(
     entries, entries_all, tile, kv, head, D: tl.constexpr, HALF: tl.constexpr, BLOCK_TOK: tl.constexpr, PIECE: tl.constexpr,
-    PIECES: tl.constexpr,
+    PIECES: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Rows of keys and values, ``PIECE`` at a time, and their tokens."""
-    k_head, v_head = kv.k + head.to(tl.int64) * kv.k_head, kv.v + head.to(tl.int64) * kv.v_head
+    k, v = _keys_values(kv, UNIT)
+    k_head, v_head = _base(k, kv.k_head, head, UNIT), _base(v, kv.v_head, head, UNIT)
     keys, tokens = (), ()
     for i in tl.static_range(PIECES):
         token, inside = _tokens(entries[i], i * PIECE + tl.arange(0, PIECE), tile, BLOCK_TOK)
-        keys = keys + (_pieces(k_head, token.to(tl.int64) * kv.k_tok, inside, D, HALF),)
+        keys = keys + (_pieces(k_head, _row(k, kv.k_tok, token, head, UNIT, D), inside, D, HALF),)
         tokens = tokens + (tl.where(inside, token, 0),)
     token, inside = _tokens(entries_all, tl.arange(0, PIECES * PIECE), tile, BLOCK_TOK)
-    values = _piece(v_head, token.to(tl.int64) * kv.v_tok, inside, 0, D)
+    values = _piece(v_head, _row(v, kv.v_tok, token, head, UNIT, D), inside, 0, D)
     return keys, tokens, values
 
 
@@ -152,17 +155,19 @@ def _state(
 def _exact(
     split, first, q, kv, head, angles, sizes, scale, D: tl.constexpr, HALF: tl.constexpr, MODE: tl.constexpr, TRAINED: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """As ``_state``, over the keys of an exact block that are this split's: any number."""
     span = Span(first, 0, 0, 0, 1)
-    k_head, v_head = kv.k + head.to(tl.int64) * kv.k_head, kv.v + head.to(tl.int64) * kv.v_head
+    k, v = _keys_values(kv, UNIT)
+    k_head, v_head = _base(k, kv.k_head, head, UNIT), _base(v, kv.v_head, head, UNIT)
     if HALF > 0:
         q = _turned(q, _query_angle(angles, sizes, 0, tl.zeros([1], tl.int32), span, MODE, HALF))
     state = (tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, padded(D)], tl.float32))
     for begin in range(split * KEYS, first + 1, SPLITS * KEYS):
         token = begin + tl.arange(0, KEYS)
-        values = _piece(v_head, token.to(tl.int64) * kv.v_tok, token <= first, 0, D)
-        keys = _pieces(k_head, token.to(tl.int64) * kv.k_tok, token <= first, D, HALF)
+        values = _piece(v_head, _row(v, kv.v_tok, token, head, UNIT, D), token <= first, 0, D)
+        keys = _pieces(k_head, _row(k, kv.k_tok, token, head, UNIT, D), token <= first, D, HALF)
         if HALF > 0:
             keys = _turned(keys, _key_angle(angles, sizes, 0, begin, token, span, MODE, 1, WINDOW, TRAINED, KEYS, False, HALF))
         logits = _logits(_products(q, keys, D, HALF), scale, SOFTCAP)
@@ -201,17 +206,20 @@ def _merge(
 # -- the kernel --------------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["N", "T", "M", "n_angles"])
+@triton.jit(do_not_specialize=["N", "T", "M", "n_angles", "n_from"])
 def _attend_one(
-    queries, kv, lists, angles, results, parts, K, N, T, M, per_head, n_angles, scale,
+    queries, kv, lists, angles, results, parts, K, N, T, M, per_head, n_angles, scale, n_from,
     G: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, MODE: tl.constexpr, TRAINED: tl.constexpr,
     BLOCK_TOK: tl.constexpr, SINK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, LIST_TILE: tl.constexpr,
     SHIFT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PIECE: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     PIECES: tl.constexpr = KEYS // PIECE
     LIST_FROM: tl.constexpr = (SINK + KEYS - 1) // KEYS * KEYS
     sizes = Sizes(K, N, T, M, per_head, n_angles)
     split, head, n = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if UNIT > 0:
+        n += n_from
     group = n * sizes.K + head
     list_at = head * sizes.per_head * sizes.N + n
     begin = split * KEYS
@@ -237,7 +245,7 @@ def _attend_one(
 
     if exact:
         state = _exact(
-            split, first, q, kv, head, angles, sizes, scale, D, HALF, MODE, TRAINED, WINDOW, SOFTCAP, min(64, KEYS), SPLITS, ROWS
+            split, first, q, kv, head, angles, sizes, scale, D, HALF, MODE, TRAINED, WINDOW, SOFTCAP, min(64, KEYS), SPLITS, ROWS, UNIT
         )  # fmt: skip
     else:
         near = tl.maximum(first - (WINDOW - 1), 0)
@@ -246,7 +254,7 @@ def _attend_one(
         bound = tl.where(windowed, first + 1, tl.where(listed, near, tl.minimum(near, SINK)))
         n_slots = tl.where(listed, count - (begin - LIST_FROM) // BLOCK_TOK, KEYS)
         tile = Tile(listed, origin, bound, n_slots)
-        rows = _rows(entries, entries_all, tile, kv, head, D, HALF, BLOCK_TOK, PIECE, PIECES)
+        rows = _rows(entries, entries_all, tile, kv, head, D, HALF, BLOCK_TOK, PIECE, PIECES, UNIT)
         span = _span(starts, first, near, count, SINK, BLOCK_TOK, LIST_TILE)
         # which are all that come before the first one that is not attended to
         n_keys = tl.where(windowed, first + 1 - origin, tl.where(listed, span.n_far - span.n_sink + LIST_FROM, span.n_sink) - begin)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from hipexp_kernels.triton_paged import _values
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -21,7 +23,7 @@ class Queries(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """Keys and values ``[K, T, D]`` and their strides; the last is 1."""
+    """Keys and values ``[K, T, D]`` and their strides; the last is 1. Or pages of keys, and the newest values."""
 
     k: object
     v: object
@@ -118,6 +120,15 @@ def _tokens(j, span, lists, sizes, list_at, BLOCK_TOK: tl.constexpr):
     selected = (slot >= 0) & (j < span.n_far)
     start = tl.load(lists.blocks + list_at * sizes.M + slot // BLOCK_TOK, mask=selected, other=0).to(tl.int32)
     return tl.where(selected, start + slot % BLOCK_TOK, tl.where(slot < 0, j, span.near + j - span.n_far))
+
+
+@triton.jit
+def _keys_values(kv, UNIT: tl.constexpr):
+    """Both by themselves, as :func:`hipexp_kernels.triton_paged._row` takes them."""
+    if UNIT > 0:
+        return kv.k, _values(kv.k, kv.v)
+    else:
+        return kv.k, kv.v
 
 
 # -- where they stand --------------------------------------------------------------------------------------------------------------

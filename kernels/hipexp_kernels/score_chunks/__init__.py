@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from hipexp_kernels.dispatch import choose, lazy, require
-from hipexp_kernels.paged import KV, Paged, whole
+from hipexp_kernels.paged import KV, whole
 from hipexp_kernels.rope import ScoreRotation
 from hipexp_kernels.score_chunks.reference import score_chunks as reference
 from hipexp_kernels.score_chunks.vectorized import score_chunks as vectorized
@@ -70,10 +70,7 @@ def score_chunks(
         f"score rotation {rotation and rotation.mode!r} is unknown; use {', '.join(ScoreRotation.MODES)}",
     )
     run = choose(impl, {"reference": reference, "vectorized": vectorized, "triton": lazy("score_chunks")}, q.device)
-    if isinstance(k, Paged):
-        run = vectorized if impl == "auto" else run
-        require(run in (reference, vectorized), "score_chunks: impl='triton' does not read paged keys so far; use vectorized")
-        k = whole(k) if run is reference else k
+    k = whole(k) if run is reference else k
     return run(q, k, starts, counts, limits, chunk_tok=chunk_tok, representative=representative, rotation=rotation, summaries=summaries)
 
 

@@ -13,12 +13,16 @@ import triton
 from torch import Tensor
 
 from hipexp_kernels.dispatch import gpu, require_triton_can
+from hipexp_kernels.paged import KV, Box, Paged, Places, in_parts
 from hipexp_kernels.rope import ScoreRotation
 from hipexp_kernels.score_chunks.probes import probe_step
+from hipexp_kernels.score_chunks.runs import probed_runs
 from hipexp_kernels.score_chunks.triton_descent import _descend_one_row, _descend_rows
 from hipexp_kernels.score_chunks.triton_scan import _scan
 from hipexp_kernels.score_chunks.triton_tile import RAW_KEYS, Angles, Keys, Lists, Sizes
+from hipexp_kernels.score_chunks.vectorized import score_chunks as vectorized
 from hipexp_kernels.summarize import Summaries
+from hipexp_kernels.triton_paged import pages_of, pages_types
 
 # What to tune: rows of keys in flight in each program, the warps that share them, and the registers of a thread (fewer let more programs
 # run side by side). Without that bound ptxas saves registers by waiting for one key before it asks for the next. Keys that are rotated
@@ -39,57 +43,76 @@ HEAD_AXIS = 0 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) els
 
 
 def score_chunks(
-    q: Tensor, k: Tensor, starts: Tensor, counts: Tensor, limits: Tensor, *,
+    q: Tensor, k: KV, starts: Tensor, counts: Tensor, limits: Tensor, *,
     chunk_tok: int, representative: str, rotation: ScoreRotation | None, summaries: Summaries | None,
 ) -> Tensor:  # fmt: skip
-    """See :func:`hipexp_kernels.score_chunks.score_chunks`. Nothing waits for the device.
+    """See :func:`hipexp_kernels.score_chunks.score_chunks`. Nothing waits for the device, paged keys aside.
 
     A descent of one query row multiplies in fp32; all else in the dtype of the keys (fp32 without TF32), to which rotated queries and keys
-    are rounded, and sums in fp32.
+    are rounded, and sums in fp32. A descent into paged keys does not know what it will ask for, and is ``vectorized``.
     """
+    if isinstance(k, Paged) and representative == "descent":
+        return vectorized(
+            q, k, starts, counts, limits, chunk_tok=chunk_tok, representative=representative, rotation=rotation, summaries=summaries
+        )
     require_triton_can("score_chunks", k)
     (H, N, R, D), (K, T, _), C = q.shape, k.shape, starts.shape[2]
     scores = torch.empty(K, N, C, dtype=torch.float32, device=k.device)
     if not scores.numel():
         return scores
     q, counts, limits = q.contiguous(), counts.contiguous(), limits.contiguous()
-    k = k if k.stride(2) == 1 else k.contiguous()
     starts = starts if starts.stride(2) == 1 else starts.contiguous()
     rotary = 2 * rotation.table.cos.shape[1] if rotation else D // 2 * 2
     mode = rotation.mode if rotation else "none"
     landmarks, first_tok = 0, None
     if summaries is not None and representative == "bounds":
         k, landmarks, first_tok = summaries.rows.flatten(1, 2), 2 * chunk_tok // summaries.piece_tok, summaries.first_tok
-    n_sm, hopper = gpu(k.device)
+    n_sm, hopper = gpu(q.device)
     kernel, tuned, constexprs, options = launch(
-        mode, R, H // K, D, rotary, chunk_tok, representative, landmarks, first_tok is not None, k.element_size(), hopper
+        mode, R, H // K, D, rotary, chunk_tok, representative, landmarks, first_tok is not None, k.dtype.itemsize, hopper
     )
-    n_tiles, more = triton.cdiv(C, constexprs["TILE"]), {}
-    if kernel is _scan:
-        more["tiles"] = tiles = max(1, min(tuned["tiles"], N * K * n_tiles // (PROGRAMS_PER_SM * n_sm)))
-        n_tiles = triton.cdiv(n_tiles, tiles)
-    kernel[(N, K, n_tiles)](
-        q,
-        Keys(k, k.stride(0), k.stride(1)),
-        Lists(starts, counts, limits),
-        _angles(rotation, limits),
-        scores,
-        *Sizes(
-            list_stride=starts.stride(0) if len(starts) > 1 else 0,
-            block_stride=starts.stride(1) if starts.shape[1] > 1 else 0,
-            count_stride=N if len(counts) > 1 else 0,
-            N=N,
-            C=C,
-            T=T,
-            trained_tok=rotation.trained_tok if rotation else 0,
-            scan_window_tok=rotation.scan_window_tok if rotation else 0,
-            first_tok=first_tok or 0,
-        ),
-        **more,
-        **constexprs,
-        **options,
+    n_tiles = triton.cdiv(C, constexprs["TILE"])
+    lists, angles = Lists(starts, counts, limits), _angles(rotation, limits)
+    sizes = Sizes(
+        list_stride=starts.stride(0) if len(starts) > 1 else 0,
+        block_stride=starts.stride(1) if starts.shape[1] > 1 else 0,
+        count_stride=N if len(counts) > 1 else 0,
+        N=N,
+        C=C,
+        T=T,
+        trained_tok=rotation.trained_tok if rotation else 0,
+        scan_window_tok=rotation.scan_window_tok if rotation else 0,
+        first_tok=first_tok or 0,
     )
+    if isinstance(k, Tensor):
+        k = k if k.stride(2) == 1 else k.contiguous()
+        more: dict = {}
+        if kernel is _scan:
+            tiles = max(1, min(tuned["tiles"], N * K * n_tiles // (PROGRAMS_PER_SM * n_sm)))
+            n_tiles, more = triton.cdiv(n_tiles, tiles), dict(tiles=tiles, n_from=0, chunk_from=0, UNIT=0)
+        kernel[(N, K, n_tiles)](q, Keys(k, k.stride(0), k.stride(1)), lists, angles, scores, *sizes, **more, **constexprs, **options)
+        return scores
+    tile, runs = constexprs["TILE"], probed_runs(starts, counts, limits, T, chunk_tok, representative)
+    for ((first, last), (begin, end)), places in _places(k, runs, (n_tiles, N), tile):
+        tiles = max(1, min(tuned["tiles"], last - first, (end - begin) * K * (last - first) // (PROGRAMS_PER_SM * n_sm)))
+        at = dict(tiles=tiles, n_from=begin, chunk_from=first * tile, UNIT=places.slots.shape[2])
+        grid = end - begin, K, triton.cdiv(last - first, tiles)
+        kernel[grid](q, Keys(pages_of(places), 0, 0), lists, angles, scores, *sizes, **at, **constexprs, **options)
     return scores
+
+
+def _places(k: Paged, runs: tuple[Tensor, Tensor], sizes: tuple[int, int], tile: int) -> Iterator[tuple[Box, Places]]:
+    """The tiles of chunks, and the query blocks, whose keys fit on the device at once, and where these lie then.
+
+    A score does not depend on what is scored beside it. Tiles come in order, as a program may write past the last one of its part.
+    """
+
+    def bring(part: Box, past: bool) -> Places | None:
+        (first, last), (begin, end) = part
+        found = k.bring(*(x[:, begin:end, first * tile : last * tile].flatten(1) for x in runs), past=past)
+        return found[0] if found else None
+
+    return in_parts(sizes, bring)
 
 
 def _angles(rotation: ScoreRotation | None, unused: Tensor) -> Angles:
@@ -156,4 +179,8 @@ def aot_cases(dtype: str, dim: int, group: int, hopper: bool) -> Iterator[tuple[
         kernel, _, constants, options = launch(
             mode, rows, group, dim, dim, 256 if landmarks == 16 else 32, scored_by, landmarks, listed, 4 if dtype == "fp32" else 2, hopper
         )
-        yield f"{representative} {mode}, {rows} rows", kernel, dict.fromkeys(kernel.arg_names, "i32") | types, constants, options
+        known, name = dict.fromkeys(kernel.arg_names, "i32") | types, f"{representative} {mode}, {rows} rows"
+        yield name, kernel, known, constants | (dict(UNIT=0) if kernel is _scan else {}), options
+        if (dtype, dim, rows) in (("bf16", 128, 1), ("bf16", 128, 16)) and representative in ("exact", "grid"):
+            paged = Keys(pages_types(dtype), "i32:16", "i32:16")
+            yield f"{name}, paged", kernel, known | dict(keys=paged), constants | dict(UNIT=8), options
