@@ -49,7 +49,10 @@ def test_attention_is_that_of_a_resident_store(by_triton, representatives, heads
 
 
 @interpreted
-@pytest.mark.parametrize(("representatives", "heads", "prune", "attend_rope", "policy", "more_tok"), CASES)
+@pytest.mark.parametrize(
+    ("representatives", "heads", "prune", "attend_rope", "policy", "more_tok"),
+    [CASES[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[1:])],
+)
 def test_a_step_is_that_of_a_resident_store(by_triton, representatives, heads, prune, attend_rope, policy, more_tok):
     """A step that selects anew, and one that does not."""
     plan, (q, k, v), outs = plan_of(representatives, heads, prune, attend_rope), inputs(602), []

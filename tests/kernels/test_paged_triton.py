@@ -117,8 +117,8 @@ def test_scores_of_formats_and_dimensions(dtype, D):
     score(arguments, score_rotation(arguments, "native", rotary=16), dict(unit=1, per_head=False, sink=3))
 
 
-@pytest.mark.parametrize("mode", [None, "rank"])
-@pytest.mark.parametrize("representative", ["grid", "exact"])
+@pytest.mark.parametrize("mode", [None, pytest.param("rank", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("representative", ["grid", pytest.param("exact", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("room", "past"), [(30, False), (2, True)])
 def test_chunks_that_do_not_fit_at_once_follow_each_other(mode, representative, room, past, monkeypatch):
     """Parts of a list, and of a tile the query blocks; several tiles to a program."""
