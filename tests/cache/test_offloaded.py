@@ -79,7 +79,7 @@ def attend(plan: LayerPlan, store, qkv, prompt_tok: int, chunk_tok: int) -> torc
     return torch.cat(outs, 1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     representatives=st.tuples(*[st.sampled_from(Representative)] * 3),
     heads=st.sampled_from(Heads),

@@ -185,11 +185,12 @@ def test_only_what_goes_from_layer_to_layer_is_kept(loaded, pipeline, tokens):
     def look(chunk, layer):
         kept.append([sum(ref() is not None for ref in refs) for refs in (embedded, hidden)])
 
-    hooks = [model.model.embed_tokens.register_forward_hook(partial(note, embedded))]
-    hooks += [layer.register_forward_hook(partial(note, hidden)) for layer in model.model.layers]
+    hooks = []
     gc.disable()  # what only a collection would find stays
     try:
-        with install(model, pipeline):
+        with install(model, pipeline):  # which runs the model, if it did not before
+            hooks += [model.model.embed_tokens.register_forward_hook(partial(note, embedded))]
+            hooks += [layer.register_forward_hook(partial(note, hidden)) for layer in model.model.layers]
             run_layer_major(model, calls(model, SequenceCache(loaded.n_layers, decoding=False), tokens[:256], 64), progress=look)
     finally:
         gc.enable()

@@ -35,7 +35,7 @@ def attend(arguments, mode, cache, begin=None, rotary=None, softcap=None):
     return k
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [DTYPES[0], *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in DTYPES[1:])])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", [dict(G=4), PREFILL], ids=["decode", "prefill"])
 @pytest.mark.parametrize("cache", CACHES, ids=["shared", "per head"])
@@ -49,6 +49,7 @@ def test_blocks_that_attend_to_everything(mode, shape):
     attend(call(**shape, exact=(0, 1)), mode, CACHES[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", CACHES, ids=["shared", "per head"])
 @pytest.mark.parametrize("shape", [dict(), dict(Q=5, first=(3, 140))], ids=["decode", "prefill"])
 def test_lists_of_heads(cache, shape):
@@ -56,8 +57,8 @@ def test_lists_of_heads(cache, shape):
         attend(call(K=K, G=G, S=K, **shape), "streaming", cache, begin=64)
 
 
-@pytest.mark.parametrize("sizes", [(0, 1), (8, 200)])
-@pytest.mark.parametrize("Q", [1, 7])
+@pytest.mark.parametrize("sizes", [(0, 1), pytest.param((8, 200), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("Q", [1, pytest.param(7, marks=pytest.mark.slow)])
 def test_sinks_windows_and_units_of_all_sizes(sizes, Q):
     """Selected blocks that do not lie on the grid of units, no sinks, a window that reaches back to the first token."""
     sink, window = sizes
@@ -101,7 +102,7 @@ def test_scores_in_all_modes(mode, rows, representative):
     score(arguments, score_rotation(arguments, mode), dict(unit=8, per_head=False, sink=8))
 
 
-@pytest.mark.parametrize("lists", [dict(S=1), dict(S=2), dict(shared=True)])
+@pytest.mark.parametrize("lists", [pytest.param(dict(S=1), marks=pytest.mark.slow), dict(S=2), dict(shared=True)])
 @pytest.mark.parametrize("per_head", [False, True])
 def test_scores_of_lists(lists, per_head):
     for C in (6, 40):
@@ -119,7 +120,7 @@ def test_scores_of_formats_and_dimensions(dtype, D):
 
 @pytest.mark.parametrize("mode", [None, pytest.param("rank", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("representative", ["grid", pytest.param("exact", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("room", "past"), [(30, False), (2, True)])
+@pytest.mark.parametrize(("room", "past"), [pytest.param(30, False, marks=pytest.mark.slow), (2, True)])
 def test_chunks_that_do_not_fit_at_once_follow_each_other(mode, representative, room, past, monkeypatch):
     """Parts of a list, and of a tile the query blocks; several tiles to a program."""
     from hipexp_kernels.score_chunks import triton as kernels

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import hipexp
-from hipexp.cache import offloaded, tiers
+from hipexp.cache import pool, tiers
 from hipexp.config.compose import compose
 from hipexp.run.ledger import Interrupted, RunFailed, read_json, read_rows
 from hipexp.run.point import execute, folder_of
@@ -75,7 +75,7 @@ FAULTS = {
         (tiers, "allocate", lambda shape, dtype, pin=False: ALLOCATE((1 << 60,), dtype, pin)),
         *(MemoryError, "out_of_memory", r"the host tier could not get \d+ bytes .* make offload.host_tok smaller and give an offload.disk_dir"),
     ),
-    "no memory on the device": ((offloaded, "Residency", too_large), RuntimeError, "out_of_memory", "allocate"),
+    "no memory on the device": ((pool, "Residency", too_large), RuntimeError, "out_of_memory", "allocate"),
     "full disk": ((os, "posix_fallocate", refuse(errno.ENOSPC)), RunFailed, "error", f"could not take .*No space left on device; .*{REPAIR}"),
     "quota": ((os, "posix_fallocate", refuse(errno.EDQUOT)), RunFailed, "error", f"could not take .*quota exceeded; .*{REPAIR}"),
     "cut file": ((tiers.DiskFile, "reserve", cut), RunFailed, "error", "was cut to 0 of .* run again, and leave the files .*; finished samples"),
