@@ -196,7 +196,7 @@ def test_odd_head_dimensions():
 
 @pytest.mark.parametrize("mode", [None, *ScoreRotation.ONE_ANGLE_A_CHUNK])
 @pytest.mark.parametrize("rows", [1, 5])
-@pytest.mark.parametrize("sizes", [(256, 64), (8, 8), (64, 1), (1, 1)])
+@pytest.mark.parametrize("sizes", [(256, 64), (8, 8), pytest.param((64, 1), marks=pytest.mark.slow), (1, 1)])
 def test_bounds(mode, rows, sizes):
     """Landmarks of many and few pieces a chunk, chunks past limits and counts, pieces that no chunk has yet."""
     chunk, piece = sizes
