@@ -95,13 +95,11 @@ def prefill(
     not_first: Collection[int] = (),
 ) -> int:
     """Feed a prompt chunk by chunk; return the first new token, none of ``not_first``."""
-    ids = torch.tensor([prompt], device=model.device)
     token = 0
-    for start in range(0, len(prompt), chunk_tok):
-        chunk = ids[:, start : start + chunk_tok]
-        token = _step(model, cache, chunk, torch.arange(start, start + chunk.shape[1], device=ids.device)[None], not_first)[0]
+    for step, n_tok in _steps(model, cache, prompt, chunk_tok, not_first):
+        token = step()
         if progress:
-            progress(chunk.shape[1])
+            progress(n_tok)
     return token
 
 
@@ -117,23 +115,32 @@ def prefill_layer_major(
 
     ``progress`` is told tokens in proportion to the layers that they passed; they sum to the prompt's. Raises also as ``run_layer_major``.
     """
-    ids = torch.tensor([prompt], device=model.device)
-    chunks = [(start, min(start + chunk_tok, len(prompt))) for start in range(0, len(prompt), chunk_tok)]
+    steps = _steps(model, cache, prompt, chunk_tok, not_first)
     done = 0  # tokens, times layers
+
+    def passed(chunk: int, layer: int) -> None:
+        nonlocal done
+        before, done = done, done + steps[chunk][1]
+        if progress:
+            progress(done // len(cache.layers) - before // len(cache.layers))
+
+    return run_layer_major(
+        model, [step for step, _ in steps], before_layer=lambda i: cache.layers[i].hold(True),
+        after_layer=lambda i: cache.layers[i].hold(False), progress=passed,
+    )[-1]  # fmt: skip
+
+
+def _steps(
+    model: PreTrainedModel, cache: SequenceCache, prompt: list[int], chunk_tok: int, not_first: Collection[int]
+) -> list[tuple[Callable[[], int], int]]:
+    """The forward passes of a prompt, each a call that returns the most likely next token, and how many tokens it reads."""
+    ids = torch.tensor([prompt], device=model.device)
 
     def step(begin: int, end: int) -> int:
         return _step(model, cache, ids[:, begin:end], torch.arange(begin, end, device=ids.device)[None], not_first)[0]
 
-    def passed(chunk: int, layer: int) -> None:
-        nonlocal done
-        before, done = done, done + chunks[chunk][1] - chunks[chunk][0]
-        if progress:
-            progress(done // len(cache.layers) - before // len(cache.layers))
-
-    calls = [partial(step, *chunk) for chunk in chunks]
-    return run_layer_major(
-        model, calls, before_layer=lambda i: cache.layers[i].hold(True), after_layer=lambda i: cache.layers[i].hold(False), progress=passed
-    )[-1]
+    cuts = [(begin, min(begin + chunk_tok, len(prompt))) for begin in range(0, len(prompt), chunk_tok)]
+    return [(partial(step, begin, end), end - begin) for begin, end in cuts]
 
 
 def decode(

@@ -118,6 +118,7 @@ def test_everything_is_closed_whatever_one_store_raises(loaded, pipeline, tokens
 
 def test_a_full_disk_is_an_error_that_leaves_nothing(loaded, pipeline, tokens, tmp_path):
     offload = Offload("disk", device_tok=LEAST_TOK, host_tok=PAGE_TOK, disk_tok=4 * PAGE_TOK, disk_dir=str(tmp_path))
+    gc.collect()
     before = open_files()
     with pytest.raises(OSError, match=r"raise offload\.disk_bytes or offload\.disk_tok"):
         made_with(loaded, pipeline, [tokens], offload)
@@ -129,6 +130,7 @@ def test_a_full_disk_is_an_error_that_leaves_nothing(loaded, pipeline, tokens, t
 @pytest.mark.parametrize("prefill_bytes", [0, 1 << 30])
 def test_a_cancelled_prompt_leaves_nothing(loaded, pipeline, tokens, tmp_path, prefill_bytes):
     offload = Offload("disk", device_tok=LEAST_TOK, host_tok=PAGE_TOK, disk_dir=str(tmp_path), prefill_bytes=prefill_bytes)
+    gc.collect()  # what earlier tests left
     before, stores = open_files(), count_stores()
 
     def cancel(n_tok: int) -> None:
@@ -145,6 +147,7 @@ def test_a_cancelled_prompt_leaves_nothing(loaded, pipeline, tokens, tmp_path, p
 def test_many_requests_leave_memory_where_it_was(loaded, pipeline, tokens, tmp_path):
     offload = Offload("disk", device_tok=LEAST_TOK, host_tok=2 * PAGE_TOK, disk_dir=str(tmp_path))
     prompts, levels = [tokens[:700], tokens[200:500]], []
+    gc.collect()
     for _ in range(6):
         made_with(loaded, pipeline, prompts, offload)
         gc.collect()
