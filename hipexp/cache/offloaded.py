@@ -238,7 +238,7 @@ class OffloadedStore:
         return slots, table
 
     def _bring(self, wanted: Tensor, traffic: Traffic) -> None:
-        """Have the units ``wanted``, distinct numbers and none of the sinks, in the pool."""
+        """Have the units ``wanted``, numbers ``[n]`` with or without repetitions, none of the sinks, in the pool."""
         assert self._pool is not None
         pool = self._pool
         fetched = pool.residency.access(wanted - pool.n_sinks)
@@ -270,6 +270,7 @@ class OffloadedStore:
                 self._count(traffic, moved, started)
 
     def _read_ahead(self, number: Tensor, traffic: Traffic) -> Tensor:
+        """Keys of units, for which nobody waits: no stall is counted."""
         data, moved = self._read(KEYS, number)
         traffic.add(Traffic(h2d_bytes=moved.link_bytes, disk_read_bytes=moved.disk_bytes))
         return data

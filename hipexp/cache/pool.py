@@ -29,6 +29,7 @@ class Pool:
 
     @property
     def bytes(self) -> int:
+        """Bytes of slots and table."""
         return self.slots.nbytes + self.residency.table.nbytes
 
     @property

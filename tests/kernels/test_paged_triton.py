@@ -1,5 +1,7 @@
 """Triton kernels that find keys and values through a table, beside the same kernels on tensors: bit for bit."""
 
+from math import prod
+
 import pytest
 import torch
 from hipexp_kernels import attend_blocks, score_chunks, summarize
@@ -151,7 +153,9 @@ def test_only_units_that_are_probed_are_brought():
 
 @pytest.mark.parametrize(("sizes", "room"), [((7, 3), 100), ((7, 3), 3), ((7, 3), 1), ((1,), 1), ((5,), 2)])
 def test_parts_are_a_whole_and_in_order(sizes, room):
-    volume = lambda part: torch.tensor([end - begin for begin, end in part]).prod().item()  # noqa: E731
+    def volume(part):
+        return prod(end - begin for begin, end in part)
+
     parts = [part for part, _ in in_parts(sizes, lambda part, past: True if past or volume(part) <= room else None)]
     seen = torch.zeros(sizes, dtype=torch.int64)
     for part in parts:
