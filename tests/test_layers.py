@@ -26,7 +26,10 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "hipexp/cache/policies.py": ({"hipexp.config.schema"}, set()),
     "hipexp/cache/replay.py": ({"hipexp.cache.policies", "hipexp.cache.traces"}, set()),
     "hipexp/cache/traces.py": ({"hipexp.config.schema"}, set()),
-    "hipexp/attention": ({"hipexp.attention", "hipexp.cache", "hipexp.config.schema", "hipexp_kernels", "torch"}, set()),
+    "hipexp/attention": (
+        {"hipexp.attention", "hipexp.cache", "hipexp.config.convert", "hipexp.config.schema", "hipexp_kernels", "torch"},
+        set(),
+    ),
     "hipexp/hf": (CONFIG | {"hipexp.attention", "hipexp.cache", "hipexp.hf", "hipexp_kernels", "torch", "transformers"}, {"tqdm"}),
     "hipexp/needle": (CONFIG | {"hipexp.needle", "hipexp.suites", "tokenizers", "torch", "tqdm", "transformers"}, set()),
     "hipexp/suites": (

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from importlib.util import find_spec
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from hipexp.config.model import ModelFacts, read_facts
@@ -33,7 +34,7 @@ from hipexp.config.schema import (
 )
 from hipexp.config.wandb_key import has_wandb_key
 
-METHODS = ("hip", "streaming")
+METHODS = tuple(sorted(path.stem for path in (Path(__file__).parents[1] / "attention" / "methods").glob("[a-z]*.py")))
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 SAMPLED = ("samples", "length_tok", "truncate_tok", "protocol", "wording", "batch")
 ALONE = ("dtype", "contexts_tok", "phases", "queries_tok", "layer")  # of latency, with a geometry only
@@ -115,7 +116,8 @@ def check_layers(experiment: Experiment, facts: ModelFacts) -> None:
 
 def _check_pipeline(pipeline: Pipeline, model: Model) -> None:
     """Refuse a pipeline that breaks a rule by itself or under one of its layer groups."""
-    _one_of("pipeline.method", pipeline.method, METHODS)
+    if not pipeline.method.endswith(".py"):  # a file of the user's own
+        _one_of("pipeline.method", pipeline.method, METHODS)
     if pipeline.name == DENSE:
         raise ConfigError(f"pipeline.name={DENSE} is what attention without a pipeline is called; choose another name")
     _check_stage_count(pipeline)
@@ -375,9 +377,11 @@ def _check_used(task: Task) -> None:
 
 def _check_stage_count(pipeline: Pipeline) -> None:
     stages, decode = len(pipeline.stages), pipeline.decode
-    if pipeline.method == "streaming" and (stages or decode):
+    if pipeline.method != "hip" and (stages or decode):
         count = stages or len(decode or [])
-        raise ConfigError(f"pipeline.method=streaming must have no stages, but there are {count}; try pipeline.method=hip")
+        raise ConfigError(f"pipeline.method={pipeline.method} must have no stages, but there are {count}; try pipeline.method=hip")
+    if pipeline.method == "hip" and pipeline.params:
+        raise ConfigError("pipeline.params must be empty for pipeline.method=hip, whose parameters are its stages; leave it out")
     if pipeline.method == "hip" and (not stages or decode == []):
         key = "pipeline.decode" if stages else "pipeline.stages"
         raise ConfigError(f"{key}=[] must hold a stage or more for pipeline.method=hip; for sink and window only use +pipeline=streaming")

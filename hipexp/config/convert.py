@@ -87,6 +87,8 @@ def convert(value: Any, kind: Any, key: str) -> Any:
         if is_optional(kind):
             return None
         raise ConfigError(f"{key}=null must be {_words(kind)}")
+    if kind is Any:
+        return value
     kind = required(kind)
     if isinstance(value, str) and value == MISSING:
         raise ConfigError(f"{key} is not set and must be {_words(kind)}; give it, as in {key}=…")
@@ -150,8 +152,8 @@ def to_schema(data: dict[str, Any], kind: type[T], key: str = "") -> T:
 
 
 def _build(value: Any, kind: Any, key: str) -> Any:
-    if value is None:
-        return None
+    if value is None or kind is Any:
+        return value
     kind = required(kind)
     if is_list(kind):
         return [_build(entry, typing.get_args(kind)[0], f"{key}[{number}]") for number, entry in enumerate(value)]

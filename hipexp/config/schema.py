@@ -112,12 +112,14 @@ class LayerGroup:
 
     ``range``   layers as in ``"0-2"``, ``"0,3,31"``, ``"3-"`` (to the last) or ``"-1"`` (from the end); empty switches the group off
     ``stages``  overrides by stage number (``"2"``); they apply in decode too, unless the pipeline has its own decode stages
+    ``params``  parameters of the method that are different there
     """
 
     range: str
     rope: RopeOverride = field(default_factory=RopeOverride)
     stages: dict[str, StageOverride] = field(default_factory=dict)
     window_tok: int | None = None
+    params: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -133,6 +135,8 @@ class LayerPlan:
     attend: AttendRope
     groups: list[str]
     late_refresh: bool = False
+    method: str = "hip"
+    params: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -140,7 +144,8 @@ class Pipeline:
     """An attention pipeline.
 
     ``name``    preset it came from, for people only
-    ``method``  ``hip`` (prune in stages) or ``streaming`` (sink and window only, no stages)
+    ``method``  ``hip`` (prune in stages), another one of ``hipexp.attention.methods``, or the path of a file like those there, ``….py``
+    ``params``  parameters of a method without stages, as its file names them; what is left out is as there
     ``decode``  other stages for decode; None uses ``stages``
     ``layers``  named groups of overrides; a later group wins over an earlier one
     ``late_refresh``  a selection that a decode step makes is used from the next step on, so that nobody has to wait for what it misses
@@ -156,6 +161,7 @@ class Pipeline:
     rope: Rope = field(default_factory=Rope)
     layers: dict[str, LayerGroup] = field(default_factory=dict)
     late_refresh: bool = False
+    params: dict[str, Any] = field(default_factory=dict)
 
     def plan(self, n_layers: int) -> list[LayerPlan]:
         """Resolve the pipeline for a model of ``n_layers`` layers: one plan per layer.
@@ -175,14 +181,16 @@ class Pipeline:
         """The plan of one layer to which ``groups`` apply, in this order."""
         stages = [_with_rope(stage, self.rope.prune) for stage in self.stages]
         decode = stages if self.decode is None else [_with_rope(stage, self.rope.prune) for stage in self.decode]
-        window_tok, attend = self.window_tok, self.rope.attend
+        window_tok, attend, params = self.window_tok, self.rope.attend, self.params
         for name in groups:
             group = self.layers[name]
             stages = _override(stages, group, f"pipeline.layers.{name}.stages")
             decode = stages if self.decode is None else [_change(stage, rope=group.rope.prune) for stage in decode]
             window_tok = window_tok if group.window_tok is None else group.window_tok
-            attend = group.rope.attend or attend
-        return LayerPlan(layer, stages, list(decode), self.sink_tok, window_tok, self.heads, attend, groups, self.late_refresh)
+            attend, params = group.rope.attend or attend, params | group.params
+        return LayerPlan(
+            layer, stages, list(decode), self.sink_tok, window_tok, self.heads, attend, groups, self.late_refresh, self.method, params
+        )
 
 
 @dataclass

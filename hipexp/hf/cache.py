@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -16,18 +17,18 @@ from hipexp.attention import Memory
 from hipexp.cache.offloaded import OffloadedStore
 from hipexp.cache.resident import ResidentStore
 from hipexp.cache.store import KVStore
-from hipexp.cache.summaries import KeySummaries
 
 NewStore = Callable[[int], KVStore]  # an empty store for a layer
 
 
 @dataclass
 class SequenceState:
-    """What one sequence keeps in one layer: keys and values, summaries of the keys, the refresh state, how many leading tokens are padding,
-    how many query blocks did not see all their keys."""
+    """What one sequence keeps in one layer: keys and values, what its method notes of them (``shared``: in all layers), the refresh state,
+    how many leading tokens are padding, how many query blocks did not see all their keys."""
 
     store: KVStore = field(default_factory=ResidentStore)
-    summaries: KeySummaries = field(default_factory=KeySummaries)
+    state: Any = None
+    shared: dict[Any, Any] = field(default_factory=dict)
     memory: Memory = field(default_factory=Memory)
     padding: int = 0
     pruned_blocks: int = 0
@@ -37,12 +38,20 @@ class SequenceLayer(CacheLayerMixin):
     """One layer's states, one per batch row. ``update`` hands *itself* to the attention function in place of key and value tensors.
 
     ``decoding`` says whether the next tokens are decode steps; None: a single token behind others is one. ``new_store``: makes a row's.
+    ``shared``: by row, what all layers share.
     """
 
     is_sliding = False
 
-    def __init__(self, reserve_tok: int = 0, decoding: bool | None = None, new_store: Callable[[], KVStore] = ResidentStore):
+    def __init__(
+        self,
+        reserve_tok: int = 0,
+        decoding: bool | None = None,
+        new_store: Callable[[], KVStore] = ResidentStore,
+        shared: dict[int, dict] | None = None,
+    ):
         super().__init__()
+        self._shared = defaultdict(dict) if shared is None else shared
         self.rows: list[SequenceState] = []
         self.reserve_tok, self.decoding, self.new_store = reserve_tok, decoding, new_store
         self.holding = False
@@ -51,7 +60,7 @@ class SequenceLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         if not self.rows:
-            self.rows = [SequenceState(self.new_store()) for _ in range(key_states.shape[0])]
+            self.rows = [SequenceState(self.new_store(), shared=self._shared[b]) for b in range(key_states.shape[0])]
             self.hold(self.holding)
             for row, key in zip(self.rows, key_states, strict=True):
                 row.store.reserve(self.reserve_tok, key)
@@ -98,7 +107,8 @@ class SequenceCache(Cache):
 
     def __init__(self, n_layers: int, reserve_tok: int = 0, decoding: bool | None = None, new_store: NewStore | None = None):
         makers = [partial(new_store, layer) if new_store else ResidentStore for layer in range(n_layers)]
-        super().__init__(layers=[SequenceLayer(reserve_tok, decoding, make) for make in makers])
+        shared: dict[int, dict] = defaultdict(dict)
+        super().__init__(layers=[SequenceLayer(reserve_tok, decoding, make, shared) for make in makers])
         for layer, following in itertools.pairwise(self.layers):
             layer.next = following
 
@@ -136,9 +146,9 @@ class SequenceCache(Cache):
 
     @property
     def bytes(self) -> int:
-        """Bytes on the device of keys and values, of what summarizes the keys, and of what decode steps hold ready."""
+        """Bytes on the device of keys and values, of what the method notes of them, and of what decode steps hold ready."""
         return sum(
-            row.store.bytes + row.summaries.bytes + (row.memory.held.bytes if row.memory.held else 0)
+            row.store.bytes + (row.state.bytes if row.state else 0) + (row.memory.held.bytes if row.memory.held else 0)
             for layer in self.layers
             for row in layer.rows
         )

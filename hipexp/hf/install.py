@@ -20,7 +20,6 @@ from hipexp.attention.rope import RopeTables
 from hipexp.cache.offloaded import OffloadedStore
 from hipexp.cache.placement import Placement
 from hipexp.cache.resident import ResidentStore
-from hipexp.cache.summaries import KeySummaries
 from hipexp.cache.tiers import Disk
 from hipexp.config.model import ModelFacts, head_sizes
 from hipexp.config.offload import Sizes, check_sizes, disk_folder, sizes
@@ -161,7 +160,7 @@ def _layer_attentions(model: PreTrainedModel, decoder: nn.Module, pipeline: Pipe
     for plan in pipeline.plan(len(decoder.layers)):
         module = decoder.layers[plan.layer].self_attn
         own = tables if rotated[plan.layer] else None
-        layers[plan.layer] = LayerAttention(plan if own else _without_rope(plan), pipeline.method, own, module.scaling, _softcap(model))
+        layers[plan.layer] = LayerAttention(plan if own else _without_rope(plan), own, module.scaling, _softcap(model))
     return layers
 
 
@@ -218,7 +217,7 @@ def _attend_batch(
         if mask is not None:
             padding = int((mask[b].long().cumsum(0) == 0).sum())
             if padding != state.padding:  # the sequence begins elsewhere
-                state.padding, state.summaries, state.memory = padding, KeySummaries(), Memory()
+                state.padding, state.state, state.memory = padding, None, Memory()
             if not bool(mask[b, state.padding :].all()):
                 raise ValueError(f"attention_mask[{b}] masks tokens after the first real one; only padding on the left is supported")
         k, v = state.store.view()
@@ -244,7 +243,9 @@ def _attend_batch(
             decode_step = decoding and begin > 0
             if not decode_step:  # what was selected for the tokens before says nothing about these
                 state.memory = Memory()
-            rows = layer(q, k, v, begin + skip, state.memory if decode_step else None, summaries=state.summaries)
+            if state.state is None:
+                state.state = layer.method.new_state()
+            rows = layer(q, k, v, begin + skip, state.memory if decode_step else None, state=state.state, shared=state.shared)
             state.pruned_blocks += layer.pruned_blocks - pruned
             if not decode_step:
                 state.store.settle()

@@ -17,7 +17,6 @@ from hipexp.attention.inputs import Geometry, Inputs, drifting
 from hipexp.attention.methods.hip import piece_tok
 from hipexp.attention.recall import attention_mass, chosen_tokens, fixed_tokens, logits_at_one_distance, logits_in_place
 from hipexp.attention.rope import RopeTables
-from hipexp.cache.summaries import KeySummaries
 from hipexp.config.schema import LayerPlan, Pipeline, PruneRope, Representative, Stage
 from hipexp.run.contestants import decode_contestants, prefill_contestants
 from hipexp.run.latency import quantile
@@ -35,7 +34,7 @@ def layer_attention(pipeline: Pipeline, geometry: Geometry, device: torch.device
         angle = positions.to(device)[:, None] * inverse
         return angle.cos(), angle.sin()
 
-    return LayerAttention(plan, pipeline.method, RopeTables(cos_sin, TRAINED_TOK), geometry.scale)
+    return LayerAttention(plan, RopeTables(cos_sin, TRAINED_TOK), geometry.scale)
 
 
 def period_of(plan: LayerPlan) -> int:
@@ -67,7 +66,7 @@ class DecodeRun:
         self.last = self.layers[0].keys.shape[1] - 1
         self.n_steps, self.device = len(self.queries), self.queries.device
         self.memories = [Memory() for _ in self.layers]
-        self.summaries = [KeySummaries() for _ in self.layers]
+        self.states = [self.attention.method.new_state() for _ in self.layers]
         self.now = torch.empty_like(self.queries[0])
         self.step = self.attention.step_at(self.last, self.device)
 
@@ -84,9 +83,9 @@ class DecodeRun:
         self.step.numbers.copy_(self.attention.step_at(self.last - self.n_steps + 1 + step, self.device).numbers)
 
     def _all_layers(self, step: int) -> None:
-        for layer, memory, summaries, q in zip(self.layers, self.memories, self.summaries, self.now, strict=True):
+        for layer, memory, state, q in zip(self.layers, self.memories, self.states, self.now, strict=True):
             memory.step = step
-            self.attention(q, layer.keys, layer.values, self.last, memory, self.step, summaries)
+            self.attention(q, layer.keys, layer.values, self.last, memory, self.step, state)
 
     def _captured(self, schedule: list[int]) -> dict[int, Callable[[], None]]:
         side = torch.cuda.Stream()
@@ -226,8 +225,8 @@ def prefill_rows(
     q = layer.prefill_queries(n_queries)
 
     def contestant_of(name: str, attention: LayerAttention) -> Contestant:
-        summaries = KeySummaries()  # of the whole prompt once the first call is through: their making is not timed
-        return Contestant(name, lambda q, k, v: attention(q, k, v, n_tok - n_queries, summaries=summaries))
+        state = attention.method.new_state()  # knows the whole prompt once the first call is through: its making is not timed
+        return Contestant(name, lambda q, k, v: attention(q, k, v, n_tok - n_queries, state=state))
 
     own = [contestant_of(name, attention) for name, attention in pipelines.items()]
     able, reasons = runnable([c for c in prefill_contestants(device) if c.name not in skip], [(q, layer.keys, layer.values)])

@@ -308,7 +308,8 @@ def stages_of(
     from hipexp.attention import Memory
     from hipexp.attention.blocks import QueryBlocks
     from hipexp.attention.layer import no_rope
-    from hipexp.attention.methods import METHODS
+    from hipexp.attention.method import Call
+    from hipexp.attention.methods.hip import Hip
     from hipexp.attention.recall import attention_mass, chosen_tokens, fixed_tokens
     from hipexp.attention.rope import RopeTables
     from hipexp.cache.tiers import as_kept
@@ -317,7 +318,9 @@ def stages_of(
     size = plan.stages[0].query_block_tok
     memory, blocks = Memory(), QueryBlocks.cut(own, begin, size)
     kept = as_kept(k[:, : begin + own.shape[1]], offload.format, page_tok_of([plan]), plan.sink_tok)
-    METHODS[attention.method](plan, plan.stages, blocks, kept, tables, memory)
+    method = attention.method
+    assert isinstance(method, Hip)
+    method.select(Call(blocks, kept, tables, attention.scale, memory=memory))
     out: Stages = [{name: [] for name in (*VALUES, "fixed")} for _ in plan.stages]
     for row in range(own.shape[1] // (2 * ROWS), own.shape[1], max(1, own.shape[1] // ROWS)):
         seen = begin + row + 1

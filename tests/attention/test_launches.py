@@ -88,7 +88,7 @@ def on(impl, monkeypatch):
 def layer(heads=Heads.shared, second=None, **first):
     stages = [dataclasses.replace(STAGES[0], **first), dataclasses.replace(STAGES[1], **(second or {})), *STAGES[2:]]
     plan = LayerPlan(0, stages, stages, sink_tok=16, window_tok=128, heads=heads, attend=AttendRope.streaming, groups=[])
-    return LayerAttention(plan, "hip", RopeTables(cos_sin, 512), D**-0.5)
+    return LayerAttention(plan, RopeTables(cos_sin, 512), D**-0.5)
 
 
 def step(attention, T, number, count):

@@ -16,7 +16,8 @@ import plain
 from exact_tables import ExactTables
 from hipexp.attention import LayerAttention, Memory
 from hipexp.attention.blocks import QueryBlocks
-from hipexp.attention.methods import hip
+from hipexp.attention.method import Call
+from hipexp.attention.methods.hip import Hip, first_candidates
 from hipexp.attention.rope import RopeTables
 from hipexp.cache.summaries import KeySummaries
 from hipexp.config.check import BY_TRUE_POSITION
@@ -50,7 +51,7 @@ def random_qkv(T, H=4, K=2, seed=0):
 
 
 def layer(p, **kwargs):
-    return LayerAttention(p, "hip", tables(), D**-0.5, **kwargs)
+    return LayerAttention(p, tables(), D**-0.5, **kwargs)
 
 
 def dense(q, k, v, begin):
@@ -102,6 +103,12 @@ def layers(draw, strategy):
     return plan, *(rng.standard_normal((n, T, width)) for n in (K * G, K, K)), rotary, draw(st.sampled_from([64, 100, 4096]))
 
 
+def select(p, made, queries, keys, tables, memory):
+    """What ``made`` stages select."""
+    p = dataclasses.replace(p, **{"stages" if memory is None else "decode": made})
+    return Hip(p).select(Call(queries, keys, tables, 1.0, memory is not None, memory))
+
+
 def fp32(*arrays):
     return (torch.from_numpy(x).float() for x in arrays)
 
@@ -113,7 +120,7 @@ def test_selection_is_the_plain_method(strategy, data):
     p, q, k, _, rotary, trained = data.draw(layers(strategy))
     n = data.draw(st.integers(3, (q.shape[1] - 1) // 16))
     queries, keys = fp32(q, k)
-    selection = hip.select(p, p.stages, QueryBlocks.cut(queries, 0, 16).from_block(n), keys, of_brute(rotary, trained), None)
+    selection = select(p, p.stages, QueryBlocks.cut(queries, 0, 16).from_block(n), keys, of_brute(rotary, trained), None)
     last = p.stages[-1].query_block_tok
     for at in range(16 * n, min(16 * (n + 1), q.shape[1]), last):
         for s, (own_q, own_k) in enumerate(plain.lists(p, q, k)):
@@ -123,7 +130,7 @@ def test_selection_is_the_plain_method(strategy, data):
 
 def attention_of(p, rotary, trained, softcap):
     rotates = p.stages[0].rope is not PruneRope.none
-    return LayerAttention(p, "hip", of_brute(rotary, trained) if rotates else None, 0.3, softcap)
+    return LayerAttention(p, of_brute(rotary, trained) if rotates else None, 0.3, softcap)
 
 
 @pytest.mark.parametrize("strategy", list(PruneRope))
@@ -170,7 +177,7 @@ def test_decode_through_refreshes_is_the_plain_method(strategy, data, steps, sof
 def test_candidates_of_the_first_stage(sink, window, begin, count):
     p = dataclasses.replace(plan(), sink_tok=sink, window_tok=window)
     queries = QueryBlocks.cut(torch.zeros(1, count, 1), begin, 1)
-    starts, counts = hip.first_candidates(queries, sink, max(0, window - 32), 32)
+    starts, counts = first_candidates(queries, sink, max(0, window - 32), 32)
     for first, n in zip(range(begin, begin + count), counts[0], strict=True):
         assert starts[0, 0, :n].tolist() == plain.first_candidates(p, p.stages, first)
 
@@ -181,7 +188,7 @@ def test_lists_are_ascending_unique_on_the_grid_and_in_the_past(T, heads, rope):
     p = plan(rope, heads)
     q, k, _ = random_qkv(T, seed=T)
     blocks = QueryBlocks.cut(q, 0, 16).from_block(6)
-    selection = hip.select(p, p.stages, blocks, k, tables(), None)
+    selection = select(p, p.stages, blocks, k, tables(), None)
     for s in range(selection.blocks.shape[0]):
         for n, first in enumerate(blocks.first.tolist()):
             chosen = selection.blocks[s, n, : selection.counts[s, n]].tolist()
@@ -215,7 +222,7 @@ def test_equal_to_dense_when_the_selection_holds_everything():
     every = [dataclasses.replace(stage, keep_tok=512) for stage in stages()]
     q, k, v = random_qkv(400)
     blocks = QueryBlocks.cut(q, 0, 16)
-    selection = hip.select(plan(), every, blocks, k, tables(), None)
+    selection = select(plan(), every, blocks, k, tables(), None)
     out, _ = attend_blocks(
         blocks.q, k, v, selection.blocks, selection.counts, blocks.first, torch.zeros(len(blocks.first), dtype=torch.bool),
         block_tok=4, sink_tok=8, window_tok=64, scale=D**-0.5, rotation=AttendRotation("streaming", tables().upto(2048), 256),
@@ -240,10 +247,10 @@ def test_selections_in_half_precision_do_not_depend_on_how_prefill_is_cut(dtype)
     made = [dataclasses.replace(s, query_block_tok=48, query_stride_tok=3) for s in stages()]
     for seed in range(4):
         q, k, _ = (x.to(dtype) for x in random_qkv(395, seed=seed))
-        whole = hip.select(plan(), made, QueryBlocks.cut(q, 0, 48).from_block(4), k, tables(), None)
+        whole = select(plan(), made, QueryBlocks.cut(q, 0, 48).from_block(4), k, tables(), None)
         for n in range(4, 9):
             b = 48 * n
-            part = hip.select(plan(), made, QueryBlocks.cut(q[:, b : b + 48], b, 48), k[:, : b + 48], tables(), None)
+            part = select(plan(), made, QueryBlocks.cut(q[:, b : b + 48], b, 48), k[:, : b + 48], tables(), None)
             assert torch.equal(part.blocks[:, 0, : part.counts[0, 0]], whole.blocks[:, n - 4, : whole.counts[0, n - 4]])
 
 
@@ -260,7 +267,7 @@ def decode(p, q, k, v, start, attention=None):
     attention, memory, summaries = attention or layer(p), Memory(), KeySummaries()
 
     def step(t):
-        return attention(q[:, t : t + 1], k[:, : t + 1], v[:, : t + 1], t, memory, summaries=summaries)
+        return attention(q[:, t : t + 1], k[:, : t + 1], v[:, : t + 1], t, memory, state=summaries)
 
     return torch.cat([step(t) for t in range(start, q.shape[1])], 1), memory
 
@@ -271,11 +278,11 @@ def test_cached_stages_reproduce_the_full_pipeline(rope, heads):
     """A stage that starts from its remembered chunks, with the same query, finds bit for bit what the full pipeline finds."""
     q, k, _ = random_qkv(340)
     p, query, full = plan(rope, heads), QueryBlocks.cut(q[:, 339:], 339, 1), Memory()
-    fresh = hip.select(p, p.decode, query, k, tables(), full)
+    fresh = select(p, p.decode, query, k, tables(), full)
     for step, due in ((4, 1), (2, 2), (3, 3)):
         again = Memory(step, {i: (starts.clone(), counts.clone()) for i, (starts, counts) in full.lists.items()})
         assert again.first_stage_due(p.decode) == due
-        selection = hip.select(p, p.decode, query, k, tables(), again)
+        selection = select(p, p.decode, query, k, tables(), again)
         assert torch.equal(selection.blocks, fresh.blocks) and torch.equal(selection.counts, fresh.counts)
         assert sorted(again.lists) == [1, 2, 3]
 
@@ -288,7 +295,7 @@ def test_steps_with_the_same_query_and_the_same_first_candidates_agree(rope):
     for at in range(296, 328):
         for memory, refresh in ((cached, (8, 4, 2)), (every, (1, 1, 1))):
             p = plan(rope, refresh=refresh)
-            hip.select(p, p.decode, QueryBlocks.cut(query, at, 1), k[:, : at + 1], tables(), memory)
+            select(p, p.decode, QueryBlocks.cut(query, at, 1), k[:, : at + 1], tables(), memory)
             memory.step += 1
         assert torch.equal(cached.lists[3][0], every.lists[3][0])
 
@@ -328,7 +335,7 @@ def test_a_needle_with_smooth_surroundings_is_found_anywhere():
         bump = torch.exp(-(((torch.arange(T) - spot) / 24.0) ** 2))
         k += 6 * bump[None, :, None] * direction
         q[:] = 4 * direction
-        selection = hip.select(p, p.stages, QueryBlocks.cut(q[:, 416:], 416, 16), k, tables(), None)
+        selection = select(p, p.stages, QueryBlocks.cut(q[:, 416:], 416, 16), k, tables(), None)
         chosen = selection.blocks[0, 0, : selection.counts[0, 0]]
         assert any(start <= spot < start + 4 for start in chosen.tolist())
 
@@ -336,11 +343,11 @@ def test_a_needle_with_smooth_surroundings_is_found_anywhere():
 def test_per_kv_lists_differ_and_shared_lists_do_not():
     q, k, _ = random_qkv(400)
     blocks = QueryBlocks.cut(q, 0, 16).from_block(20)
-    assert hip.select(plan(heads=Heads.shared), stages(), blocks, k, tables(), None).blocks.shape[0] == 1
-    own = hip.select(plan(heads=Heads.per_kv), stages(), blocks, k, tables(), None).blocks
+    assert select(plan(heads=Heads.shared), stages(), blocks, k, tables(), None).blocks.shape[0] == 1
+    own = select(plan(heads=Heads.per_kv), stages(), blocks, k, tables(), None).blocks
     assert own.shape[0] == 2 and not torch.equal(own[0], own[1])
     for head in range(2):
-        alone = hip.select(
+        alone = select(
             plan(), stages(), QueryBlocks.cut(q[2 * head : 2 * head + 2], 0, 16).from_block(20), k[head : head + 1], tables(), None
         )
         assert torch.equal(own[head], alone.blocks[0])
@@ -359,9 +366,9 @@ def test_smaller_query_blocks_in_later_stages(T):
 
 def test_no_stages_is_streaming():
     """In prefill the window begins at the first query of a block of 64, in decode at the query."""
-    p = dataclasses.replace(plan(), stages=[], decode=[])
+    p = dataclasses.replace(plan(), stages=[], decode=[], method="streaming")
     q, k, v = random_qkv(200)
-    attention, memory = LayerAttention(p, "streaming", tables(), D**-0.5), Memory()
+    attention, memory = LayerAttention(p, tables(), D**-0.5), Memory()
     out = attention(q, k, v, 0)
     for at in range(200):
         expected = streamed(q, k, v, at, at // 64 * 64)
@@ -383,7 +390,7 @@ def test_positions_are_computed_for_tokens_that_exist(attend):
     """A budget far beyond the prompt costs no rows, and no row is missing."""
     wide, q_k_v = plan(attend=attend), random_qkv(5000)
     roomy = dataclasses.replace(wide, window_tok=2**30)
-    asked = LayerAttention(roomy, "hip", RopeTables(cos_sin, 256), D**-0.5)
+    asked = LayerAttention(roomy, RopeTables(cos_sin, 256), D**-0.5)
     q, k, v = q_k_v
     out = asked(q[:, -40:], k, v, 4960)
     assert asked.tables.upto(1).cos.shape[0] == 8192

@@ -33,7 +33,7 @@ def plan(rope=PruneRope.relative, heads=Heads.shared, representative=Representat
 
 
 def layer(p, listener=None):
-    return LayerAttention(p, "hip", tables(), D**-0.5, listener=listener)
+    return LayerAttention(p, tables(), D**-0.5, listener=listener)
 
 
 def random_qkv(T, H=4, K=2, seed=0):

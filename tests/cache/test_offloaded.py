@@ -68,12 +68,12 @@ def inputs(n_tok: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
 def attend(plan: LayerPlan, store, qkv, prompt_tok: int, chunk_tok: int) -> torch.Tensor:
     """Outputs of a prompt in chunks, and of decode steps behind it."""
     q, k, v = qkv
-    attention, summaries, memory, outs = LayerAttention(plan, "hip", tables(), D**-0.5), KeySummaries(), Memory(), []
+    attention, summaries, memory, outs = LayerAttention(plan, tables(), D**-0.5), KeySummaries(), Memory(), []
     cuts = [*range(0, prompt_tok, chunk_tok), *range(prompt_tok, q.shape[1] + 1)]
     for begin, end in itertools.pairwise(cuts):
         store.decoding = begin >= prompt_tok
         store.append(k[:, begin:end], v[:, begin:end])
-        outs.append(attention(q[:, begin:end], *store.view(), begin, memory if store.decoding else None, summaries=summaries))
+        outs.append(attention(q[:, begin:end], *store.view(), begin, memory if store.decoding else None, state=summaries))
         if not store.decoding:
             store.settle()
     return torch.cat(outs, 1)
@@ -110,7 +110,7 @@ def test_a_pipeline_without_stages_reads_nothing_back():
     qkv = inputs(500)
     outs = []
     for store in (ResidentStore(), OffloadedStore(placement(plan, 64))):
-        attention = LayerAttention(plan, "streaming", tables(), D**-0.5)
+        attention = LayerAttention(plan, tables(), D**-0.5)
         for begin in range(0, 500, 128):
             q, k, v = (x[:, begin : begin + 128] for x in qkv)
             store.append(k, v)
@@ -140,7 +140,7 @@ def test_bytes_are_counted_where_they_move(heads):
 def test_a_step_that_uses_a_list_again_moves_nothing():
     plan = plan_of((Representative.bounds, Representative.bounds, Representative.exact))
     store, qkv = OffloadedStore(placement(plan)), inputs(920)
-    attention, memory, summaries = LayerAttention(plan, "hip", tables(), D**-0.5), Memory(), KeySummaries()
+    attention, memory, summaries = LayerAttention(plan, tables(), D**-0.5), Memory(), KeySummaries()
     store.append(qkv[1][:, :896], qkv[2][:, :896])
     store.settle()
     fetched = []
@@ -148,7 +148,7 @@ def test_a_step_that_uses_a_list_again_moves_nothing():
         store.decoding = True
         store.append(qkv[1][:, t : t + 1], qkv[2][:, t : t + 1])
         before = sum(traffic.h2d_bytes for traffic in store.traffic.counts.values())
-        attention(qkv[0][:, t : t + 1], *store.view(), t, memory, summaries=summaries)
+        attention(qkv[0][:, t : t + 1], *store.view(), t, memory, state=summaries)
         fetched.append(sum(traffic.h2d_bytes for traffic in store.traffic.counts.values()) - before)
     assert all(count == 0 for count in fetched[1::2]) and fetched[0] > 0 and sum(fetched[2::2]) > 0
 

@@ -57,12 +57,12 @@ def test_a_step_is_that_of_a_resident_store(by_triton, representatives, heads, p
     """A step that selects anew, and one that does not."""
     plan, (q, k, v), outs = plan_of(representatives, heads, prune, attend_rope), inputs(602), []
     for store in (ResidentStore(), OffloadedStore(placement(plan, more_tok, policy=policy))):
-        attention, memory, summaries = LayerAttention(plan, "hip", tables(), D**-0.5), Memory(), KeySummaries()
+        attention, memory, summaries = LayerAttention(plan, tables(), D**-0.5), Memory(), KeySummaries()
         store.append(k[:, :600], v[:, :600])
         store.settle()
         for t in (600, 601):
             store.append(k[:, t : t + 1], v[:, t : t + 1])
-            outs.append(attention(q[:, t : t + 1], *store.view(), t, memory, summaries=summaries))
+            outs.append(attention(q[:, t : t + 1], *store.view(), t, memory, state=summaries))
     assert torch.equal(torch.cat(outs[:2]), torch.cat(outs[2:]))
 
 

@@ -71,9 +71,9 @@ def contents(cache):
     for layer in cache.layers:
         for row in layer.rows:
             yield from row.store.view()
-            yield torch.tensor([row.padding, row.pruned_blocks, row.memory.step, row.store.bytes, row.summaries.bytes])
-            if row.summaries._rows is not None:
-                yield row.summaries._rows[:, : row.summaries._n_pieces]
+            yield torch.tensor([row.padding, row.pruned_blocks, row.memory.step, row.store.bytes, row.state.bytes if row.state else 0])
+            if row.state is not None and row.state._rows is not None:
+                yield row.state._rows[:, : row.state._n_pieces]
 
 
 @torch.inference_mode()

@@ -80,7 +80,8 @@ def test_against_a_sum_over_tokens(format):
     """
     from hipexp.attention.blocks import QueryBlocks
     from hipexp.attention.inputs import Geometry, drifting
-    from hipexp.attention.methods import hip
+    from hipexp.attention.method import Call
+    from hipexp.attention.methods.hip import Hip
     from hipexp.attention.recall import logits_at_one_distance
     from hipexp.cache.tiers import as_kept
     from hipexp.run.attention_latency import layer_attention
@@ -93,7 +94,7 @@ def test_against_a_sum_over_tokens(format):
     stages = recall.stages_of(attention, own, made.keys, begin, lambda q, k: logits_at_one_distance(q, k, 0.25, None, 0), offload)
     kept = as_kept(made.keys, format, 64, sink_tok=32)
     chosen, of_true = (
-        hip.select(attention.plan, attention.plan.stages, QueryBlocks.cut(own, begin, 64), keys, attention.tables, None)
+        Hip(attention.plan).select(Call(QueryBlocks.cut(own, begin, 64), keys, attention.tables, scale=1.0))
         for keys in (kept, made.keys)
     )
     assert torch.equal(chosen.blocks, of_true.blocks) == (format == "auto")

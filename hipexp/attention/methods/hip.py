@@ -6,87 +6,109 @@ against a block of queries by a few of its keys, and keeps the best chunks; the 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import torch
 from hipexp_kernels import keep_top, score_chunks
-from hipexp_kernels.paged import KV, read_by
+from hipexp_kernels.paged import read_by
 from torch import Tensor
 
 from hipexp.attention.blocks import QueryBlocks
-from hipexp.attention.reads import Listener, Scoring
-from hipexp.attention.refresh import Candidates, Memory
-from hipexp.attention.rope import RopeTables, score_rotation
+from hipexp.attention.method import Call, SelectingMethod
+from hipexp.attention.reads import Scoring
+from hipexp.attention.refresh import Candidates
+from hipexp.attention.rope import score_rotation
 from hipexp.attention.selection import Selection
 from hipexp.cache.summaries import PIECE_TOK, KeySummaries
 from hipexp.cache.traffic import SUMMARIZE
 from hipexp.config.schema import Heads, LayerPlan, Representative, Stage
 
 
-def select(
-    plan: LayerPlan,
-    stages: list[Stage],
-    queries: QueryBlocks,
-    keys: KV,
-    tables: RopeTables,
-    memory: Memory | None,
-    summaries: KeySummaries | None = None,
-    listener: Listener | None = None,
-) -> Selection:
-    """Select blocks of ``stages[-1].chunk_tok`` tokens for every block of ``queries`` from raw ``keys`` ``[K, T, D]``.
+@dataclass
+class Hip(SelectingMethod):
+    """InfiniteHiP; its parameters are the pipeline's ``stages`` and ``decode``, ``heads``, ``rope`` and ``late_refresh``."""
 
-    ``memory`` (decode: one block, one query) lets stages that are not due be skipped; without it every stage runs. ``summaries`` of
-    the keys so far are kept up for a stage that scores by them; without them that stage summarizes all keys anew. ``listener`` is told
-    what each stage scores.
-    """
-    if memory:
-        memory.catch_up(len(stages))
-    due = memory.first_stage_due(stages) if memory else 0
-    if memory and due == len(stages):
-        return Selection(*memory.lists[due])
-    scan_window_tok = max(0, plan.window_tok - stages[0].chunk_tok)
-    lists = keys.shape[0] if plan.heads is Heads.per_kv else 1
-    if memory and due:
-        starts, counts = memory.lists[due]
-    else:
-        starts, counts = first_candidates(queries, plan.sink_tok, scan_window_tok, stages[0].chunk_tok)
-    limits, stride_tok = queries.first, 0
-    late = memory is not None and plan.late_refresh and len(stages) in memory.lists
-    for i in range(due, len(stages)):
-        stage = stages[i]
-        if stage.query_block_tok < queries.size:
-            parts, queries, stride_tok = queries.size // stage.query_block_tok, queries.split(stage.query_block_tok), 0
-            starts, counts, limits = (_repeat(x, parts, dim, len(queries)) for x, dim in ((starts, 1), (counts, 1), (limits, 0)))
-        of_keys = None
-        if stage.representative is Representative.bounds:
-            of_keys = (summaries or KeySummaries()).upto(read_by(keys, SUMMARIZE), plan.sink_tok, piece_tok(plan))
-            of_keys = of_keys if i else replace(of_keys, first_tok=None)  # the first candidates follow each other
-        if stage.query_stride_tok != stride_tok:
-            stride_tok = stage.query_stride_tok
-            q, position = queries.pool(stride_tok if queries.size > 1 else 1)
-        assert stage.rope is not None, "LayerPlan resolves it"
-        rotation = score_rotation(stage.rope, tables, position, starts.shape[2], queries, scan_window_tok)
-        if listener:
-            listener.scores(i, Scoring(stage, queries, q, keys, starts, counts, limits, rotation))
-        scores = score_chunks(
-            q, read_by(keys, str(i)), starts, counts, limits,
-            chunk_tok=stage.chunk_tok, representative=stage.representative.value, rotation=rotation, summaries=of_keys,
-        )  # fmt: skip
-        final = i + 1 == len(stages)
-        too_late = late and final
-        starts, counts = keep_top(
-            scores, starts, counts, limits, keep=stage.keep_tok // stage.chunk_tok, lists=lists,
-            chunk_tok=stage.chunk_tok, next_tok=stages[i if final else i + 1].chunk_tok,
-            out=memory.lists.get(i + 1) if memory and not too_late else None,
-        )  # fmt: skip
-        if memory and not too_late:
-            memory.remember(i + 1, (starts, counts), final)
-    if memory and late:
-        memory.late = starts, counts
-        return Selection(*memory.lists[len(stages)])
-    return Selection(starts, counts)
+    offloads = True
+
+    @property
+    def query_block_tok(self) -> int:
+        return self.plan.stages[0].query_block_tok
+
+    @property
+    def attended_block_tok(self) -> int:
+        return self.plan.stages[-1].query_block_tok
+
+    def block_tok(self, decoding: bool) -> int:
+        return self._stages(decoding)[-1].chunk_tok
+
+    def keep_tok(self, decoding: bool) -> int:
+        return self._stages(decoding)[-1].keep_tok
+
+    def new_state(self) -> KeySummaries:
+        return KeySummaries()
+
+    def n_candidates(self, position: int) -> int:
+        plan, first = self.plan, self.plan.decode[0].chunk_tok
+        return n_first_candidates(position, plan.sink_tok, plan.window_tok - first, first)
+
+    def _stages(self, decoding: bool) -> list[Stage]:
+        return self.plan.decode if decoding else self.plan.stages
+
+    def select(self, call: Call) -> Selection:
+        """Select blocks of the last stage's ``chunk_tok`` tokens.
+
+        With a memory, stages that are not due are skipped; without one every stage runs. Landmarks of the keys so far are kept up in the
+        call's state for a stage that scores by them; without state that stage summarizes all keys anew.
+        """
+        plan, stages, queries, memory = self.plan, self._stages(call.decoding), call.queries, call.memory
+        if memory:
+            memory.catch_up(len(stages))
+        due = memory.first_stage_due(stages) if memory else 0
+        if memory and due == len(stages):
+            return Selection(*memory.lists[due])
+        scan_window_tok = max(0, plan.window_tok - stages[0].chunk_tok)
+        lists = call.keys.shape[0] if plan.heads is Heads.per_kv else 1
+        if memory and due:
+            starts, counts = memory.lists[due]
+        else:
+            starts, counts = first_candidates(queries, plan.sink_tok, scan_window_tok, stages[0].chunk_tok)
+        limits, stride_tok = queries.first, 0
+        late = memory is not None and plan.late_refresh and len(stages) in memory.lists
+        for i in range(due, len(stages)):
+            stage = stages[i]
+            if stage.query_block_tok < queries.size:
+                parts, queries, stride_tok = queries.size // stage.query_block_tok, queries.split(stage.query_block_tok), 0
+                starts, counts, limits = (_repeat(x, parts, dim, len(queries)) for x, dim in ((starts, 1), (counts, 1), (limits, 0)))
+            of_keys = None
+            if stage.representative is Representative.bounds:
+                of_keys = (call.state or KeySummaries()).upto(read_by(call.keys, SUMMARIZE), plan.sink_tok, piece_tok(plan))
+                of_keys = of_keys if i else replace(of_keys, first_tok=None)  # the first candidates follow each other
+            if stage.query_stride_tok != stride_tok:
+                stride_tok = stage.query_stride_tok
+                q, position = queries.pool(stride_tok if queries.size > 1 else 1)
+            assert stage.rope is not None, "LayerPlan resolves it"
+            rotation = score_rotation(stage.rope, call.tables, position, starts.shape[2], queries, scan_window_tok)
+            if call.listener:
+                call.listener.scores(i, Scoring(stage, queries, q, call.keys, starts, counts, limits, rotation))
+            scores = score_chunks(
+                q, read_by(call.keys, str(i)), starts, counts, limits,
+                chunk_tok=stage.chunk_tok, representative=stage.representative.value, rotation=rotation, summaries=of_keys,
+            )  # fmt: skip
+            final = i + 1 == len(stages)
+            too_late = late and final
+            starts, counts = keep_top(
+                scores, starts, counts, limits, keep=stage.keep_tok // stage.chunk_tok, lists=lists,
+                chunk_tok=stage.chunk_tok, next_tok=stages[i if final else i + 1].chunk_tok,
+                out=memory.lists.get(i + 1) if memory and not too_late else None,
+            )  # fmt: skip
+            if memory and not too_late:
+                memory.remember(i + 1, (starts, counts), final)
+        if memory and late:
+            memory.late = starts, counts
+            return Selection(*memory.lists[len(stages)])
+        return Selection(starts, counts)
 
 
 def piece_tok(plan: LayerPlan) -> int:

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from hipexp_kernels.paged import KV
+from dataclasses import dataclass
 
-from hipexp.attention.blocks import QueryBlocks
-from hipexp.attention.reads import Listener
-from hipexp.attention.refresh import Memory
-from hipexp.attention.rope import RopeTables
+from hipexp.attention.method import Call, SelectingMethod
 from hipexp.attention.selection import Selection
-from hipexp.cache.summaries import KeySummaries
-from hipexp.config.schema import LayerPlan, Stage
 
 
-def select(
-    plan: LayerPlan,
-    stages: list[Stage],
-    queries: QueryBlocks,
-    keys: KV,
-    tables: RopeTables,
-    memory: Memory | None,
-    summaries: KeySummaries | None = None,
-    listener: Listener | None = None,
-) -> Selection:
-    """Select nothing for every block of ``queries``."""
-    return Selection.empty(queries.q.shape[1], keys.device)
+@dataclass
+class Streaming(SelectingMethod):
+    """StreamingLLM; its parameters are the pipeline's ``sink_tok`` and ``window_tok``."""
+
+    offloads = True
+
+    def block_tok(self, decoding: bool) -> int:
+        return 1
+
+    def keep_tok(self, decoding: bool) -> int:
+        return 0
+
+    def select(self, call: Call) -> Selection:
+        return Selection.empty(len(call.queries), call.keys.device)

@@ -1,0 +1,126 @@
+"""What a method is: how the queries of one layer choose what they attend to. Each is a file of :mod:`hipexp.attention.methods`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, ClassVar
+
+from hipexp_kernels.paged import KV
+from torch import Tensor
+
+from hipexp.attention.blocks import QueryBlocks
+from hipexp.attention.reads import Listener
+from hipexp.attention.refresh import Memory
+from hipexp.attention.rope import RopeTables
+from hipexp.attention.selection import Selection
+from hipexp.config.schema import LayerPlan
+
+EVERYTHING = 1 << 62  # no sequence is as long
+QUERY_BLOCK_TOK = 64
+
+
+class Contract(str, Enum):
+    """What a user may rely on under any method, unless the method says why its paper's rule does not hold it."""
+
+    causal = "causal"  # later tokens change no earlier output
+    chunked = "chunked"  # however a prompt is cut into parts, outputs are the same
+    padded = "padded"  # left padding, and other rows of a batch, change nothing
+    grouped = "grouped"  # any number of query heads share a key/value head
+    deterministic = "deterministic"  # the same twice
+    growing = "growing"  # a decode step is what prefill of the same token is, where both see the same keys
+    exact = "exact"  # where the budget holds all keys, outputs are those of dense attention
+    restored = "restored"  # a model is as before once the pipeline is taken out
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a layer: ``queries`` in blocks, raw ``keys`` ``[K, T, D]`` up to the last of them, and what the sequence remembers.
+
+    ``decoding``: a decode step, one block of one query. ``memory``: what decode steps before it selected; in prefill None, or where lists
+    of every stage are left for who wants them. ``state``: what :meth:`Method.new_state` made for this sequence and layer; None: nothing
+    is remembered from call to call. ``shared``: a dictionary that all layers of the sequence share.
+    """
+
+    queries: QueryBlocks
+    keys: KV
+    tables: RopeTables
+    scale: float
+    decoding: bool = False
+    memory: Memory | None = None
+    state: Any = None
+    shared: dict[Any, Any] = field(default_factory=dict)
+    listener: Listener | None = None
+
+
+@dataclass
+class Method(ABC):
+    """A rule of attention with the parameters of its paper as fields, each with a default; ``plan`` is what it has in common with others.
+
+    Subclasses are dataclasses. ``exceptions``: contracts that the paper's rule does not hold, each with its reason. ``offloads``: whether
+    it reads keys and values only where it says so, so that they can lie elsewhere.
+    """
+
+    plan: LayerPlan
+
+    exceptions: ClassVar[Mapping[Contract, str]] = {}
+    offloads: ClassVar[bool] = False
+
+    def check(self) -> None:  # noqa: B027 (most methods have no such rule)
+        """Raise ConfigError for parameters that break a rule of the method; each by itself has its type already."""
+
+    def new_state(self) -> Any:
+        """What is kept about a new sequence in this layer, with a property ``bytes``; None if nothing is."""
+        return None
+
+
+class DenseMethod(Method):
+    """A method that attends to all keys, at positions of its own."""
+
+    @abstractmethod
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, begin: int, tables: RopeTables | None, scale: float, softcap: float | None) -> Tensor:
+        """Return ``[H, Q, D]``: raw queries ``[H, Q, D]`` at positions ``begin`` … over all raw keys and values ``[K, T, D]``."""
+
+
+class SelectingMethod(Method):
+    """A method that selects blocks of keys for blocks of queries, which attend to them, the sinks and the window.
+
+    ``per_head``: a list for every query head, not for every key/value head; keys and values are then repeated.
+    """
+
+    per_head: ClassVar[bool] = False
+
+    @property
+    def query_block_tok(self) -> int:
+        """Queries of a prompt that select together."""
+        return QUERY_BLOCK_TOK
+
+    @property
+    def attended_block_tok(self) -> int:
+        """Queries of a prompt that share a list in the end; divides ``query_block_tok``."""
+        return self.query_block_tok
+
+    @abstractmethod
+    def block_tok(self, decoding: bool) -> int:
+        """Tokens of a selected block."""
+
+    @abstractmethod
+    def keep_tok(self, decoding: bool) -> int:
+        """The most tokens that are selected; ``EVERYTHING`` where attention is dense."""
+
+    def exact_tok(self, decoding: bool) -> int:
+        """A block that ends before this position attends to all its keys, at true positions: sinks, window and selection hold them."""
+        return self.plan.sink_tok + self.plan.window_tok + self.keep_tok(decoding)
+
+    def n_candidates(self, position: int) -> int:
+        """How many first candidates a decode step at ``position`` has, for methods that read the number on the device."""
+        return 0
+
+    def observe(self, call: Call) -> None:  # noqa: B027 (most methods have no need to)
+        """Note what later calls need of this one; called before :meth:`select`, also where nothing is selected."""
+
+    @abstractmethod
+    def select(self, call: Call) -> Selection:
+        """Select blocks for every block of ``call.queries``."""
