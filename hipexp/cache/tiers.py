@@ -2,7 +2,7 @@
 
 Each page is written once and then read in units, the keys or the values of a few neighbouring tokens, of all heads or of one, or by single
 tokens. What is read of one head is one run of bytes. It crosses the link as it is stored; scales of pages, where a format has them, stay on
-the device.
+the device. A GPU reads host memory itself, and nothing waits for it; where a layer has pages on disk, the CPU collects what is read.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import NamedTuple
 from weakref import WeakSet
 
 import torch
+from hipexp_kernels import gather_kv
 from torch import Tensor
 
 from hipexp.cache.formats import make_format
@@ -167,11 +168,11 @@ class DiskFile:
 
 
 class HostMemory:
-    """Pages of bytes in one growing allocation, registered with CUDA if ``pin``. ``most``: pages it may grow to."""
+    """Pages of bytes in one growing allocation, registered with CUDA if ``device`` is a GPU. ``most``: pages it may grow to."""
 
-    def __init__(self, page_bytes: int, most: int = sys.maxsize, pin: bool = False) -> None:
+    def __init__(self, page_bytes: int, most: int, device: torch.device) -> None:
         self.pages = torch.empty(0, page_bytes, dtype=torch.uint8)
-        self._most, self._pin = most, pin
+        self._most, self._device, self._pin = most, device, device.type == "cuda"
 
     def reserve(self, pages: int, expected: int = 0) -> None:
         """Make room for ``pages`` in all, ``expected`` if it is the first time, half as many again if not. Raises MemoryError."""
@@ -187,6 +188,7 @@ class HostMemory:
     def close(self) -> None:
         """Free the memory."""
         if self._pin and self.pages.numel():
+            torch.cuda.synchronize(self._device)  # kernels may still read it
             torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(self.pages.data_ptr())))
         self.pages = torch.empty(0, self.pages.shape[1], dtype=torch.uint8)
 
@@ -241,7 +243,7 @@ class Tiers:
         self._page_bytes = 2 * kv_heads * page_tok * self.format.row_bytes
         self._host_pages, self._disk = sys.maxsize if host_pages is None else host_pages, disk
         self._device = torch.device(device)
-        self._host = HostMemory(self._page_bytes, self._host_pages, pin=self._device.type == "cuda")
+        self._host = HostMemory(self._page_bytes, self._host_pages, self._device)
         self._scales = torch.empty(0, 2, kv_heads, device=self._device)
         self._file: DiskFile | None = None
         self._closed = False
@@ -284,7 +286,7 @@ class Tiers:
         """Keys (``which`` 0) or values (1) of units, int64 ``[n]`` in any order, of all heads or of one each, ``head`` ``[n]``.
 
         Returns ``[n, K, unit_tok, D]``, or ``[n, 1, unit_tok, D]``, in ``dtype``, on the device. Raises ValueError for what was not
-        written, OSError if the file was cut.
+        written (on a GPU that reads for itself nothing waits to look), OSError if the file was cut.
         """
         return self._read(which, units, head, self._unit_tok)
 
@@ -295,12 +297,13 @@ class Tiers:
 
     @torch.no_grad()
     def _read(self, which: int, units: Tensor, head: Tensor | None, unit_tok: int) -> tuple[Tensor, Moved]:
-        units, head = units.cpu(), None if head is None else head.cpu()
+        reader = self._device if self._file is None else torch.device("cpu")
+        units, head = units.to(reader), None if head is None else head.to(reader)
         K, page_tok, _ = self._shape
         self._demand_written(which, units, head, unit_tok)
         in_page = page_tok // unit_tok
         page, part = units // in_page, units % in_page
-        heads = torch.arange(K) if head is None else head[:, None]
+        heads = torch.arange(K, device=reader) if head is None else head[:, None]
         blocks = (2 * page + which)[:, None] * K + heads  # of a page's keys or values of one head
         rows, disk_bytes = self._gather((blocks * in_page + part[:, None]).flatten(), unit_tok * self.format.row_bytes)
         scales = self._scales.view(-1)[blocks.to(self._device)] if self.format.page_scales else None
@@ -379,15 +382,16 @@ class Tiers:
             self._file.write((page - self._host_pages) * self._page_bytes, rows.cpu())
 
     def _gather(self, runs: Tensor, run_bytes: int) -> tuple[Tensor, int]:
-        """Runs of bytes by number, ``[n, run_bytes]``, and how many of the bytes came from the disk."""
+        """Runs of bytes by number, ``[n, run_bytes]`` on their device, and how many of the bytes came from the disk."""
+        in_host = self._host.pages.view(-1, run_bytes)
         if self._file is None:
-            return self._host.pages.view(-1, run_bytes).index_select(0, runs), 0
+            return gather_kv(in_host, runs), 0
         first = self._host_pages * (self._page_bytes // run_bytes)  # of the file
         below, behind = (runs < first).nonzero().flatten(), (runs >= first).nonzero().flatten()
         order = torch.cat((below, behind))
         out = torch.empty(len(runs), run_bytes, dtype=torch.uint8)
-        torch.index_select(self._host.pages.view(-1, run_bytes), 0, runs[below], out=out[: len(below)])
-        torch.index_select(self._file.mapped().view(-1, run_bytes), 0, runs[behind] - first, out=out[len(below) :])
+        gather_kv(in_host, runs[below], out=out[: len(below)])
+        gather_kv(self._file.mapped().view(-1, run_bytes), runs[behind] - first, out=out[len(below) :])
         self._file.disk.touch(len(behind), run_bytes)
         ascending = torch.arange(len(runs))
         if not torch.equal(order, ascending):  # as it is if all are in one tier, or the runs of the file come last
@@ -420,8 +424,8 @@ def as_kept(x: Tensor, format: str, page_tok: int, sink_tok: int) -> Tensor:
 
 
 def _within(numbers: Tensor, end: int) -> bool:
-    """Whether all are whole numbers from 0 to before ``end``."""
-    if not numbers.numel():
+    """Whether all are whole numbers from 0 to before ``end``, as far as nobody waits for a GPU to know."""
+    if not numbers.numel() or numbers.is_cuda:
         return True
     least, most = numbers.aminmax()
     return bool(least >= 0) and bool(most < end)

@@ -1,4 +1,4 @@
-"""Attention by Triton kernels over an offloaded store beside a resident one: the same bits, whatever the cache holds."""
+"""Attention by Triton kernels over an offloaded store, fetched by one, beside a resident one: the same bits, whatever the cache holds."""
 
 import importlib
 
@@ -17,7 +17,7 @@ from hipexp.config.offload import POLICIES
 from hipexp.config.schema import PAGE_TOK, AttendRope, Heads, PruneRope, Representative
 from test_offloaded import D, K, attend, inputs, placement, plan_of, tables
 
-OPS = ("attend_blocks", "keep_top", "score_chunks", "summarize")
+OPS = ("attend_blocks", "gather_kv", "keep_top", "score_chunks", "summarize")
 BOUNDS, GRID, EXACT = Representative.bounds, Representative.grid, Representative.exact
 
 

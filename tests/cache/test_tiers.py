@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hipexp.cache import tiers as module
 from hipexp.cache.tiers import Disk, Moved, Tiers, as_kept
 from hipexp.config.schema import ConfigError, page_bytes
+from triton_device import needs_gpu
 
 FORMATS = ("auto", "bf16", "fp8", "int8", "int4")
 PAGE = 2 * 2 * page_bytes("auto", 64, 8, 4)  # of what ``made`` makes
@@ -149,6 +150,27 @@ def test_both_modes_of_autograd_write_and_read(disk):
     with torch.inference_mode():
         store.write(*parts[2])
     assert torch.equal(everything(store), torch.cat([k for k, _ in parts], 1))
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("host_pages", [None, 7])
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_gpu_reads_what_was_written(disk, format, host_pages):
+    """While memory grows under reads that may still be on their way, and once a part is on disk."""
+    store, parts = made(disk, host_pages, format, device="cuda", head_dim=64), [pages(n, n, head_dim=64) for n in (1, 3, 9)]
+    parts = [(k.cuda(), v.cuda()) for k, v in parts]
+    kept = []
+    for part in parts:
+        store.write(*part)
+        kept += [(everything(store, which), which) for which in (0, 1)]
+    for found, which in kept:
+        whole = torch.cat([store.round_trip(part[which]) for part in parts], 1)
+        assert found.is_cuda and torch.equal(found, whole[:, : found.shape[1]])
+    token, head = torch.tensor([0, 831, 77, 77], device="cuda"), torch.tensor([1, 0, 1, 0], device="cuda")
+    rows, moved = store.read_rows(1, token, head)
+    assert torch.equal(rows, whole[head, token]) and moved.link_bytes == 4 * store.format.row_bytes
+    store.close()
 
 
 @pytest.mark.parametrize("cut", [0, PAGE, 3 * PAGE - 1])

@@ -200,7 +200,11 @@ def test_only_what_goes_from_layer_to_layer_is_kept(loaded, pipeline, tokens):
 
 
 def interrupt():
-    signal.raise_signal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background it is ignored
+    try:
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def fail():
