@@ -69,7 +69,7 @@ class LayerAttention:
         method = self.method
         assert isinstance(method, SelectingMethod)
         size = 1 if memory else method.query_block_tok
-        if begin % size and 0 < method.keep_tok(False) < EVERYTHING:
+        if begin % size and 0 < method.keep(False) < EVERYTHING:
             raise ValueError(
                 f"a part of a prompt begins at token {begin} (left padding not counted), inside a query block; cut prompts, and pad rows, "
                 f"by multiples of {size} tokens, or use hipexp.hf.generate"
@@ -93,7 +93,7 @@ class LayerAttention:
         out, _ = attend_blocks(
             attended.q, read_by(k, ATTEND), read_by(v, ATTEND), selection.blocks, selection.counts, attended.first,
             queries.step.exact if queries.step else torch.arange(len(attended), device=k.device) < n_exact,
-            block_tok=method.block_tok(memory is not None), sink_tok=self.plan.sink_tok, window_tok=self.plan.window_tok,
+            block_tok=method.block(memory is not None), sink_tok=self.plan.sink_tok, window_tok=self.plan.window_tok,
             scale=self.scale, rotation=self._attend_rotation(method, k.shape[1], queries), softcap=self.softcap,
             held=memory.held if memory else None,
         )  # fmt: skip
@@ -121,6 +121,8 @@ class LayerAttention:
         parts = call.queries.size // attended.size
         skipped = n_exact // parts
         chosen = method.select(replace(call, queries=call.queries.from_block(skipped)))
+        if call.memory and call.memory.held and not method.reuses:
+            call.memory.held.clear()
         return chosen.after_none(skipped * parts)
 
     def _attend_all(self, method: DenseMethod, q: Tensor, k: KV, v: KV, begin: int, memory: Memory | None) -> Tensor:
@@ -135,7 +137,7 @@ class LayerAttention:
     def _attend_rotation(self, method: SelectingMethod, n_keys: int, queries: QueryBlocks) -> AttendRotation | None:
         if self.tables is None:
             return None
-        kept = max(kept for kept in (method.keep_tok(False), method.keep_tok(True), 0) if kept < EVERYTHING)
+        kept = max(kept for kept in (method.keep(False), method.keep(True), 0) if kept < EVERYTHING)
         rows = min(self.plan.sink_tok + self.plan.window_tok + kept, n_keys) + 2 * queries.size
         if self.plan.attend in (AttendRope.native, AttendRope.dynamic) or self._exact_tok(queries.step is not None) >= EVERYTHING:
             rows = max(rows, n_keys + queries.size)

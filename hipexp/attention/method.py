@@ -87,10 +87,12 @@ class DenseMethod(Method):
 class SelectingMethod(Method):
     """A method that selects blocks of keys for blocks of queries, which attend to them, the sinks and the window.
 
-    ``per_head``: a list for every query head, not for every key/value head; keys and values are then repeated.
+    ``per_head``: a list for every query head, not for every key/value head; keys and values are then repeated. ``reuses``: a decode step
+    may have the list of the step before, and says so to its memory when it has another.
     """
 
     per_head: ClassVar[bool] = False
+    reuses: ClassVar[bool] = False
 
     @property
     def query_block_tok(self) -> int:
@@ -103,22 +105,22 @@ class SelectingMethod(Method):
         return self.query_block_tok
 
     @abstractmethod
-    def block_tok(self, decoding: bool) -> int:
+    def block(self, decoding: bool) -> int:
         """Tokens of a selected block."""
 
     @abstractmethod
-    def keep_tok(self, decoding: bool) -> int:
+    def keep(self, decoding: bool) -> int:
         """The most tokens that are selected; ``EVERYTHING`` where attention is dense."""
 
     def exact_tok(self, decoding: bool) -> int:
         """A block that ends before this position attends to all its keys, at true positions: sinks, window and selection hold them."""
-        return self.plan.sink_tok + self.plan.window_tok + self.keep_tok(decoding)
+        return self.plan.sink_tok + self.plan.window_tok + self.keep(decoding)
 
     def n_candidates(self, position: int) -> int:
         """How many first candidates a decode step at ``position`` has, for methods that read the number on the device."""
         return 0
 
-    def observe(self, call: Call) -> None:  # noqa: B027 (most methods have no need to)
+    def observe(self, call: Call) -> None:
         """Note what later calls need of this one; called before :meth:`select`, also where nothing is selected."""
 
     @abstractmethod

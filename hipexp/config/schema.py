@@ -137,6 +137,7 @@ class LayerPlan:
     late_refresh: bool = False
     method: str = "hip"
     params: dict[str, Any] = field(default_factory=dict)
+    prune: PruneRope = PruneRope.relative
 
 
 @dataclass
@@ -181,15 +182,26 @@ class Pipeline:
         """The plan of one layer to which ``groups`` apply, in this order."""
         stages = [_with_rope(stage, self.rope.prune) for stage in self.stages]
         decode = stages if self.decode is None else [_with_rope(stage, self.rope.prune) for stage in self.decode]
-        window_tok, attend, params = self.window_tok, self.rope.attend, self.params
+        window_tok, attend, prune, params = self.window_tok, self.rope.attend, self.rope.prune, self.params
         for name in groups:
             group = self.layers[name]
             stages = _override(stages, group, f"pipeline.layers.{name}.stages")
             decode = stages if self.decode is None else [_change(stage, rope=group.rope.prune) for stage in decode]
             window_tok = window_tok if group.window_tok is None else group.window_tok
-            attend, params = group.rope.attend or attend, params | group.params
+            attend, prune, params = group.rope.attend or attend, group.rope.prune or prune, params | group.params
         return LayerPlan(
-            layer, stages, list(decode), self.sink_tok, window_tok, self.heads, attend, groups, self.late_refresh, self.method, params
+            layer,
+            stages,
+            list(decode),
+            self.sink_tok,
+            window_tok,
+            self.heads,
+            attend,
+            groups,
+            self.late_refresh,
+            self.method,
+            params,
+            prune,
         )
 
 

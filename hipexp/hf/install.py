@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -87,6 +88,7 @@ def install(
     offload = offload or Offload()
     told, placements = _places(model, layers, offload)
     installed = Installed(pipeline, layers, offload, told, placements)
+    loose: dict[int, dict] = defaultdict(dict)  # by row, what layers share in a pass without our cache
 
     def attend(
         module: nn.Module,
@@ -100,9 +102,11 @@ def install(
         **_,
     ):
         positions = position_ids if module.layer_idx == 0 else None
+        if module.layer_idx == 0:
+            loose.clear()
         if offload.prefetch and isinstance(key, SequenceLayer) and key.next and key.decodes(query.shape[2]):
             _read_ahead(key.next, layers[module.layer_idx + 1].plan.decode)
-        return _attend_batch(layers.get(module.layer_idx), query, key, value, attention_mask, positions, scaling), None
+        return _attend_batch(layers.get(module.layer_idx), query, key, value, attention_mask, positions, scaling, loose), None
 
     name, before = NAME.format(next(_NUMBERS)), model.config._attn_implementation
     with same_as_before(model, layers.values()) as check, ExitStack() as stack:
@@ -197,7 +201,14 @@ def _unregister(name: str) -> None:
 
 
 def _attend_batch(
-    layer: LayerAttention | None, query: Tensor, key, value, mask: Tensor | None, positions: Tensor | None, scaling: float
+    layer: LayerAttention | None,
+    query: Tensor,
+    key,
+    value,
+    mask: Tensor | None,
+    positions: Tensor | None,
+    scaling: float,
+    loose: dict[int, dict],
 ) -> Tensor:
     """Attention of every batch row by itself: ``[B, Q, H, D]`` from queries ``[B, H, Q, D]``.
 
@@ -206,7 +217,7 @@ def _attend_batch(
     """
     B, H, Q, D = query.shape
     ours = isinstance(key, SequenceLayer)
-    states = key.rows if ours else _states_of(key, value)
+    states = key.rows if ours else _states_of(key, value, loose)
     decoding = key.decodes(Q) if ours else Q == 1
     if mask is not None and mask.ndim != 2:
         raise ValueError(
@@ -272,8 +283,8 @@ def _check_positions(positions: Tensor, begin: int, padding: int) -> None:
         )
 
 
-def _states_of(key: Tensor, value: Tensor) -> list[SequenceState]:
-    states = [SequenceState(memory=Memory(held=None)) for _ in range(key.shape[0])]  # of this call only
+def _states_of(key: Tensor, value: Tensor, shared: dict[int, dict]) -> list[SequenceState]:
+    states = [SequenceState(memory=Memory(held=None), shared=shared[b]) for b in range(key.shape[0])]  # of this call only
     for state, k, v in zip(states, key, value, strict=True):
         state.store.append(k, v)
     return states

@@ -31,6 +31,7 @@ class Hip(SelectingMethod):
     """InfiniteHiP; its parameters are the pipeline's ``stages`` and ``decode``, ``heads``, ``rope`` and ``late_refresh``."""
 
     offloads = True
+    reuses = True
 
     @property
     def query_block_tok(self) -> int:
@@ -40,10 +41,10 @@ class Hip(SelectingMethod):
     def attended_block_tok(self) -> int:
         return self.plan.stages[-1].query_block_tok
 
-    def block_tok(self, decoding: bool) -> int:
+    def block(self, decoding: bool) -> int:
         return self._stages(decoding)[-1].chunk_tok
 
-    def keep_tok(self, decoding: bool) -> int:
+    def keep(self, decoding: bool) -> int:
         return self._stages(decoding)[-1].keep_tok
 
     def new_state(self) -> KeySummaries:

@@ -13,11 +13,12 @@ class Streaming(SelectingMethod):
     """StreamingLLM; its parameters are the pipeline's ``sink_tok`` and ``window_tok``."""
 
     offloads = True
+    reuses = True
 
-    def block_tok(self, decoding: bool) -> int:
+    def block(self, decoding: bool) -> int:
         return 1
 
-    def keep_tok(self, decoding: bool) -> int:
+    def keep(self, decoding: bool) -> int:
         return 0
 
     def select(self, call: Call) -> Selection:

@@ -1,0 +1,71 @@
+"""Exact attention of blocks of queries to every key, for methods that look at all of them, and lists of what they choose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from hipexp_kernels.paged import whole
+from hipexp_kernels.rope import rotate
+from torch import Tensor
+
+from hipexp.attention.method import Call
+from hipexp.attention.rope import RopeTables
+from hipexp.attention.selection import Selection
+from hipexp.config.schema import PruneRope
+
+
+def at_positions(x: Tensor, begin: int, tables: RopeTables) -> Tensor:
+    """Raw queries or keys ``[.., n, D]`` rotated to the true positions ``begin``, ``begin + 1``, … (fp32)."""
+    table, end = tables.upto(begin + x.shape[-2]), begin + x.shape[-2]
+    return rotate(x.float(), table.cos[begin:end], table.sin[begin:end])
+
+
+def query_logits(q: Tensor, keys: Tensor, begin: int, tables: RopeTables, scale: float, distance_tok: int | None) -> Tensor:
+    """Logits ``[H, R, T]`` (fp32) of raw queries ``[H, R, D]`` at ``begin`` … over ``keys`` ``[K, T, D]``, -inf for keys behind a query.
+
+    ``distance_tok`` None: ``keys`` are rotated already, and queries get their true positions. Else keys are raw and all count as lying so
+    far before the query, which is known to a model at any length.
+    """
+    R, T = q.shape[1], keys.shape[1]
+    if distance_tok is None:
+        q = at_positions(q, begin, tables)
+    else:
+        table = tables.upto(distance_tok + 1)
+        q = rotate(q.float(), table.cos[distance_tok], table.sin[distance_tok])
+    out = torch.einsum("kgrd,ktd->kgrt", q.unflatten(0, (len(keys), -1)), keys.float()).flatten(0, 1) * scale
+    at = begin + torch.arange(R, device=q.device)
+    return out.masked_fill_(torch.arange(T, device=q.device) > at[:, None], -torch.inf)
+
+
+def block_mass(call: Call, prune: PruneRope, distance_tok: int) -> Iterator[tuple[int, Tensor]]:
+    """For every block its first position and the attention ``[H, T]`` that its queries give each key, summed over those that exist.
+
+    By true positions if ``prune`` is ``native``, else at one distance.
+    """
+    keys, queries = whole(call.keys), call.queries
+    native = prune is PruneRope.native
+    keys = at_positions(keys, 0, call.tables) if native else keys
+    for n in range(len(queries)):
+        first = queries.start + n * queries.size
+        begin, end = max(first, queries.begin), min(first + queries.size, queries.end)
+        q = queries.q[:, n, begin - first : end - first]
+        logits = query_logits(q, keys[:, :end], begin, call.tables, call.scale, None if native else distance_tok)
+        yield first, torch.softmax(logits, -1).sum(1)
+
+
+def chosen_blocks(marked: list[Tensor], block_tok: int, origin: int) -> Selection:
+    """The selection of blocks that are ``marked``: for every query block bools ``[S, blocks]``, of the blocks from ``origin`` on."""
+    counts = torch.stack([x.sum(-1) for x in marked], 1)
+    blocks = torch.full((*counts.shape, int(counts.max())), -1, dtype=torch.int64, device=counts.device)
+    for n, mine in enumerate(marked):
+        for s, row in enumerate(mine):
+            at = row.nonzero().flatten()
+            blocks[s, n, : len(at)] = origin + at * block_tok
+    return Selection(blocks, counts)
+
+
+def keep_best(scores: Tensor, n: int) -> Tensor:
+    """Which of ``scores`` ``[.., C]`` are the ``n`` best, of equals the first; never one of -inf."""
+    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :n]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True) & (scores > -torch.inf)
