@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -39,9 +39,10 @@ class LayerAttention:
     pruned_blocks: int = 0
     listener: Listener | None = None
     everything: bool = False
+    method: Method = field(init=False)
 
     def __post_init__(self) -> None:
-        self.method: Method = make_method(self.plan)
+        self.method = make_method(self.plan)
 
     def __call__(
         self,

@@ -60,13 +60,14 @@ class Method(ABC):
     """A rule of attention with the parameters of its paper as fields, each with a default; ``plan`` is what it has in common with others.
 
     Subclasses are dataclasses. ``exceptions``: contracts that the paper's rule does not hold, each with its reason. ``offloads``: whether
-    it reads keys and values only where it says so, so that they can lie elsewhere.
+    it reads keys and values only where it says so, so that they can lie elsewhere. ``budgets``: parameters that say how much is kept.
     """
 
     plan: LayerPlan
 
     exceptions: ClassVar[Mapping[Contract, str]] = {}
     offloads: ClassVar[bool] = False
+    budgets: ClassVar[tuple[str, ...]] = ()
 
     def check(self) -> None:  # noqa: B027 (most methods have no such rule)
         """Raise ConfigError for parameters that break a rule of the method; each by itself has its type already."""

@@ -35,6 +35,7 @@ from hipexp.config.schema import (
 from hipexp.config.wandb_key import has_wandb_key
 
 METHODS = tuple(sorted(path.stem for path in (Path(__file__).parents[1] / "attention" / "methods").glob("[a-z]*.py")))
+OFFLOADING = ("hip", "streaming")  # methods that read keys only where they say so, and have no parameters in ``params``
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 SAMPLED = ("samples", "length_tok", "truncate_tok", "protocol", "wording", "batch")
 ALONE = ("dtype", "contexts_tok", "phases", "queries_tok", "layer")  # of latency, with a geometry only
@@ -83,8 +84,8 @@ def check_experiment(experiment: Experiment) -> None:
             f"task.dense_max_tok={experiment.task.dense_max_tok} leaves dense out beyond a length, and without a pipeline there is nothing "
             "else to time; choose a pipeline, or leave it out"
         )
-    if experiment.task.name == "recall" and (experiment.pipeline is None or not experiment.pipeline.stages):
-        raise ConfigError("task=recall measures what stages select; choose a pipeline that has some, as in +pipeline=3stage")
+    if experiment.task.name == "recall" and experiment.pipeline is None:
+        raise ConfigError("task=recall measures what a pipeline selects; choose one, as in +pipeline=3stage")
     if experiment.pipeline is not None:
         _check_pipeline(experiment.pipeline, experiment.model)
         _check_prefill_alone(experiment.task, experiment.pipeline)
@@ -184,6 +185,11 @@ def _check_offloaded(experiment: Experiment) -> None:
         raise ConfigError(
             f"{name} must have a pipeline: without one attention is dense, and every step would read all keys and values over the link; "
             "choose one, as in +pipeline=3stage, or use offload=none"
+        )
+    if experiment.pipeline.method not in OFFLOADING:
+        raise ConfigError(
+            f"{name} must have a pipeline that reads few keys, and pipeline.method={experiment.pipeline.method} looks at all of them; "
+            f"choose one with pipeline.method={' or '.join(OFFLOADING)}, or use offload=none"
         )
 
 
@@ -380,8 +386,10 @@ def _check_stage_count(pipeline: Pipeline) -> None:
     if pipeline.method != "hip" and (stages or decode):
         count = stages or len(decode or [])
         raise ConfigError(f"pipeline.method={pipeline.method} must have no stages, but there are {count}; try pipeline.method=hip")
-    if pipeline.method == "hip" and pipeline.params:
-        raise ConfigError("pipeline.params must be empty for pipeline.method=hip, whose parameters are its stages; leave it out")
+    if pipeline.method in OFFLOADING and (pipeline.params or any(group.params for group in pipeline.layers.values())):
+        raise ConfigError(
+            f"pipeline.params must be empty for pipeline.method={pipeline.method}, which has no such parameters; leave it out"
+        )
     if pipeline.method == "hip" and (not stages or decode == []):
         key = "pipeline.decode" if stages else "pipeline.stages"
         raise ConfigError(f"{key}=[] must hold a stage or more for pipeline.method=hip; for sink and window only use +pipeline=streaming")

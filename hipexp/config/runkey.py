@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 from hipexp.config.convert import to_plain
@@ -39,8 +40,12 @@ def key_fields(experiment: Experiment) -> dict[str, Any]:
         del fields["model"][name]
     if experiment.pipeline is not None:
         del fields["pipeline"]["name"]
-        if not experiment.pipeline.late_refresh:  # as keys were before there was a choice
-            del fields["pipeline"]["late_refresh"]
+        for part in (fields["pipeline"], *fields["pipeline"]["layers"].values()):  # as keys were before there was a choice
+            for name in ("late_refresh", "params"):
+                if not part.get(name):
+                    part.pop(name, None)
+        if experiment.pipeline.method.endswith(".py"):
+            fields["pipeline"]["method"] = hashlib.sha256(Path(experiment.pipeline.method).read_bytes()).hexdigest()
         # A list, since the order of groups decides which one wins; an empty range switches a group off.
         fields["pipeline"]["layers"] = [(name, group) for name, group in fields["pipeline"]["layers"].items() if group["range"]]
     return fields

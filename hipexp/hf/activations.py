@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -26,12 +26,16 @@ class _Listening(LayerAttention):
         return super().__call__(q, k, v, *args, **kwargs)
 
 
+def _listening(attention: LayerAttention) -> _Listening:
+    return _Listening(**{item.name: getattr(attention, item.name) for item in fields(attention) if item.init})
+
+
 @torch.inference_mode()
 def activations(loaded: Loaded, tokens: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
     """Raw queries ``[H, T, D]`` and keys ``[K, T, D]`` of every attached layer of a model that reads ``tokens`` densely."""
     everything = Pipeline(method="streaming", window_tok=len(tokens) + 1)
     with install(loaded.model, everything, loaded.trained_tok) as installed:
-        listening = {i: _Listening(**vars(attention)) for i, attention in installed.layers.items()}
+        listening = {i: _listening(attention) for i, attention in installed.layers.items()}
         installed.layers.update(listening)
         loaded.model(input_ids=torch.tensor([list(tokens)], device=loaded.model.device), use_cache=False, logits_to_keep=1)
     return {i: one.heard for i, one in listening.items() if one.heard is not None}

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hipexp.config.check import check_layers, check_model
+from hipexp.config.check import OFFLOADING, check_layers, check_model
 from hipexp.config.convert import to_plain
 from hipexp.config.model import model_folder
 from hipexp.config.offload import Room
@@ -66,10 +66,15 @@ def run_point(experiment: Experiment, overrides: Sequence[str] | None = None) ->
 
 
 def check_point(experiment: Experiment) -> None:
-    """Refuse what can be without torch: a pipeline that breaks a rule in this model, lengths too short, or beyond the limits of an offload.
+    """Refuse what can be without a model: a pipeline that breaks a rule in it, lengths too short, or beyond the limits of an offload.
 
-    For a model on a hub the run does it, once the files it needs are here. Raises ``ConfigError``.
+    For a model on a hub the run does it, once the files it needs are here. Raises ``ConfigError``. Imports torch for methods with
+    parameters of their own.
     """
+    if experiment.pipeline is not None and experiment.pipeline.method not in OFFLOADING:
+        from hipexp.attention.methods import check_methods
+
+        check_methods(experiment.pipeline)
     if experiment.task.name == "recall":
         from hipexp.run import recall
 

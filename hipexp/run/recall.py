@@ -79,7 +79,9 @@ def points(task: Task) -> list[Point]:
 
 
 def divided(pipeline: Pipeline, divisor: int) -> Pipeline:
-    """The pipeline with ``1/divisor`` of what each stage keeps, also in layer groups; sinks and window stay. Raises ConfigError."""
+    """The pipeline with ``1/divisor`` of what it keeps, also in layer groups; sinks and window stay. Raises ConfigError."""
+    if pipeline.method != "hip":
+        return _divided_params(pipeline, divisor) if divisor > 1 else pipeline
 
     def less(keep_tok: int, chunk_tok: int, key: str) -> int:
         if keep_tok % (divisor * chunk_tok):
@@ -108,6 +110,21 @@ def divided(pipeline: Pipeline, divisor: int) -> Pipeline:
         for i, stage in enumerate(pipeline.stages)
     ]
     return dataclasses.replace(pipeline, stages=stages, layers={name: group(name) for name in pipeline.layers})
+
+
+def _divided_params(pipeline: Pipeline, divisor: int) -> Pipeline:
+    from hipexp.attention.methods import make_method
+
+    method = make_method(pipeline.plan_layer(0, []))
+    if not method.budgets:
+        raise ConfigError(f"task.divisors: pipeline.method={pipeline.method} has no budget to divide by {divisor}; use task.divisors=[1]")
+    less = {}
+    for name in method.budgets:
+        value = getattr(method, name)
+        if value % divisor:
+            raise ConfigError(f"task.divisors: {divisor} does not divide pipeline.params.{name}={value}; leave it out, or keep more")
+        less[name] = value // divisor
+    return dataclasses.replace(pipeline, params=pipeline.params | less)
 
 
 def check_lengths(experiment: Experiment, encode: Encode, trained_tok: int) -> None:
@@ -232,15 +249,16 @@ def text_of(experiment: Experiment, loaded: Loaded | None, source: str, context_
     check_blocks(experiment.task, [len(sample.tokens)], plans)
 
     def text(divisor: int, block: int) -> dict[int, Stages]:
-        out = {}
+        out: dict[int, Stages] = {}
+        shared: dict[Any, Any] = {}
+        size = _range_of(plans, len(sample.tokens), experiment.task.divisors or list(DIVISORS))[2]
         for i, (q, k) in heard.items():
             attention, begin = layers[divisor][i], block_of(plans, q.shape[1], block, experiment.task)
 
             def logits(query: Tensor, keys: Tensor, tables=attention.tables, scale=attention.scale) -> Tensor:
                 return logits_in_place(query, keys, scale, tables and tables.upto(keys.shape[1]))
 
-            size = attention.plan.stages[0].query_block_tok
-            out[i] = stages_of(attention, q[:, begin : begin + size], k, begin, logits, experiment.offload)
+            out[i] = stages_of(attention, q, 0, k, begin, size, logits, experiment.offload, shared)
         return out
 
     return text
@@ -262,29 +280,43 @@ def _generated(experiment: Experiment, pipelines: dict[int, Pipeline], source: s
     assert experiment.pipeline is not None
     plans = [experiment.pipeline.plan_alone(task.layer)]
     check_blocks(task, [context_tok], plans)
-    size = plans[0].stages[0].query_block_tok
+    size = _range_of(plans, context_tok, task.divisors or list(DIVISORS))[2]
     queries = made.prefill_queries(context_tok // 2 // size * size)
 
     def text(divisor: int, block: int) -> dict[int, Stages]:
         attention, plan = layers[divisor], layers[divisor].plan
-        distance, begin = max(0, plan.window_tok - plan.stages[0].chunk_tok), block_of(plans, context_tok, block, task)
+        first_tok = plan.stages[0].chunk_tok if plan.stages else 0
+        distance, begin = max(0, plan.window_tok - first_tok), block_of(plans, context_tok, block, task)
 
         def logits(query: Tensor, keys: Tensor) -> Tensor:
             assert attention.tables is not None
             return logits_at_one_distance(query, keys, attention.scale, attention.tables.upto(distance + 1), distance)
 
-        own = queries[:, begin - (context_tok - queries.shape[1]) :][:, :size]
-        return {0: stages_of(attention, own, made.keys, begin, logits, experiment.offload)}
+        return {0: stages_of(attention, queries, context_tok - queries.shape[1], made.keys, begin, size, logits, experiment.offload, {})}
 
     return text
 
 
 def _range_of(plans: list[LayerPlan], n_tok: int, divisors: list[int]) -> tuple[int, int, int]:
     """First and last block that may be sampled, and their size: the least that all layers have in common."""
-    size = math.lcm(*(plan.stages[0].query_block_tok for plan in plans))
-    exact = max(plan.sink_tok + plan.window_tok + plan.stages[-1].keep_tok // min(divisors) for plan in plans)
+    sizes, exacts = zip(*(_sizes(plan, min(divisors)) for plan in plans), strict=True)
+    size, exact = math.lcm(*sizes), max(exacts)
     half = n_tok - n_tok // 2 // size * size
     return -(-max(exact, half) // size), n_tok // size - 1, size
+
+
+def _sizes(plan: LayerPlan, divisor: int) -> tuple[int, int]:
+    """Queries of a block, and how many keys a budget divided by ``divisor`` holds. Imports torch for methods of other files."""
+    if plan.method == "hip":
+        return plan.stages[0].query_block_tok, plan.sink_tok + plan.window_tok + plan.stages[-1].keep_tok // divisor
+    from hipexp.attention.method import EVERYTHING, SelectingMethod
+    from hipexp.attention.methods import make_method
+
+    method = make_method(plan)
+    if not isinstance(method, SelectingMethod):
+        raise ConfigError(f"task=recall measures what is selected, and pipeline.method={plan.method} attends to everything; choose another")
+    exact_tok = min((tok for tok in (method.exact_tok(False), method.exact_tok(True)) if tok < EVERYTHING), default=0)
+    return method.query_block_tok, exact_tok // divisor
 
 
 def block_of(plans: list[LayerPlan], n_tok: int, number: int, task: Task) -> int:
@@ -297,44 +329,90 @@ def block_of(plans: list[LayerPlan], n_tok: int, number: int, task: Task) -> int
 
 
 def stages_of(
-    attention: LayerAttention, own: Tensor, k: Tensor, begin: int, logits: Callable[[Tensor, Tensor], Tensor], offload: Offload
-) -> Stages:
-    """What each stage holds for the queries ``own`` ``[H, n, D]`` of the block at ``begin``, over raw keys ``[K, T, D]``.
+    attention: LayerAttention, q: Tensor, q_begin: int, k: Tensor, begin: int, size: int, logits: Callable[[Tensor, Tensor], Tensor],
+    offload: Offload, shared: dict[Any, Any],
+) -> Stages:  # fmt: skip
+    """What each stage holds for the block of ``size`` queries at ``begin``, over raw keys ``[K, T, D]``; one stage for methods without.
 
-    ``logits(query, keys)`` are those that count, of a query over the keys it sees. Stages see keys as ``offload`` keeps them.
+    ``q`` ``[H, n, D]``: queries from ``q_begin`` on. ``logits(query, keys)`` are those that count, of a query over the keys it sees. Stages
+    see keys as ``offload`` keeps them. ``shared``: what the layers of a text share.
+    """
+    import torch
+
+    from hipexp.attention.recall import attention_mass, chosen_tokens, fixed_tokens
+    from hipexp.cache.tiers import as_kept
+
+    plan, end = attention.plan, min(begin + size, q_begin + q.shape[1])
+    kept = as_kept(k, offload.format, page_tok_of([plan]), plan.sink_tok)
+    found = _selecting(attention, q, q_begin, kept, begin, end, shared)
+    out: Stages = []
+    for row in range((end - begin) // (2 * ROWS), end - begin, max(1, (end - begin) // ROWS)):
+        seen = begin + row + 1
+        heavy = logits(q[:, seen - 1 - q_begin], k[:, :seen])
+        for i, (starts, counts, chunk_tok, decoding) in enumerate(found(row)):
+            part = row // (size // starts.shape[1])  # a stage may cut the block into smaller ones
+            first = seen - 1 if decoding else begin + part * (size // starts.shape[1])
+            part = 0 if decoding else part
+            fixed = fixed_tokens(seen, plan.sink_tok, max(0, first - plan.window_tok + 1), k.device)
+            mass = attention_mass(heavy, chosen_tokens(starts[:, part], counts[:, part], chunk_tok, seen), fixed)
+            if i == len(out):
+                out.append({name: [] for name in (*VALUES, "fixed")})
+            for name, value in (("mass", mass.recall), ("oracle_ratio", mass.oracle_ratio), ("top", mass.top), ("fixed", mass.fixed)):
+                out[i][name].append(value.tolist())
+    return [{name: torch.tensor(values).mean(0).tolist() for name, values in stage.items()} for stage in out]
+
+
+def _selecting(
+    attention: LayerAttention, q: Tensor, q_begin: int, k: Tensor, begin: int, end: int, shared: dict[Any, Any]
+) -> Callable[[int], list[tuple[Tensor, Tensor, int, bool]]]:
+    """What is selected for a row of the block from ``begin`` to ``end``: by stage starts, counts, tokens of a chunk; whether in decode.
+
+    Of a method that selects in decode only, the row is a step behind a prompt that was read; of one whose later queries decide for
+    earlier ones, all that there are take part.
     """
     import torch
 
     from hipexp.attention import Memory
-    from hipexp.attention.blocks import QueryBlocks
+    from hipexp.attention.blocks import QueryBlocks, Step
     from hipexp.attention.layer import no_rope
-    from hipexp.attention.method import Call
+    from hipexp.attention.method import EVERYTHING, Call, Contract, SelectingMethod
     from hipexp.attention.methods.hip import Hip
-    from hipexp.attention.recall import attention_mass, chosen_tokens, fixed_tokens
     from hipexp.attention.rope import RopeTables
-    from hipexp.cache.tiers import as_kept
 
-    plan, tables = attention.plan, attention.tables or RopeTables(no_rope, 0)
-    size = plan.stages[0].query_block_tok
-    memory, blocks = Memory(), QueryBlocks.cut(own, begin, size)
-    kept = as_kept(k[:, : begin + own.shape[1]], offload.format, page_tok_of([plan]), plan.sink_tok)
-    method = attention.method
-    assert isinstance(method, Hip)
-    method.select(Call(blocks, kept, tables, attention.scale, memory=memory))
-    out: Stages = [{name: [] for name in (*VALUES, "fixed")} for _ in plan.stages]
-    for row in range(own.shape[1] // (2 * ROWS), own.shape[1], max(1, own.shape[1] // ROWS)):
-        seen = begin + row + 1
-        heavy = logits(own[:, row], k[:, :seen])
-        for i, stage in enumerate(out):
-            starts, counts = memory.lists[i + 1]
-            part = row // (size // starts.shape[1])  # a stage may cut the block into smaller ones
-            first = begin + part * (size // starts.shape[1])
-            fixed = fixed_tokens(seen, plan.sink_tok, max(0, first - plan.window_tok + 1), k.device)
-            chunk = plan.stages[min(i + 1, len(plan.stages) - 1)].chunk_tok
-            mass = attention_mass(heavy, chosen_tokens(starts[:, part], counts[:, part], chunk, seen), fixed)
-            for name, value in (("mass", mass.recall), ("oracle_ratio", mass.oracle_ratio), ("top", mass.top), ("fixed", mass.fixed)):
-                stage[name].append(value.tolist())
-    return [{name: torch.tensor(values).mean(0).tolist() for name, values in stage.items()} for stage in out]
+    method, tables, scale = attention.method, attention.tables or RopeTables(no_rope, 0), attention.scale
+    assert isinstance(method, SelectingMethod)
+
+    def call(first: int, last: int, **more: Any) -> Call:
+        blocks = QueryBlocks.cut(q[:, first - q_begin : last - q_begin], first, method.query_block_tok)
+        return Call(blocks, k[:, :last], tables, scale, shared=shared, **more)
+
+    if isinstance(method, Hip):
+        memory = Memory()
+        method.select(call(begin, end, memory=memory))
+        chunks = [stage.chunk_tok for stage in (*method.plan.stages[1:], method.plan.stages[-1])]
+        return lambda row: [(*memory.lists[i + 1], chunk, False) for i, chunk in enumerate(chunks)]
+    state = method.new_state()
+    if min(method.exact_tok(False), method.exact_tok(True)) >= EVERYTHING:  # a dense layer
+        everything = torch.arange(end, device=k.device)[None, None], torch.full((1, 1), end, device=k.device)
+        return lambda row: [(*everything, 1, False)]
+    if method.exact_tok(False) < EVERYTHING:
+        method.observe(call(q_begin, end, state=state))
+        last = q_begin + q.shape[1] if Contract.causal in method.exceptions else end
+        selection = method.select(call(begin, last, state=state))
+        return lambda row: [(selection.blocks, selection.counts, method.block(False), False)]
+
+    def step(row: int) -> list[tuple[Tensor, Tensor, int, bool]]:
+        at, state = begin + row, method.new_state()
+        method.observe(call(q_begin, at, state=state))
+        own = q[:, at - q_begin : at - q_begin + 1]
+        asked = Call(
+            QueryBlocks.one(own, at, Step.at(at, 0, False, k.device)), k[:, : at + 1], tables, scale, True, Memory(), state, shared
+        )
+        method.observe(asked)
+        selection = method.select(asked)
+        return [(selection.blocks, selection.counts, method.block(True), True)]
+
+    return step
 
 
 def line_of(one: Point, layers: dict[int, Stages]) -> dict[str, Any]:

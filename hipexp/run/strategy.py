@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from itertools import groupby
 
+from hipexp.config.check import OFFLOADING
 from hipexp.config.offload import show_bytes
 from hipexp.config.schema import LayerPlan, Offload, Pipeline, Stage
 
@@ -36,7 +37,9 @@ def describe_layers(plans: list[LayerPlan]) -> list[str]:
     first, last, plan = plans[0].layer, plans[-1].layer, plans[0]
     name = f"layer {first}" if first == last else f"layers {first}-{last}"
     group = f" ({', '.join(plan.groups)})" if plan.groups else ""
-    lines = [f"  {name}{group}: sink {plan.sink_tok}, window {plan.window_tok}, attends to at most {budget_tok(plan, plan.stages)} tokens"]
+    most = f"attends to at most {budget_tok(plan, plan.stages)} tokens" if plan.method in OFFLOADING else ""
+    params = ", ".join([most] * bool(most) + [f"{name} {value}" for name, value in plan.params.items()])
+    lines = [f"  {name}{group}: sink {plan.sink_tok}, window {plan.window_tok}{', ' * bool(params)}{params}"]
     lines += [f"    stage {i}: {describe_stage(stage)}" for i, stage in enumerate(plan.stages)]
     if plan.decode != plan.stages:
         lines.append(f"    in decode at most {budget_tok(plan, plan.decode)} tokens")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hipexp.config.check import METHODS, check_layers
+from hipexp.config.check import METHODS, OFFLOADING, check_layers
 from hipexp.config.compose import compose, compose_point
 from hipexp.config.model import ModelFacts
 from hipexp.config.overrides import DENSE, conf_dir, group_options
@@ -29,6 +29,10 @@ STAGES = {
     "1stage": [(32, 2048, 1, 8)],
     "streaming": [],
 }
+OTHERS = {
+    "lm_infinite": "streaming", "hip_iclr25": "hip_tree",
+    **{name: name for name in METHODS if name not in ("hip", "streaming", "hip_tree")},
+}  # fmt: skip
 
 
 def numbers(stages):
@@ -36,10 +40,21 @@ def numbers(stages):
 
 
 def test_every_preset_is_listed_here():
-    assert set(PRESETS) == set(STAGES)
+    assert set(PRESETS) == set(STAGES) | set(OTHERS)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", OTHERS)
+def test_presets_of_other_methods_say_every_parameter(name):
+    from hipexp.attention.methods import check_methods, method_class
+    from hipexp.config.convert import fields_of
+
+    pipeline = compose([f"+pipeline={name}"]).pipeline
+    assert (pipeline.method, pipeline.stages) == (OTHERS[name], [])
+    check_methods(pipeline)
+    assert {"plan", *pipeline.params} == set(fields_of(method_class(pipeline.method)))
+
+
+@pytest.mark.parametrize("name", STAGES)
 def test_preset_has_the_published_numbers(name):
     pipeline = compose([f"+pipeline={name}"]).pipeline
     assert pipeline.name == name
@@ -50,7 +65,7 @@ def test_preset_has_the_published_numbers(name):
     assert blocks == ([256, 64, 64] if name == "3stage_long" else [64] * len(blocks))
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", STAGES)
 def test_only_scans_have_other_scores_than_descents(name):
     for plan in compose([f"+pipeline={name}"]).pipeline.plan(5):
         for stages in (plan.stages, plan.decode):
@@ -67,6 +82,8 @@ def test_preset_passes_the_checks_in_every_layer(name, layers):
     plans = experiment.pipeline.plan(layers)
     assert [plan.layer for plan in plans] == list(range(layers))
     for plan in plans:
+        if name in OTHERS:
+            continue
         early = plan.layer in FIRST_THREE and name != "streaming"
         assert plan.groups == (["early"] if early else [])
         assert {s.rope for s in plan.stages + plan.decode} <= {PruneRope.chunk_indexed if early else PruneRope.relative}
@@ -101,6 +118,7 @@ def test_the_methods_that_are_accepted_are_the_ones_there_are():
     assert {"hip", "streaming"} <= set(METHODS)
     for name in METHODS:
         assert method_class(name).__module__ == f"hipexp.attention.methods.{name}"
+        assert method_class(name).offloads == (name in OFFLOADING)
 
 
 @pytest.mark.parametrize("group", [group for group in OPTIONS if group != "pipeline"])

@@ -121,7 +121,7 @@ CASES = {
         [S3, "pipeline.method=streaming"],
         "pipeline.method=streaming must have no stages, but there are 3; try pipeline.method=hip",
     ),
-    "an unknown method": ([S3, "pipeline.method=snap"], "pipeline.method=snap is unknown; use hip or streaming"),
+    "an unknown method": ([S3, "pipeline.method=snap"], "pipeline.method=snap is unknown; use h2o or hip or "),
     "an unknown representative": (
         [S3, "pipeline.stages.0.representative=bound"],
         "pipeline.stages.0.representative=bound is unknown; did you mean bounds?",

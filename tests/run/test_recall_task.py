@@ -1,5 +1,7 @@
 """``task=recall``: what is sampled, stored and told, with and without a model; budgets that are divided."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -91,11 +93,11 @@ def test_against_a_sum_over_tokens(format):
     attention = layer_attention(pipeline, geometry, torch.device("cpu"))
     own = made.prefill_queries(64)
     offload = Offload("host", format=format)
-    stages = recall.stages_of(attention, own, made.keys, begin, lambda q, k: logits_at_one_distance(q, k, 0.25, None, 0), offload)
+    logits = partial(logits_at_one_distance, scale=0.25, table=None, distance_tok=0)
+    stages = recall.stages_of(attention, own, begin, made.keys, begin, 64, logits, offload, {})
     kept = as_kept(made.keys, format, 64, sink_tok=32)
     chosen, of_true = (
-        Hip(attention.plan).select(Call(QueryBlocks.cut(own, begin, 64), keys, attention.tables, scale=1.0))
-        for keys in (kept, made.keys)
+        Hip(attention.plan).select(Call(QueryBlocks.cut(own, begin, 64), keys, attention.tables, scale=1.0)) for keys in (kept, made.keys)
     )
     assert torch.equal(chosen.blocks, of_true.blocks) == (format == "auto")
     for head in range(4):
@@ -113,8 +115,7 @@ def test_against_a_sum_over_tokens(format):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["task=recall"], "task=recall measures what stages select; choose a pipeline that has some"),
-        (["+pipeline=streaming", "task=recall"], "choose a pipeline that has some"),
+        (["task=recall"], "task=recall measures what a pipeline selects; choose one, as in"),
         ([*ALONE, "task.subtasks=[passkey]"], "task.subtasks=passkey is unknown; use drifting or isolated_needles"),
         ([*SMALL, "task.layer=2"], "task.layer=2 is for keys without a model; name a task.geometry, or leave it out"),
         ([*SMALL, "task.divisors=[0]"], r"task.divisors=\[0\] must hold whole numbers from 1"),
@@ -163,11 +164,53 @@ def test_a_layer_without_rope_and_blocks_of_several_sizes():
     for stage in attention.plan.stages:
         stage.rope = PruneRope.none
     attention.tables = None
-    stages = recall.stages_of(
-        attention, made.prefill_queries(64), made.keys, 576, lambda q, k: logits_in_place(q, k, 0.25, None), Offload()
-    )
+    logits = partial(logits_in_place, scale=0.25, table=None)
+    stages = recall.stages_of(attention, made.prefill_queries(64), 576, made.keys, 576, 64, logits, Offload(), {})
     assert 0 < stages[-1]["mass"][0] <= 1
     wide = compose(SMALL).pipeline
     wide.layers["early"] = LayerGroup("0", stages={"0": StageOverride(query_block_tok=128)})
     begins = [recall.block_of(wide.plan(5), 1024, number, compose([*SMALL, "task.samples=4"]).task) for number in range(4)]
     assert begins == [512, 640, 768, 896]
+
+
+OTHERS = {
+    "oracle": ["+pipeline=oracle", "pipeline.params.keep_tok=128"],
+    "random": ["+pipeline=random", "pipeline.params.keep_tok=128"],
+    "infllm": ["+pipeline=infllm", "pipeline.params={block_tok: 16, keep_blocks: 8, representatives: 2, query_tok: 64}"],
+    "hip_iclr25": ["+pipeline=hip_iclr25", "pipeline.params.keep_tok=128"],
+    "h2o": ["+pipeline=h2o", "pipeline.params.keep_tok=128"],
+    "quest": ["+pipeline=quest", "pipeline.params.keep_tok=128"],
+    "minference": ["+pipeline=minference", "pipeline.params={verticals: 64, slashes: 128, near_tok: 16}"],
+    "xattention": ["+pipeline=xattention"],
+    "kascade": ["+pipeline=kascade", "pipeline.params.keep_tok=128", "pipeline.params.anchors=[4]"],
+    "streaming": ["+pipeline=streaming"],
+}  # fmt: skip
+
+
+def test_every_method_that_selects_has_a_recall():
+    """At equal budgets none is above the oracle, none with a rule below a draw by lot; sinks and window alone hold nothing else."""
+    found = {}
+    for name, words in OTHERS.items():
+        sizes = ["pipeline.sink_tok=0" if name in ("h2o", "quest", "minference", "xattention") else "pipeline.sink_tok=32"]
+        sizes += ["pipeline.window_tok=64"] * (name not in ("minference", "xattention"))
+        alone = [
+            "task=recall",
+            "task.geometry=4/2/16",
+            "task.contexts_tok=[1024]",
+            "task.samples=2",
+            "task.divisors=[1]",
+            "task.subtasks=[drifting]",
+        ]
+        summary = read_json(execute(compose([*words, *sizes, *alone, "task.layer=4"])) / "summary.json")
+        (held,) = summary["recall"].values()
+        found[name] = held["stages"][0]["mass"]["mean"]
+    assert found["streaming"] == 0
+    assert found["oracle"] > max(found[name] for name in ("infllm", "hip_iclr25", "random"))
+    assert min(found[name] for name in ("infllm", "hip_iclr25", "h2o", "quest")) > found["random"]
+
+
+def test_what_selects_nothing_has_no_recall():
+    with pytest.raises(ConfigError, match="pipeline.method=streaming has no budget to divide by 4; use"):
+        recall.check_budgets(compose(["+pipeline=streaming", "task=recall"]))
+    with pytest.raises(ConfigError, match="attends to everything"):
+        execute(compose(["+pipeline=ntk", "task=recall", "task.geometry=4/2/16", "task.contexts_tok=[1024]", "task.divisors=[1]"]))

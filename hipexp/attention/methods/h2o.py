@@ -42,6 +42,7 @@ class H2O(SelectingMethod):
 
     keep_tok: int = 2048
 
+    budgets = ("keep_tok",)
     exceptions: ClassVar = {
         Contract.growing: "what a decode step does not keep is gone, so it matters whether the tokens before it were read or decoded",
     }

@@ -26,6 +26,7 @@ class HipTree(SelectingMethod):
     query_tok: int = 64
     dense_layers: int = 3
 
+    budgets = ("keep_tok",)
     per_head = True
 
     @property

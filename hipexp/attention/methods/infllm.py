@@ -55,6 +55,8 @@ class InfLLM(SelectingMethod):
     representatives: int = 4
     query_tok: int = 512
 
+    budgets = ("keep_blocks",)
+
     @property
     def query_block_tok(self) -> int:
         return self.query_tok

@@ -24,6 +24,8 @@ class Kascade(SelectingMethod):
     keep_tok: int = 2048
     query_tok: int = 128
 
+    budgets = ("keep_tok",)
+
     def check(self) -> None:
         if not self.anchors or min(self.anchors) < 1 or sorted(set(self.anchors)) != self.anchors:
             raise ConfigError(f"pipeline.params.anchors={self.anchors} must be layers from 1 on, ascending; try [1,5,9]")

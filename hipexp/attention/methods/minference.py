@@ -28,6 +28,7 @@ class MInference(SelectingMethod):
     first_tok: int = 30
     near_tok: int = 100
 
+    budgets = ("verticals", "slashes")
     per_head = True
     exceptions: ClassVar = {
         Contract.causal: "the last queries decide what all queries before them attend to",

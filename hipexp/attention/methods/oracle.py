@@ -24,6 +24,8 @@ class Oracle(SelectingMethod):
     keep_tok: int = 2048
     block_tok: int = 1
 
+    budgets = ("keep_tok",)
+
     def block(self, decoding: bool) -> int:
         return self.block_tok
 

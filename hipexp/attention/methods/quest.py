@@ -47,6 +47,7 @@ class Quest(SelectingMethod):
     keep_tok: int = 2048
     dense_layers: int = 2
 
+    budgets = ("keep_tok",)
     per_head = True
 
     def block(self, decoding: bool) -> int:

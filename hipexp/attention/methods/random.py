@@ -19,6 +19,8 @@ class Random(SelectingMethod):
     block_tok: int = 8
     seed: int = 0
 
+    budgets = ("keep_tok",)
+
     def block(self, decoding: bool) -> int:
         return self.block_tok
 
