@@ -106,6 +106,8 @@ class LayerAttention:
 
     def _numbers(self, position: int) -> tuple[int, int, bool]:
         """Position, number of first candidates, and whether everything is attended to, of a decode step."""
+        if isinstance(self.method, DenseMethod):
+            return position, 0, True
         assert isinstance(self.method, SelectingMethod)
         return position, self.method.n_candidates(position), position < self._exact_tok(True)
 

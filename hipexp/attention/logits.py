@@ -21,6 +21,12 @@ def at_positions(x: Tensor, begin: int, tables: RopeTables) -> Tensor:
     return rotate(x.float(), table.cos[begin:end], table.sin[begin:end])
 
 
+def at_one_distance(q: Tensor, tables: RopeTables, distance_tok: int) -> Tensor:
+    """Raw queries ``[.., D]`` rotated so that raw keys count as lying ``distance_tok`` before them (fp32)."""
+    table = tables.upto(distance_tok + 1)
+    return rotate(q.float(), table.cos[distance_tok], table.sin[distance_tok])
+
+
 def query_logits(q: Tensor, keys: Tensor, begin: int, tables: RopeTables, scale: float, distance_tok: int | None) -> Tensor:
     """Logits ``[H, R, T]`` (fp32) of raw queries ``[H, R, D]`` at ``begin`` … over ``keys`` ``[K, T, D]``, -inf for keys behind a query.
 
@@ -28,11 +34,7 @@ def query_logits(q: Tensor, keys: Tensor, begin: int, tables: RopeTables, scale:
     far before the query, which is known to a model at any length.
     """
     R, T = q.shape[1], keys.shape[1]
-    if distance_tok is None:
-        q = at_positions(q, begin, tables)
-    else:
-        table = tables.upto(distance_tok + 1)
-        q = rotate(q.float(), table.cos[distance_tok], table.sin[distance_tok])
+    q = at_positions(q, begin, tables) if distance_tok is None else at_one_distance(q, tables, distance_tok)
     out = torch.einsum("kgrd,ktd->kgrt", q.unflatten(0, (len(keys), -1)), keys.float()).flatten(0, 1) * scale
     at = begin + torch.arange(R, device=q.device)
     return out.masked_fill_(torch.arange(T, device=q.device) > at[:, None], -torch.inf)

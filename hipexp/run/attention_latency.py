@@ -53,7 +53,8 @@ def dues(plan: LayerPlan, n_steps: int) -> list[int]:
 
 @dataclass
 class DecodeRun:
-    """Decode steps of several layers with keys of their own, the last of ``T`` tokens each; one CUDA graph for each kind of step on a GPU.
+    """Decode steps of several layers with keys of their own, the last of ``T`` tokens each; one CUDA graph for each kind of step
+    on a GPU, where the method can be captured.
 
     ``queries`` ``[steps, layers, H, 1, D]``.
     """
@@ -75,8 +76,8 @@ class DecodeRun:
         schedule = dues(self.attention.plan, self.n_steps)
         self._set(0)
         self._all_layers(0)  # compiles what is needed, and fills every list
-        calls = self._captured(schedule) if self.device.type == "cuda" else {}
-        return self._timed_gpu(schedule, calls) if calls else self._timed_cpu(schedule)
+        captures = self.device.type == "cuda" and self.attention.method.captures
+        return self._timed_gpu(schedule, self._captured(schedule)) if captures else self._timed_call_by_call(schedule)
 
     def _set(self, step: int) -> None:
         self.now.copy_(self.queries[step])
@@ -115,12 +116,14 @@ class DecodeRun:
         torch.cuda.synchronize()
         return [begin.elapsed_time(end) / len(self.layers) for begin, end in marks]
 
-    def _timed_cpu(self, schedule: list[int]) -> list[float]:
-        times = []
+    def _timed_call_by_call(self, schedule: list[int]) -> list[float]:
+        times, wait = [], torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
         for step in range(len(schedule)):
             self._set(step)
+            wait()
             begin = time.perf_counter()
             self._all_layers(step)
+            wait()
             times.append((time.perf_counter() - begin) * 1e3 / len(self.layers))
         return times
 

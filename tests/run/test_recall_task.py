@@ -210,7 +210,7 @@ def test_every_method_that_selects_has_a_recall():
 
 
 def test_what_selects_nothing_has_no_recall():
-    with pytest.raises(ConfigError, match="pipeline.method=streaming has no budget to divide by 4; use"):
+    with pytest.raises(ConfigError, match="method=streaming has no budget to divide by 4; use"):
         recall.check_budgets(compose(["+pipeline=streaming", "task=recall"]))
     with pytest.raises(ConfigError, match="attends to everything"):
         execute(compose(["+pipeline=ntk", "task=recall", "task.geometry=4/2/16", "task.contexts_tok=[1024]", "task.divisors=[1]"]))

@@ -31,6 +31,7 @@ class Hip(SelectingMethod):
     """InfiniteHiP; its parameters are the pipeline's ``stages`` and ``decode``, ``heads``, ``rope`` and ``late_refresh``."""
 
     offloads = True
+    captures = True
     reuses = True
 
     @property

@@ -13,6 +13,7 @@ class Streaming(SelectingMethod):
     """StreamingLLM; its parameters are the pipeline's ``sink_tok`` and ``window_tok``."""
 
     offloads = True
+    captures = True
     reuses = True
 
     def block(self, decoding: bool) -> int:
