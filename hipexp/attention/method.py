@@ -74,6 +74,11 @@ class Method(ABC):
     def check(self) -> None:  # noqa: B027 (most methods have no such rule)
         """Raise ConfigError for parameters that break a rule of the method; each by itself has its type already."""
 
+    @abstractmethod
+    def decode_rows(self, n_tok: int, heads: int, kv_heads: int) -> tuple[float, float]:
+        """How many rows of the cache a mean decode step behind ``n_tok`` tokens asks for: keys and values attended to, and what is read to
+        choose them (keys, or summaries of the same size), of all heads."""
+
     def new_state(self) -> Any:
         """What is kept about a new sequence in this layer, with a property ``bytes``; None if nothing is."""
         return None
@@ -85,6 +90,9 @@ class DenseMethod(Method):
     @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, begin: int, tables: RopeTables | None, scale: float, softcap: float | None) -> Tensor:
         """Return ``[H, Q, D]``: raw queries ``[H, Q, D]`` at positions ``begin`` … over all raw keys and values ``[K, T, D]``."""
+
+    def decode_rows(self, n_tok: int, heads: int, kv_heads: int) -> tuple[float, float]:
+        return 2 * kv_heads * n_tok, 0
 
 
 class SelectingMethod(Method):
@@ -118,6 +126,15 @@ class SelectingMethod(Method):
     def exact_tok(self, decoding: bool) -> int:
         """A block that ends before this position attends to all its keys, at true positions: sinks, window and selection hold them."""
         return self.plan.sink_tok + self.plan.window_tok + self.keep(decoding)
+
+    def decode_rows(self, n_tok: int, heads: int, kv_heads: int) -> tuple[float, float]:
+        attended = min(n_tok, self.plan.sink_tok + self.plan.window_tok + self.keep(True))
+        lists = heads if self.per_head else kv_heads
+        return (2 * lists * attended, self.scanned_rows(n_tok, heads, kv_heads)) if attended < n_tok else (2 * kv_heads * n_tok, 0)
+
+    @abstractmethod
+    def scanned_rows(self, n_tok: int, heads: int, kv_heads: int) -> float:
+        """Rows that a mean decode step reads to choose."""
 
     def n_candidates(self, position: int) -> int:
         """How many first candidates a decode step at ``position`` has, for methods that read the number on the device."""

@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hipexp_kernels.score_chunks.probes import probe_step
 from torch import Tensor
 
 from hipexp.attention import LayerAttention, Memory
 from hipexp.attention.inputs import Geometry, Inputs, drifting
-from hipexp.attention.methods.hip import piece_tok
 from hipexp.attention.recall import attention_mass, chosen_tokens, fixed_tokens, logits_at_one_distance, logits_in_place
 from hipexp.attention.rope import RopeTables
-from hipexp.config.schema import LayerPlan, Pipeline, PruneRope, Representative, Stage
+from hipexp.config.schema import LayerPlan, Pipeline, PruneRope
 from hipexp.run.contestants import decode_contestants, prefill_contestants
 from hipexp.run.latency import quantile
 from hipexp.run.timing import HEAD_START_CYCLES, Contestant, fastest, runnable, time_alternating
@@ -193,31 +191,11 @@ def dense_decode_rows(layers: list[Inputs], rounds: int, skip: Sequence[str] = (
     return [{**common, "impl": row.pop("name"), **row} for row in rows] + _left_out(common, reasons)
 
 
-def decode_bytes(plan: LayerPlan, layer: Inputs) -> int:
-    """Bytes of keys, values and summaries that a mean decode step asks for, over whole refresh periods, with lists of full length.
-
-    Every query head walks a descent of its own; the other representatives are read once for a key/value head.
-    """
-    geometry, size = layer.geometry, layer.keys.element_size() * layer.geometry.head_dim
-    n_tok = layer.keys.shape[1]
-    kept = plan.decode[-1].keep_tok if plan.decode else 0
-    total = 2 * geometry.kv_heads * size * min(n_tok, plan.sink_tok + kept + plan.window_tok)
-    candidates = n_tok - plan.sink_tok - plan.window_tok
-    for stage in plan.decode:
-        chunks = max(0, candidates) // stage.chunk_tok
-        probes = chunks * probes_of(stage, plan) * (geometry.heads if stage.representative is Representative.descent else geometry.kv_heads)
-        total += probes * size // stage.refresh_steps
-        candidates = min(candidates, stage.keep_tok)
-    return total
-
-
-def probes_of(stage: Stage, plan: LayerPlan) -> int:
-    """Rows that are read to score a chunk."""
-    if stage.representative is Representative.descent:
-        return max(1, 2 * (stage.chunk_tok.bit_length() - 1))
-    if stage.representative is Representative.bounds:
-        return 2 * stage.chunk_tok // piece_tok(plan)
-    return stage.chunk_tok // probe_step(stage.representative.value, stage.chunk_tok)
+def decode_bytes(attention: LayerAttention, layer: Inputs) -> int:
+    """Bytes of keys, values and summaries that a mean decode step asks for, over whole refresh periods, with lists of full length."""
+    geometry, n_tok = layer.geometry, layer.keys.shape[1]
+    rows = attention.method.decode_rows(n_tok, geometry.heads, geometry.kv_heads)
+    return round(sum(rows) * layer.keys.element_size() * geometry.head_dim)
 
 
 def prefill_rows(

@@ -169,7 +169,7 @@ def measured(experiment: Experiment, one: Measurement, layers: list[Inputs], ski
             return []
         periods = -(-task.decode_steps // alone.period_of(attention.plan))
         row = alone.decode_row(attention, layers, periods, name)
-        row |= {"bytes": alone.decode_bytes(attention.plan, layers[0])}
+        row |= {"bytes": alone.decode_bytes(attention, layers[0])}
         return [row | (alone.recall_of(attention, layers) if one.repeat == 0 else {})]
 
     def dense() -> list[dict[str, Any]]:

@@ -78,16 +78,17 @@ def test_dense_alone():
 def test_counted_bytes():
     """Sinks, window and selection as keys and values of 2 heads of 16 in fp32; probes of both stages for 4 query heads."""
     from hipexp.attention.inputs import GEOMETRIES, Geometry, drifting
-    from hipexp.run.attention_latency import decode_bytes, layer_attention, probes_of
+    from hipexp.attention.methods.hip import Hip
+    from hipexp.run.attention_latency import decode_bytes, layer_attention
 
     pipeline, layer = compose(SMALL).pipeline, drifting(Geometry(4, 2, 16), 768)
-    plan = layer_attention(pipeline, layer.geometry, layer.keys.device).plan
+    attention = layer_attention(pipeline, layer.geometry, layer.keys.device)
     key = 16 * 4
     first, second = (768 - 32 - 64) // 32 * 10 * 4 * key, 128 // 8 * 6 * 4 * key
-    assert decode_bytes(plan, layer) == 2 * 2 * key * (32 + 64 + 64) + first // 4 + second // 2
+    assert decode_bytes(attention, layer) == 2 * 2 * key * (32 + 64 + 64) + first // 4 + second // 2
     for representative, probes in (("descent", 16), ("grid", 16), ("exact", 256), ("bounds", 8)):
         plan = compose(["+pipeline=3stage", f"pipeline.stages.0.representative={representative}"]).pipeline.plan_alone(None)
-        assert probes_of(plan.decode[0], plan) == probes
+        assert Hip(plan)._probes(plan.decode[0]) == probes
     assert GEOMETRIES["llama31_8b"] == Geometry(32, 8, 128)
 
 

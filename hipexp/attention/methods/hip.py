@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from hipexp_kernels import keep_top, score_chunks
 from hipexp_kernels.paged import read_by
+from hipexp_kernels.score_chunks.probes import probe_step
 from torch import Tensor
 
 from hipexp.attention.blocks import QueryBlocks
@@ -57,6 +58,22 @@ class Hip(SelectingMethod):
 
     def _stages(self, decoding: bool) -> list[Stage]:
         return self.plan.decode if decoding else self.plan.stages
+
+    def scanned_rows(self, n_tok: int, heads: int, kv_heads: int) -> float:
+        total, candidates = 0.0, max(0, n_tok - self.plan.sink_tok - self.plan.window_tok)
+        for stage in self.plan.decode:
+            rows = candidates // stage.chunk_tok * self._probes(stage)
+            total += rows * (heads if stage.representative is Representative.descent else kv_heads) / stage.refresh_steps
+            candidates = min(candidates, stage.keep_tok)
+        return total
+
+    def _probes(self, stage: Stage) -> int:
+        """Rows that are read to score a chunk; every query head walks a descent of its own."""
+        if stage.representative is Representative.descent:
+            return max(1, 2 * (stage.chunk_tok.bit_length() - 1))
+        if stage.representative is Representative.bounds:
+            return 2 * stage.chunk_tok // piece_tok(self.plan)
+        return stage.chunk_tok // probe_step(stage.representative.value, stage.chunk_tok)
 
     def select(self, call: Call) -> Selection:
         """Select blocks of the last stage's ``chunk_tok`` tokens.

@@ -6,6 +6,7 @@ middle key, the best halves go on, as many as before, until they are single bloc
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,11 @@ class HipTree(SelectingMethod):
 
     def keep(self, decoding: bool) -> int:
         return self.keep_tok if self.plan.layer >= self.dense_layers else EVERYTHING
+
+    def scanned_rows(self, n_tok: int, heads: int, kv_heads: int) -> float:
+        kept = self.keep_tok // self.block_tok
+        rounds = math.ceil(math.log2(max(1, n_tok / self.block_tok / kept)))
+        return heads * 2 * kept * rounds
 
     def select(self, call: Call) -> Selection:
         plan, queries, size, sink_tok = self.plan, call.queries, self.block_tok, self.plan.sink_tok

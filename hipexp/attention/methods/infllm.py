@@ -77,6 +77,9 @@ class InfLLM(SelectingMethod):
             begin, end = max(first, queries.begin), min(first + queries.size, queries.end)
             call.state.add(queries.q[:, n, begin - first : end - first], whole(call.keys)[:, :end], begin, self.plan.window_tok, call)
 
+    def scanned_rows(self, n_tok: int, heads: int, kv_heads: int) -> float:
+        return kv_heads * self.representatives * n_tok / self.block_tok
+
     def select(self, call: Call) -> Selection:
         plan, keys, queries, size = self.plan, whole(call.keys), call.queries, self.block_tok
         likings = Likings() if call.state is None else call.state

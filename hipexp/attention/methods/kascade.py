@@ -45,6 +45,9 @@ class Kascade(SelectingMethod):
     def keep(self, decoding: bool) -> int:
         return self.keep_tok if self.anchor else EVERYTHING
 
+    def scanned_rows(self, n_tok: int, heads: int, kv_heads: int) -> float:
+        return kv_heads * n_tok if self.plan.layer == self.anchor else 0
+
     def select(self, call: Call) -> Selection:
         key = self.anchor, call.decoding or call.queries.start
         if self.plan.layer == self.anchor:

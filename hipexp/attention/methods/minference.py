@@ -44,6 +44,9 @@ class MInference(SelectingMethod):
     def exact_tok(self, decoding: bool) -> int:
         return EVERYTHING if decoding else min(self.verticals, self.slashes)
 
+    def scanned_rows(self, n_tok: int, heads: int, kv_heads: int) -> float:
+        return 0  # decode is dense
+
     def select(self, call: Call) -> Selection:
         vertical, slash = self._found(call)
         size, sink_tok = call.queries.size, self.plan.sink_tok

@@ -59,6 +59,9 @@ class Quest(SelectingMethod):
     def new_state(self) -> PageBounds:
         return PageBounds()
 
+    def scanned_rows(self, n_tok: int, heads: int, kv_heads: int) -> float:
+        return 2 * kv_heads * n_tok / self.page_tok
+
     def select(self, call: Call) -> Selection:
         plan, pages = self.plan, call.state or PageBounds()
         pages.upto(whole(call.keys), plan.sink_tok, self.page_tok, call.tables)

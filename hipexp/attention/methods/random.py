@@ -27,6 +27,9 @@ class Random(SelectingMethod):
     def keep(self, decoding: bool) -> int:
         return self.keep_tok
 
+    def scanned_rows(self, n_tok: int, heads: int, kv_heads: int) -> float:
+        return 0
+
     def select(self, call: Call) -> Selection:
         sink_tok, marked = self.plan.sink_tok, []
         for n in range(len(call.queries)):

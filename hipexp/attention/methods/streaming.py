@@ -22,5 +22,8 @@ class Streaming(SelectingMethod):
     def keep(self, decoding: bool) -> int:
         return 0
 
+    def scanned_rows(self, n_tok: int, heads: int, kv_heads: int) -> float:
+        return 0
+
     def select(self, call: Call) -> Selection:
         return Selection.empty(len(call.queries), call.keys.device)

@@ -49,6 +49,9 @@ class XAttention(SelectingMethod):
     def exact_tok(self, decoding: bool) -> int:
         return EVERYTHING if decoding else self.block_tok
 
+    def scanned_rows(self, n_tok: int, heads: int, kv_heads: int) -> float:
+        return 0  # decode is dense
+
     def select(self, call: Call) -> Selection:
         keys, queries, B, S = whole(call.keys), call.queries, self.block_tok, self.stride_tok
         tiles = self._tiles(at_positions(keys, 0, call.tables), keys.shape[1], reverse=True)
