@@ -1,9 +1,9 @@
 """``make link-table``: what offload moves over the link, counted by the store itself in the real loops, and scaled to 1M tokens.
 
 A random model with the layers and heads of Llama-3.1-8B and small heads reads prompts and decodes on the CPU. What is counted scales by
-rules: a unit or page of a larger head has more bytes, by the format; and what grows with the context does so along a line, which the
-measured lengths must show. Every measurement is a line of ``measured.jsonl`` and done once: interrupt it as you like. Delete the file to
-measure again after the store has changed.
+rules: a unit or page of a larger head has more bytes, by the format; pages written grow with the context, as do the keys that a first
+stage probes, and the rest stays, which the measured lengths must show. Every measurement is a line of ``measured.jsonl`` and done once:
+interrupt it as you like. Delete the file to measure again after the store has changed.
 """
 
 from __future__ import annotations
@@ -213,25 +213,22 @@ def total(by_reader: dict[str, list[float]], layers: int) -> list[float]:
     return [sum(of) for of in zip(*by_reader.values(), strict=True)] if by_reader else [0.0] * layers
 
 
-def scaled_layers(rows: Sequence[dict[str, Any]], steps: Sequence[int]) -> list[float]:
-    """Bytes fetched in each layer at ``LONG_TOK`` tokens and ``LONG_DIM``, from rows of several lengths, ascending.
+def scaled_layers(row: dict[str, Any], steps: Sequence[int]) -> list[float]:
+    """Bytes fetched in each layer at ``LONG_TOK`` tokens and ``LONG_DIM``.
 
-    What the first stage reads, if it reads keys, goes on along the line through the two longest; the rest stays as at the longest.
+    What the first stage reads, if it reads keys, grows as its candidates do, with the context; the rest stays.
     """
-    n, m = (row["point"]["context_tok"] for row in rows[-2:])
-    before, longest = (layer_bytes(row, steps) for row in rows[-2:])
-    layers = rows[-1]["shape"]["layers"]
-    if "0" in longest:
-        pairs = zip(before.get("0", [0.0] * layers), longest["0"], strict=True)
-        longest["0"] = [b + (b - a) / (m - n) * (LONG_TOK - m) for a, b in pairs]
-    return [size * factor(rows[-1], rows[-1]["unit_tok"]) for size in total(longest, layers)]
+    found = layer_bytes(row, steps)
+    if "0" in found:
+        found["0"] = [size * LONG_TOK / row["point"]["context_tok"] for size in found["0"]]
+    return [size * factor(row, row["unit_tok"]) for size in total(found, row["shape"]["layers"])]
 
 
 def kinds(row: dict[str, Any]) -> dict[str, list[int]]:
     """Steps by what they run; the first one apart, as nothing is in its pool, and whole periods after it."""
     schedule, found = row["schedule"], {"full refresh, cold pool": [0]}
     for due in range(len(schedule) + 1):
-        name = "full refresh, warm pool" if due == 0 else "reuse" if due == len(schedule) else f"from stage {due + 1} on"
+        name = "full refresh, warm pool" if due == 0 else "reuse" if due == len(schedule) else f"from stage {due} on"
         found[name] = [i for i, step in enumerate(row["steps"]) if i and step["due"] == due]
     period = max(schedule)
     found["average of a period"] = list(range(1, 1 + (len(row["steps"]) - 1) // period * period))
@@ -289,16 +286,14 @@ def steps_table(groups: Groups) -> str:
         for name, steps in kinds(rows[-1]).items():
             by_length = {row["point"]["context_tok"]: total(layer_bytes(row, steps), row["shape"]["layers"]) for row in rows}
             cells = [f"{statistics.fmean(by_length[n]) / K:.1f} / {max(by_length[n]) / K:.1f}" if n in by_length else None for n in lengths]
-            scaled = scaled_layers(rows, steps) if len(rows) > 1 else None
+            scaled = scaled_layers(rows[-1], steps)
             lines.append([pipeline + (", as set" if read != "layers" else ""), format, name, *cells, *scaled_cells(scaled)])
     header = ["pipeline", "format", "step", *(f"{n // K}K: KiB" for n in lengths), "1M, d = 128: MB", *(f"{name}, ms" for name in LINKS)]
     return text_table(header, lines, left=3)
 
 
-def scaled_cells(layers: list[float] | None) -> list[str | None]:
+def scaled_cells(layers: list[float]) -> list[str]:
     """Mean and worst layer in MB, and predicted milliseconds of the worst one."""
-    if layers is None:
-        return [None] * (1 + len(LINKS))
     return [f"{statistics.fmean(layers) / 1e6:.2f} / {max(layers) / 1e6:.2f}", *(f"{ms:.2f}" for ms in predicted_ms(max(layers)).values())]
 
 
@@ -313,7 +308,7 @@ def claims_table(groups: Groups) -> str:
     if len(prefills.get("fp8", [])) > 1:
         rows = prefills["fp8"]
         steps = kinds(rows[-1])
-        full = scaled_layers(rows, steps["full refresh, cold pool"])
+        full = scaled_layers(rows[-1], steps["full refresh, cold pool"])
         times = ", ".join(f"{ms:.2f} ms on {name}" for name, ms in predicted_ms(max(full)).items())
         for what, size in (("mean layer", statistics.fmean(full)), ("worst layer", max(full))):
             shown = f"{size / 1e6:.2f} MB"
@@ -349,8 +344,9 @@ steps, of which one is a full refresh.
 is written once whatever is attended to, and decode steps run as the preset says. The others are read as the preset says.
 Scaled to d = {LONG_DIM}: rows of a token and head, each with its bytes in that format.
 Scaled to {LONG_TOK:,} tokens: a prefill layer by layer by its bytes per token. Steps: as at the longest length, but for a first stage
-that probes keys, which goes on along the line through the two longest lengths. Chunk by chunk: as if every chunk fetched what the last
-one did, which is the least, as later ones choose among more.
+that probes keys, whose bytes grow as the context does (from 64K to 128K they do not: what is larger than the pool is fetched by rows and
+not by units, which are fewer bytes). Chunk by chunk: as if every chunk fetched what the last one did, which is the least, as later ones
+choose among more.
 Weights and tokens are random, so what a warm pool saves is not what it saves on text; a cold one does not depend on them.
 Times are predicted, not measured: bytes of the worst layer over assumed rates ({links}).
 {PUBLISHED_MS} ms a layer are published for a full refresh at 1M with offload (InfiniteHiP, table 4; RTX 4090, PCIe 4 x8);

@@ -114,17 +114,16 @@ def test_a_torn_line_is_left_out(tmp_path):
     assert link_traffic.read_measured(tmp_path / "none") == []
 
 
-def test_figures_are_scaled_by_bytes_of_units_and_along_lines(rows):
-    scan, descent = ([rows[Point(of.pipeline, of.format, n * K)] for n in (2, 4)] for of in (SCAN, DESCENT))
-    counted = link_traffic.total(link_traffic.layer_bytes(scan[1], [0]), 2)
+def test_figures_are_scaled_by_bytes_of_units_and_first_stages_with_the_context(rows):
+    scan, descent = (rows[Point(of.pipeline, of.format, 4 * K)] for of in (SCAN, DESCENT))
+    counted = link_traffic.total(link_traffic.layer_bytes(scan, [0]), 2)
     expected = [size / unit(SCAN) * unit(SCAN, 128) for size in counted]
     assert link_traffic.scaled_layers(scan, [0]) == pytest.approx(expected)
-    short, long = (link_traffic.layer_bytes(row, [0]) for row in descent)
-    first = [b + (b - a) / (2 * K) * (1020 * K) for a, b in zip(short["0"], long["0"], strict=True)]
+    long = link_traffic.layer_bytes(descent, [0])
     others = link_traffic.total({by: of for by, of in long.items() if by != "0"}, 2)
-    expected = [16 * (a + b) for a, b in zip(first, others, strict=True)]
+    expected = [16 * (256 * a + b) for a, b in zip(long["0"], others, strict=True)]
     assert link_traffic.scaled_layers(descent, [0]) == pytest.approx(expected)
-    written, fetched = link_traffic.scaled_prefill(descent[1])
+    written, fetched = link_traffic.scaled_prefill(descent)
     assert (written, fetched) == (1024 * K * 2 * 2 * 2 * 2 * 128, 0)
     by_chunk = rows[POINTS[-1]]
     told = by_chunk["prefill"]
@@ -134,8 +133,8 @@ def test_figures_are_scaled_by_bytes_of_units_and_along_lines(rows):
 def test_steps_are_told_apart(rows):
     kinds = link_traffic.kinds(rows[SCAN])
     assert kinds["full refresh, cold pool"] == [0] and kinds["full refresh, warm pool"] == [16, 32, 48, 64]
-    assert kinds["from stage 2 on"] == [8, 24, 40, 56] and kinds["average of a period"] == list(range(1, 65))
-    assert len(kinds["from stage 3 on"]) == 8 and len(kinds["reuse"]) == 48
+    assert kinds["from stage 1 on"] == [8, 24, 40, 56] and kinds["average of a period"] == list(range(1, 65))
+    assert len(kinds["from stage 2 on"]) == 8 and len(kinds["reuse"]) == 48
 
 
 def test_times_are_bytes_over_the_rate_of_a_link():
