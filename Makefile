@@ -18,7 +18,7 @@ DEV := $(VENV)/.dev
 PIP := $(RUN) -m pip --disable-pip-version-check install --constraint constraints.txt --no-build-isolation
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check check-official needle needle-table needle-1m aot bench-cpu link-table gpu repro-table2
+.PHONY: help setup demo test test-all check check-official needle needle-table needle-1m methods aot bench-cpu link-table gpu repro-table2
 
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,10 @@ needle: $(CORE) ## train the embedded model from nothing (some four hours on 2 c
 
 needle-table: $(CORE) ## the long form of the demo: accuracy and time by length (resumable; says how long)
 	$(RUN) -m hipexp table
+
+methods: $(CORE) ## every method on the embedded model: score, recall, times, bytes (hours, resumable, says how long; FAST=1: minutes)
+	$(if $(FAST),,$(RUN) -m hipexp data make stand-ins)
+	$(RUN) -m hipexp methods $(if $(FAST),fast=true)
 
 aot: $(DEV) ## compile every kernel for five kinds of GPU, without one: registers, spills, shared memory against the record
 	$(RUN) -m hipexp_kernels.aot

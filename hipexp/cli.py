@@ -19,6 +19,7 @@ from hipexp.config.schema import ConfigError, Experiment
 COMMANDS = {
     "demo": ("hipexp.run.demo:main", "dense against 3stage on the embedded model: a table and a picture"),
     "ls": ("hipexp.report.listing:main", "the runs there are and how far they got"),
+    "methods": ("hipexp.run.methods_table:main", "every method beside each other; methods --dry-run tells how long, fast=true is short"),
     "table": ("hipexp.run.needle_table:main", "the long form of the demo; table --dry-run tells how long it takes here"),
     "data": ("hipexp.run.data:main", "data of the suites: data pull, verify, ls, make"),
     "score": ("hipexp.run.score:main", "official scores of predictions made elsewhere, as JSON"),

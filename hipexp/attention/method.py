@@ -60,8 +60,9 @@ class Method(ABC):
     """A rule of attention with the parameters of its paper as fields, each with a default; ``plan`` is what it has in common with others.
 
     Subclasses are dataclasses. ``exceptions``: contracts that the paper's rule does not hold, each with its reason. ``offloads``: whether
-    it reads keys and values only where it says so, so that they can lie elsewhere. ``captures``: whether its
-    decode steps can be captured in a CUDA graph. ``budgets``: parameters that say how much is kept.
+    it reads keys and values only where it says so, so that they can lie elsewhere. ``captures``: whether its decode steps can be captured
+    in a CUDA graph. ``linear``: whether reading a prompt takes little more than time in proportion to it. ``budgets``: parameters that say
+    how much is kept.
     """
 
     plan: LayerPlan
@@ -69,6 +70,7 @@ class Method(ABC):
     exceptions: ClassVar[Mapping[Contract, str]] = {}
     offloads: ClassVar[bool] = False
     captures: ClassVar[bool] = False
+    linear: ClassVar[bool] = False
     budgets: ClassVar[tuple[str, ...]] = ()
 
     def check(self) -> None:  # noqa: B027 (most methods have no such rule)

@@ -96,6 +96,33 @@ def draw_lines(
     plt.close(figure)
 
 
+def draw_scatter(path: Path, heading: str, points: Sequence[tuple[str, float, float]], horizontal: str, vertical: str) -> None:
+    """Write named points over a logarithmic axis as a picture at ``path``; a line joins those that no other beats in both."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, plot = plt.subplots(figsize=(7.6, 4.8), layout="constrained")
+    front = sorted((x, y) for _, x, y in points if not any(a <= x and b >= y and (a, b) != (x, y) for _, a, b in points))
+    plot.step(*zip(*front, strict=True), where="post", color=FAINT, linestyle="--", linewidth=1)
+    for name, x, y in points:
+        plot.plot(x, y, marker="o", color="#0072b2" if (x, y) in front else INK)
+        plot.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8, color=INK)
+    plot.set_xscale("log")
+    plot.set_xlabel(horizontal, color=INK)
+    plot.set_ylabel(vertical, color=INK)
+    plot.set_ylim(-4, 106)
+    plot.grid(color=EMPTY)
+    for edge in ("top", "right"):
+        plot.spines[edge].set_visible(False)
+    figure.suptitle(heading, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
+    make_folder(path.parent)
+    with replacing(path) as scratch:
+        figure.savefig(scratch, dpi=150, format="png")
+    plt.close(figure)
+
+
 def _draw(plot: Any, one: HeatMap, rows: Sequence[str], columns: Sequence[str]) -> Any:
     from matplotlib.patches import Rectangle
 

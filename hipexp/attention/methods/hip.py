@@ -33,6 +33,8 @@ class Hip(SelectingMethod):
 
     offloads = True
     captures = True
+    linear = True
+    budgets = ("stages",)
     reuses = True
 
     @property

@@ -27,6 +27,7 @@ class HipTree(SelectingMethod):
     query_tok: int = 64
     dense_layers: int = 3
 
+    linear = True
     budgets = ("keep_tok",)
     per_head = True
 

@@ -55,6 +55,7 @@ class InfLLM(SelectingMethod):
     representatives: int = 4
     query_tok: int = 512
 
+    linear = True
     budgets = ("keep_blocks",)
 
     @property

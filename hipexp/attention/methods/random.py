@@ -19,6 +19,7 @@ class Random(SelectingMethod):
     block_tok: int = 8
     seed: int = 0
 
+    linear = True
     budgets = ("keep_tok",)
 
     def block(self, decoding: bool) -> int:

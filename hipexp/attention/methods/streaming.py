@@ -14,6 +14,7 @@ class Streaming(SelectingMethod):
 
     offloads = True
     captures = True
+    linear = True
     reuses = True
 
     def block(self, decoding: bool) -> int:
