@@ -1,4 +1,4 @@
-"""LM-Infinite against a plain statement of arXiv 2308.16137, one query at a time; and how far sinks and window by blocks are from it."""
+"""LM-Infinite against a plain statement of arXiv 2308.16137, one query at a time; in decode streaming can state it too, behind its budget."""
 
 import numpy as np
 from hypothesis import given, settings
