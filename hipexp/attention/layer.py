@@ -28,7 +28,8 @@ class LayerAttention:
     """The attention of one layer.
 
     ``tables`` None: the layer has no RoPE. ``softcap``: as in Gemma-2. ``everything``: attend to all keys, whatever the plan says.
-    ``pruned_blocks`` counts the query blocks that did not see all their keys. ``listener`` is told what is read; None costs nothing.
+    ``pruned_blocks`` counts the query blocks (of a :class:`DenseMethod` the queries) whose attention was not the dense one. ``listener`` is
+    told what is read; None costs nothing.
     Raises ConfigError as ``make_method``.
     """
 
@@ -70,7 +71,7 @@ class LayerAttention:
         method = self.method
         assert isinstance(method, SelectingMethod)
         size = 1 if memory else method.query_block_tok
-        if begin % size and 0 < method.keep(False) < EVERYTHING:
+        if begin % size and method.keep(False) and method.exact_tok(False) < EVERYTHING:
             raise ValueError(
                 f"a part of a prompt begins at token {begin} (left padding not counted), inside a query block; cut prompts, and pad rows, "
                 f"by multiples of {size} tokens, or use hipexp.hf.generate"
@@ -129,7 +130,8 @@ class LayerAttention:
         return chosen.after_none(skipped * parts)
 
     def _attend_all(self, method: DenseMethod, q: Tensor, k: KV, v: KV, begin: int, memory: Memory | None) -> Tensor:
-        """Attention to all keys at the method's own positions."""
+        """The attention of a method that has its own."""
+        self.pruned_blocks += max(0, k.shape[1] - max(begin, method.exact_tok(self.tables)))
         if self.listener:
             queries = QueryBlocks.one(q, begin, _shared_step(begin, 0, True, q.device)) if memory else QueryBlocks.cut(q, begin, 1)
             self.listener.attends(queries, len(queries), Selection.empty(len(queries), q.device))
@@ -140,7 +142,7 @@ class LayerAttention:
     def _attend_rotation(self, method: SelectingMethod, n_keys: int, queries: QueryBlocks) -> AttendRotation | None:
         if self.tables is None:
             return None
-        kept = max(kept for kept in (method.keep(False), method.keep(True), 0) if kept < EVERYTHING)
+        kept = max((method.keep(decoding) for decoding in (False, True) if method.exact_tok(decoding) < EVERYTHING), default=0)
         rows = min(self.plan.sink_tok + self.plan.window_tok + kept, n_keys) + 2 * queries.size
         if self.plan.attend in (AttendRope.native, AttendRope.dynamic) or self._exact_tok(queries.step is not None) >= EVERYTHING:
             rows = max(rows, n_keys + queries.size)

@@ -87,11 +87,15 @@ class Method(ABC):
 
 
 class DenseMethod(Method):
-    """A method that attends to all keys, at positions of its own."""
+    """A method with an attention of its own: it is given all keys and says which of them count, and at what positions."""
+
+    @abstractmethod
+    def exact_tok(self, tables: RopeTables | None) -> int:
+        """Queries before this position get what dense attention gives them; ``tables`` None: the layer has no RoPE."""
 
     @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, begin: int, tables: RopeTables | None, scale: float, softcap: float | None) -> Tensor:
-        """Return ``[H, Q, D]``: raw queries ``[H, Q, D]`` at positions ``begin`` … over all raw keys and values ``[K, T, D]``."""
+        """Return ``[H, Q, D]``: raw queries ``[H, Q, D]`` at positions ``begin`` … over raw keys and values ``[K, T, D]``."""
 
     def decode_rows(self, n_tok: int, heads: int, kv_heads: int) -> tuple[float, float]:
         return 2 * kv_heads * n_tok, 0
@@ -123,7 +127,7 @@ class SelectingMethod(Method):
 
     @abstractmethod
     def keep(self, decoding: bool) -> int:
-        """The most tokens that are selected; ``EVERYTHING`` where attention is dense."""
+        """The most tokens that are selected; ``EVERYTHING`` where attention is dense, or where there is no limit."""
 
     def exact_tok(self, decoding: bool) -> int:
         """A block that ends before this position attends to all its keys, at true positions: sinks, window and selection hold them."""

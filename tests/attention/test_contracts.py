@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from exact_tables import ExactTables
 from hipexp.attention import LayerAttention, Memory
 from hipexp.attention.method import Contract
 from hipexp.attention.methods import method_class
@@ -40,10 +41,11 @@ SMALL = {
     "kascade": Pipeline(method="kascade", sink_tok=8, window_tok=64, rope=NATIVE, params={"keep_tok": 64, "anchors": [1, 5]}),
     "self_extend": Pipeline(method="self_extend", params={"group_tok": 4, "neighbour_tok": 64}),
     "ntk": Pipeline(method="ntk"),
+    "lm_infinite": Pipeline(method="lm_infinite", sink_tok=8, window_tok=64),
 }  # fmt: skip
 HELD = {
     "hip": 136, "streaming": 72, "oracle": 136, "random": 136, "infllm": 152, "hip_tree": 136, "quest": 80, "h2o": 128, "minference": 64,
-    "xattention": 64, "kascade": 136, "self_extend": 64, "ntk": 448,
+    "xattention": 64, "kascade": 136, "self_extend": 64, "ntk": 448, "lm_infinite": 64,
 }  # fmt: skip
 
 
@@ -55,8 +57,8 @@ def cos_sin(positions):
 class Sequence:
     """One layer that reads a prompt in parts and then decodes."""
 
-    def __init__(self, pipeline):
-        self.attention = LayerAttention(pipeline.plan_layer(5, []), RopeTables(cos_sin, TRAINED), D**-0.5)
+    def __init__(self, pipeline, tables=RopeTables):
+        self.attention = LayerAttention(pipeline.plan_layer(5, []), tables(cos_sin, TRAINED), D**-0.5)
         self.state, self.shared, self.memory = self.attention.method.new_state(), {}, Memory()
 
     def read(self, qkv, begin, end):
@@ -136,6 +138,7 @@ def exact(pipeline):
         turned(q), turned(k).repeat_interleave(2, 0), v.repeat_interleave(2, 0), is_causal=True
     )
     close(torch.cat([one.read(qkv, 0, n - 1), one.step(qkv, n - 1)], 1), dense)
+    assert one.attention.pruned_blocks == 0
 
 
 def model():
@@ -190,10 +193,18 @@ def test_contract(method, contract):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_what_is_not_dense_is_counted(method):
+    one = Sequence(SMALL[method], lambda cos_sin, _: RopeTables(cos_sin, 64))
+    one.read(inputs(), 0, T - 1)
+    one.step(inputs(), T - 1)
+    assert one.attention.pruned_blocks > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("attend", list(AttendRope))
 def test_every_strategy_of_attention(method, attend):
-    """Finite everywhere, prefill and decode."""
+    """Finite everywhere, prefill and decode, from tables that hold no position that was not asked for."""
     pipeline = replace(SMALL[method], rope=Rope(attend=attend))
-    one = Sequence(pipeline)
+    one = Sequence(pipeline, ExactTables)
     for out in (one.read(inputs(), 0, T - 1), one.step(inputs(), T - 1)):
         assert out.isfinite().all()

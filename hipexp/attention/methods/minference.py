@@ -1,7 +1,9 @@
-"""MInference's vertical-slash pattern (arXiv 2407.02490) in prefill; decode is dense.
+"""MInference's vertical-slash heads (arXiv 2407.02490) in prefill; decode is dense.
 
 The last ``last_tok`` queries of what is read at once attend to all keys. The keys that get most of that attention (verticals) and the
-distances that do (slashes) are then read by every query. A block of queries reads the union of what its queries would.
+distances that do (slashes) are then read by every query. A block of queries reads the union of what its queries would, and all of itself.
+Blocks that end before the smaller of both numbers see everything, and have no say. Every part of a prompt has its own verticals and
+slashes, and all heads have as many; the paper reads prompts in one piece, and searches a pattern and its size for each head.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from torch import Tensor
 from hipexp.attention.logits import at_positions, chosen_blocks, keep_best, query_logits
 from hipexp.attention.method import EVERYTHING, Call, Contract, SelectingMethod
 from hipexp.attention.selection import Selection
+from hipexp.config.schema import ConfigError
 
 
 @dataclass
@@ -35,11 +38,21 @@ class MInference(SelectingMethod):
         Contract.chunked: "the last queries of every part decide for that part",
     }
 
+    def check(self) -> None:
+        for name, most, of in (("first_tok", self.verticals, "verticals"), ("near_tok", self.slashes, "slashes")):
+            if not 0 <= getattr(self, name) <= most:
+                raise ConfigError(
+                    f"pipeline.params.{name}={getattr(self, name)} must be from 0 to params.{of}={most}, which it is a part of; "
+                    f"try {min(30, max(0, most))}"
+                )
+        if self.last_tok < 1:
+            raise ConfigError(f"pipeline.params.last_tok={self.last_tok} must be at least 1; try 64")
+
     def block(self, decoding: bool) -> int:
         return 1
 
     def keep(self, decoding: bool) -> int:
-        return EVERYTHING if decoding else self.verticals + self.slashes
+        return EVERYTHING if decoding else self.verticals + self.slashes * self.query_block_tok
 
     def exact_tok(self, decoding: bool) -> int:
         return EVERYTHING if decoding else min(self.verticals, self.slashes)
@@ -49,16 +62,14 @@ class MInference(SelectingMethod):
 
     def select(self, call: Call) -> Selection:
         vertical, slash = self._found(call)
-        size, sink_tok = call.queries.size, self.plan.sink_tok
+        size, plan = call.queries.size, self.plan
         reach = torch.nn.functional.max_pool1d(slash.float()[:, None], size, 1)[:, 0].bool()  # at x: a slash from x to x + size - 1
         marked = []
         for n in range(len(call.queries)):
             first = call.queries.start + n * size
-            by_slash = torch.zeros_like(vertical[:, :first])
-            n_reached = min(first, reach.shape[1] - 1)
-            by_slash[:, first - n_reached :] = reach[:, 1 : n_reached + 1].flip(1)  # key j lies first - j before the block
-            marked.append((vertical[:, :first] | by_slash)[:, sink_tok : max(sink_tok, first - self.plan.window_tok + 1)])
-        return chosen_blocks(marked, 1, sink_tok)
+            read = vertical[:, :first] | reach[:, 1 : first + 1].flip(1)  # key j lies first - j before the block
+            marked.append(read[:, plan.sink_tok : max(plan.sink_tok, first - plan.window_tok + 1)])
+        return chosen_blocks(marked, 1, plan.sink_tok)
 
     def _found(self, call: Call) -> tuple[Tensor, Tensor]:
         """Which keys ``[H, T]`` and which distances ``[H, T + block]`` are kept."""

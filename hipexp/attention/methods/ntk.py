@@ -1,8 +1,8 @@
 """Dynamic NTK: dense attention whose RoPE base grows with the text (NTK-aware scaling, as in YaRN, arXiv 2309.00071, section 3).
 
 Behind the trained length L the base is multiplied by ``(n / L)^(D / (D - 2))`` at length ``n``: the slowest angle then turns as far as it
-did at L, the fastest stays. So that neither later tokens nor the way a prompt is cut change a result, ``n`` is where the query's block of
-``QUERIES`` ends, and all keys before are rotated anew for it.
+did at L, the fastest stays. All keys are rotated anew for each ``n``. So that neither later tokens nor the way a prompt is cut change a
+result, ``n`` is not the length of the prompt but where the query's block of ``QUERIES`` ends, counted from L on.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hipexp_kernels.attend_blocks.dense import attend_all
 from hipexp_kernels.rope import rotate
 from torch import Tensor
 
-from hipexp.attention.method import DenseMethod
+from hipexp.attention.method import EVERYTHING, DenseMethod
 from hipexp.attention.rope import RopeTables
 
 QUERIES = 256
@@ -25,17 +25,20 @@ QUERIES = 256
 class Ntk(DenseMethod):
     """It has no parameters."""
 
+    def exact_tok(self, tables: RopeTables | None) -> int:
+        return tables.trained_tok if tables else EVERYTHING
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, begin: int, tables: RopeTables | None, scale: float, softcap: float | None) -> Tensor:
-        K, T, _ = k.shape
+        (K, T, _), trained_tok = k.shape, tables.trained_tok if tables else 0
         out, first = torch.empty_like(q), begin
         while first < T:
-            block_end = (first // QUERIES + 1) * QUERIES
-            end = min(block_end, T)
+            length = first + QUERIES - (first - trained_tok) % QUERIES
+            end = min(length, T)
             rows = q[:, first - begin : end - begin].unflatten(0, (K, -1)).flatten(1, 2)
             n = end - first
             keys = k[:, :end]
             if tables:
-                cos, sin = _angles(tables, block_end, end)
+                cos, sin = _angles(tables, length, end)
                 G = rows.shape[1] // n
                 rows = rotate(rows.float(), cos[first:].repeat(G, 1), sin[first:].repeat(G, 1)).to(q.dtype)
                 keys = rotate(keys.float(), cos, sin).to(k.dtype)
@@ -51,12 +54,12 @@ class Ntk(DenseMethod):
 
 def _angles(tables: RopeTables, length: int, n: int) -> tuple[Tensor, Tensor]:
     """cos and sin ``[n, R/2]`` of the first ``n`` positions, with the base of a text of ``length`` tokens."""
-    table = tables.upto(max(2, min(n, tables.trained_tok)))
     if length <= tables.trained_tok:
+        table = tables.upto(n)
         return table.cos[:n], table.sin[:n]
+    table = tables.upto(2)
     factor, turn = torch.hypot(table.cos[0], table.sin[0]), torch.atan2(table.sin[1], table.cos[1])  # attention factor, angle of a token
-    R = 2 * len(turn)
-    base = (length / tables.trained_tok) ** (R / (R - 2))  # of which the i-th angle takes the power -2i / R
-    turn = turn * base ** (-torch.arange(0, R, 2, device=turn.device) / R)
+    half, stretch = len(turn), length / tables.trained_tok
+    turn = turn * stretch ** (-torch.arange(half, device=turn.device) / max(1, half - 1))  # as another base does to powers of it
     angle = torch.arange(n, device=turn.device)[:, None] * turn
     return factor * angle.cos(), factor * angle.sin()

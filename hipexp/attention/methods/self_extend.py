@@ -14,7 +14,7 @@ from hipexp_kernels.attend_blocks.dense import attend_all
 from hipexp_kernels.rope import rotate
 from torch import Tensor
 
-from hipexp.attention.method import DenseMethod
+from hipexp.attention.method import EVERYTHING, DenseMethod
 from hipexp.attention.rope import RopeTables
 from hipexp.config.schema import ConfigError
 
@@ -32,6 +32,9 @@ class SelfExtend(DenseMethod):
         for name in ("group_tok", "neighbour_tok"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"pipeline.params.{name}={getattr(self, name)} must be at least 1; try 16")
+
+    def exact_tok(self, tables: RopeTables | None) -> int:
+        return self.neighbour_tok if tables else EVERYTHING
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, begin: int, tables: RopeTables | None, scale: float, softcap: float | None) -> Tensor:
         K, T, _ = k.shape

@@ -1,8 +1,9 @@
 """XAttention (arXiv 2503.16428) in prefill: blocks of keys by the sums of antidiagonals of the attention matrix; decode is dense.
 
 Of every ``stride_tok`` by ``stride_tok`` tile the logits on its antidiagonal are averaged: every query and every key of the tile takes part
-once. A softmax over the tiles of a row, summed by blocks, estimates what attention each block of keys gets from a block of queries; the
-fewest blocks that hold ``mass`` of it are attended to.
+once. A softmax over the tiles of a row, summed by blocks, estimates what attention each block of keys gets from a block of queries. The
+block itself is attended to, with sinks and window (a sink as long as a block is what the authors' program adds to the paper), and of the
+others the fewest that bring what is held to ``mass``. All heads have the same threshold; the paper can also search one for each.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ class XAttention(SelectingMethod):
     per_head = True
 
     def check(self) -> None:
-        if self.block_tok % self.stride_tok or self.plan.sink_tok % self.block_tok:
+        if self.stride_tok < 1 or self.block_tok < 1 or self.block_tok % self.stride_tok or self.plan.sink_tok % self.block_tok:
             raise ConfigError(
                 f"pipeline.params.block_tok={self.block_tok} must be a multiple of params.stride_tok={self.stride_tok} and divide "
                 f"pipeline.sink_tok={self.plan.sink_tok}; try 128, 16 and 0"
             )
+        if not 0 < self.mass <= 1:
+            raise ConfigError(f"pipeline.params.mass={self.mass} must be above 0 and at most 1; try 0.9")
 
     @property
     def query_block_tok(self) -> int:
@@ -53,29 +56,29 @@ class XAttention(SelectingMethod):
         return 0  # decode is dense
 
     def select(self, call: Call) -> Selection:
-        keys, queries, B, S = whole(call.keys), call.queries, self.block_tok, self.stride_tok
-        tiles = self._tiles(at_positions(keys, 0, call.tables), keys.shape[1], reverse=True)
+        plan, keys, queries, B, S = self.plan, whole(call.keys), call.queries, self.block_tok, self.stride_tok
+        tiles = self._tiles(at_positions(keys, 0, call.tables)).flip(2).flatten(2)
         marked = []
-        for n in range(len(queries)):
-            first = queries.start + n * B
-            q = at_positions(queries.q[:, n], first, call.tables)
-            rows = self._tiles(q, B, reverse=False).unflatten(0, (len(keys), -1))
-            logits = torch.einsum("kgrd,ktd->kgrt", rows, tiles[:, : (first + B) // S]).flatten(0, 1) * (call.scale / S)
-            at = first // S + torch.arange(B // S, device=q.device)
-            logits = logits.masked_fill(torch.arange(logits.shape[2], device=q.device) > at[:, None], -torch.inf)
-            share = logits.softmax(-1).sum(1) / (B // S)
-            share = torch.nn.functional.pad(share, (0, -share.shape[1] % (B // S))).unflatten(1, (-1, B // S)).sum(-1)
-            marked.append(_fewest(share, self.mass)[:, self.plan.sink_tok // B : first // B])
-        return chosen_blocks(marked, B, self.plan.sink_tok)
+        for n, first in enumerate(range(queries.start, queries.end, B)):
+            q = queries.q[:, n, : queries.end - first]
+            rows = self._tiles(at_positions(q, first, call.tables)).flatten(2)
+            n_tiles = first // S + rows.shape[1]
+            logits = torch.einsum("kgrd,ktd->kgrt", rows.unflatten(0, (len(keys), -1)), tiles[:, :n_tiles]).flatten(0, 1) * (call.scale / S)
+            tile = torch.arange(n_tiles, device=q.device)
+            share = logits.masked_fill(tile > tile[first // S :, None], -torch.inf).softmax(-1).mean(1)
+            share = torch.nn.functional.pad(share, (0, -n_tiles % (B // S))).unflatten(1, (-1, B // S)).sum(-1)
+            start = torch.arange(0, first + B, B, device=q.device)
+            held = (start < plan.sink_tok) | (start > first - plan.window_tok)
+            marked.append(_fewest(share, held, self.mass)[:, plan.sink_tok // B : first // B])
+        return chosen_blocks(marked, B, plan.sink_tok)
 
-    def _tiles(self, x: Tensor, n: int, reverse: bool) -> Tensor:
-        """``[.., tiles, S * D]``: all tokens of a tile in one row, so that a product of two rows sums an antidiagonal."""
-        x = torch.nn.functional.pad(x, (0, 0, 0, -n % self.stride_tok)).unflatten(1, (-1, self.stride_tok))
-        return (x.flip(2) if reverse else x).flatten(2)
+    def _tiles(self, x: Tensor) -> Tensor:
+        """``x`` ``[.., n, D]`` in tiles ``[.., n/S, S, D]``, zeros at the end. A product with a reversed one sums an antidiagonal."""
+        return torch.nn.functional.pad(x, (0, 0, 0, -x.shape[1] % self.stride_tok)).unflatten(1, (-1, self.stride_tok))
 
 
-def _fewest(share: Tensor, mass: float) -> Tensor:
-    """The fewest entries of ``share`` ``[H, C]``, which sums to 1, that hold ``mass`` of it."""
-    ordered, order = share.sort(dim=-1, descending=True, stable=True)
-    needed = ordered.cumsum(-1) - ordered < mass
-    return torch.zeros_like(needed).scatter_(-1, order, needed)
+def _fewest(share: Tensor, held: Tensor, mass: float) -> Tensor:
+    """The fewest entries of ``share`` ``[H, C]``, which sums to 1, that make ``mass`` together with those that are ``held`` ``[C]``."""
+    order = share.masked_fill(held, torch.inf).sort(dim=-1, descending=True, stable=True).indices
+    ordered = share.gather(-1, order)
+    return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, ordered.cumsum(-1) - ordered < mass)
