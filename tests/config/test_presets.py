@@ -30,7 +30,7 @@ STAGES = {
     "streaming": [],
 }
 OTHERS = {
-    "lm_infinite": "streaming", "hip_iclr25": "hip_tree",
+    "hip_iclr25": "hip_tree",
     **{name: name for name in METHODS if name not in ("hip", "streaming", "hip_tree")},
 }  # fmt: skip
 

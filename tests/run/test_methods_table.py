@@ -24,7 +24,7 @@ def test_every_method_is_run_and_the_longest_prompts_only_where_reading_is_linea
 
 
 def test_recall_is_of_what_selects():
-    assert set(METHODS) - set(recall_points([], fast=False)) == {"dense", "dense, middle cut out", "ntk", "self_extend"}
+    assert set(METHODS) - set(recall_points([], fast=False)) == {"dense", "dense, middle cut out", "ntk", "self_extend", "lm_infinite"}
 
 
 def test_bytes_are_those_of_the_rule():

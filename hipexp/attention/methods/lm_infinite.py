@@ -23,8 +23,13 @@ QUERIES = 256  # at a time
 class LmInfinite(DenseMethod):
     """LM-Infinite; its parameters are the pipeline's ``sink_tok`` and ``window_tok``."""
 
+    linear = True
+
     def exact_tok(self, tables: RopeTables | None) -> int:
         return self.plan.window_tok
+
+    def decode_rows(self, n_tok: int, heads: int, kv_heads: int) -> tuple[float, float]:
+        return 2 * kv_heads * min(n_tok, self.plan.sink_tok + self.plan.window_tok), 0
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, begin: int, tables: RopeTables | None, scale: float, softcap: float | None) -> Tensor:
         (K, T, _), w = k.shape, self.plan.window_tok
