@@ -377,9 +377,8 @@ def _selecting(
     from hipexp.attention.layer import no_rope
     from hipexp.attention.method import EVERYTHING, Call, Contract, SelectingMethod
     from hipexp.attention.methods.hip import Hip
-    from hipexp.attention.rope import RopeTables
 
-    method, tables, scale = attention.method, attention.tables or RopeTables(no_rope, 0), attention.scale
+    method, tables, scale = attention.method, attention.tables or no_rope(k.device), attention.scale
     assert isinstance(method, SelectingMethod)
 
     def call(first: int, last: int, **more: Any) -> Call:
@@ -391,13 +390,12 @@ def _selecting(
         method.select(call(begin, end, memory=memory))
         chunks = [stage.chunk_tok for stage in (*method.plan.stages[1:], method.plan.stages[-1])]
         return lambda row: [(*memory.lists[i + 1], chunk, False) for i, chunk in enumerate(chunks)]
-    state = method.new_state()
+    state, last = method.new_state(), q_begin + q.shape[1] if Contract.causal in method.exceptions else end
+    method.observe(call(begin if state is None else q_begin, end, state=state))
     if min(method.exact_tok(False), method.exact_tok(True)) >= EVERYTHING:  # a dense layer
         everything = torch.arange(end, device=k.device)[None, None], torch.full((1, 1), end, device=k.device)
         return lambda row: [(*everything, 1, False)]
     if method.exact_tok(False) < EVERYTHING:
-        method.observe(call(q_begin, end, state=state))
-        last = q_begin + q.shape[1] if Contract.causal in method.exceptions else end
         selection = method.select(call(begin, last, state=state))
         return lambda row: [(selection.blocks, selection.counts, method.block(False), False)]
 

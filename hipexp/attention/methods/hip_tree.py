@@ -1,7 +1,9 @@
 """HiP (arXiv 2406.09827, ICLR 2025), which InfiniteHiP grew out of: one list for each head, found by halving chunks of the text.
 
-All keys before a block of queries are cut into as many equal chunks as blocks are kept. Each chunk is halved, each half scored by its
-middle key, the best halves go on, as many as before, until they are single blocks. The first layers are dense; positions are true ones.
+All keys before a block of queries are cut into as many equal chunks as blocks are kept. Each chunk is halved, the block in the middle of a
+half stands for it, by its largest product of a query with a key; the best halves go on, as many as before, until they are single blocks.
+The first layers are dense; positions are true ones. Here sinks and window are read besides and are not searched, a decode step is a block
+of one query, and every step searches anew (the paper may keep a list for some steps).
 """
 
 from __future__ import annotations
@@ -16,20 +18,33 @@ from torch import Tensor
 from hipexp.attention.logits import at_positions, chosen_blocks
 from hipexp.attention.method import EVERYTHING, Call, SelectingMethod
 from hipexp.attention.selection import Selection
+from hipexp.config.schema import ConfigError
 
 
 @dataclass
 class HipTree(SelectingMethod):
-    """``keep_tok`` (the paper's k) in blocks of ``block_tok`` (b_k) for ``query_tok`` queries (b_q); ``dense_layers`` come first."""
+    """``keep_tok`` (the paper's k) in blocks of ``block_tok`` (b_k) for ``query_tok`` queries (b_q); ``dense_layers`` (l_d) come first.
+
+    Of a block every ``query_stride_tok``-th query (b_sq) and every ``key_stride_tok``-th key (b_sk) are multiplied.
+    """
 
     keep_tok: int = 1024
-    block_tok: int = 8
+    block_tok: int = 2
     query_tok: int = 64
+    query_stride_tok: int = 2
+    key_stride_tok: int = 1
     dense_layers: int = 3
 
     linear = True
     budgets = ("keep_tok",)
     per_head = True
+
+    def check(self) -> None:
+        for name in ("block_tok", "query_tok", "query_stride_tok", "key_stride_tok"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"pipeline.params.{name}={getattr(self, name)} must be at least 1; try {getattr(HipTree, name)}")
+        if self.keep_tok < 0 or self.keep_tok % self.block_tok:
+            raise ConfigError(f"pipeline.params.keep_tok={self.keep_tok} must be a multiple of block_tok; try {128 * self.block_tok}")
 
     @property
     def query_block_tok(self) -> int:
@@ -47,37 +62,38 @@ class HipTree(SelectingMethod):
         return heads * 2 * kept * rounds
 
     def select(self, call: Call) -> Selection:
-        plan, queries, size, sink_tok = self.plan, call.queries, self.block_tok, self.plan.sink_tok
+        queries, sink_tok = call.queries, self.plan.sink_tok
         keys = at_positions(whole(call.keys), 0, call.tables)
         marked = []
         for n in range(len(queries)):
             first = queries.start + n * queries.size
             begin, end = max(first, queries.begin), min(first + queries.size, queries.end)
-            q = at_positions(queries.q[:, n, begin - first : end - first], begin, call.tables).unflatten(0, (len(keys), -1))
-            n_blocks = max(0, -(-(first - plan.window_tok + 1 - sink_tok) // size))
-            last = first - plan.window_tok  # the last token that may be selected
+            q = at_positions(queries.q[:, n, begin - first : end - first], begin, call.tables)[:, :: self.query_stride_tok]
+            marked.append(self._descend(q, keys[:, sink_tok : max(sink_tok, first - self.plan.window_tok + 1)]))
+        return chosen_blocks(marked, self.block_tok, sink_tok)
 
-            def score(token: Tensor, q: Tensor = q, last: int = last) -> Tensor:
-                """Largest product of the block's queries with keys ``[H, C]``."""
-                probed = keys.repeat_interleave(q.shape[1], 0).gather(1, token.clamp(max=last)[..., None].expand(-1, -1, keys.shape[2]))
-                return torch.einsum("hrd,hcd->hrc", q.flatten(0, 1), probed).amax(1)
+    def _descend(self, q: Tensor, keys: Tensor) -> Tensor:
+        """Which blocks of ``keys`` ``[K, T, D]`` the heads of queries ``[H, R, D]`` keep ``[H, blocks]``."""
+        n_blocks = -(-keys.shape[1] // self.block_tok)
+        n = min(self.keep_tok // self.block_tok, n_blocks)
+        chosen = torch.zeros(len(q), n_blocks, dtype=torch.bool, device=q.device)
+        if not n:
+            return chosen
+        border = torch.arange(n + 1, device=q.device) * n_blocks // n
+        low, high = (x.expand(len(q), -1) for x in (border[:-1], border[1:]))
+        while int((high - low).max()) > 1:
+            middle = (low + high + 1) // 2
+            low, high = torch.cat([low, middle], 1), torch.cat([middle, high], 1)  # the later half of a single block is empty
+            scores = self._scores(q, keys, (low + high) // 2).masked_fill(high <= low, -torch.inf)
+            best = scores.topk(n, -1).indices
+            low, high = low.gather(1, best), high.gather(1, best)
+        return chosen.scatter_(1, low, True)
 
-            marked.append(_descend(score, call.queries.q.shape[0], n_blocks, self.keep_tok // size, size, sink_tok, keys.device))
-        return chosen_blocks(marked, size, sink_tok)
-
-
-def _descend(score, heads: int, n_blocks: int, keep: int, block_tok: int, origin: int, device: torch.device) -> Tensor:
-    """Which of ``n_blocks`` blocks each head keeps ``[H, n_blocks]``."""
-    chosen = torch.zeros(heads, n_blocks, dtype=torch.bool, device=device)
-    n = min(keep, n_blocks)
-    if not n:
-        return chosen
-    border = torch.arange(n + 1, device=device) * n_blocks // n
-    low, high = (x.expand(heads, -1) for x in (border[:-1], border[1:]))
-    while int((high - low).max()) > 1:
-        middle = (low + high + 1) // 2
-        low, high = torch.cat([low, middle], 1), torch.cat([middle, high], 1)
-        scores = score(origin + (low + high) * block_tok // 2).masked_fill(high <= low, -torch.inf)
-        best = scores.topk(n, -1).indices.sort(-1).values
-        low, high = low.gather(1, best), high.gather(1, best)
-    return chosen.scatter_(1, low, True)
+    def _scores(self, q: Tensor, keys: Tensor, block: Tensor) -> Tensor:
+        """Largest product of queries with keys of each ``block`` ``[H, C]``; its first key stands for keys that the last block lacks."""
+        inside = torch.arange(0, self.block_tok, self.key_stride_tok, device=q.device)
+        begin = (block * self.block_tok).clamp(max=keys.shape[1] - 1)[..., None]
+        token = torch.where(begin + inside < keys.shape[1], begin + inside, begin).flatten(1)
+        head = torch.arange(len(q), device=q.device)[:, None] // (len(q) // len(keys))
+        products = q @ keys[head, token].mT
+        return products.amax(1).unflatten(1, (-1, len(inside))).amax(-1)

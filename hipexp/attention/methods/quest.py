@@ -1,7 +1,9 @@
 """Quest (arXiv 2406.10774): decode reads the pages of keys that could hold the largest logits; prompts are read densely.
 
 Of every page the least and the largest number of each dimension of its keys are kept. A query's logit with any key of the page is at most
-the sum, over dimensions, of the larger of its products with the two; the pages with the largest bounds are attended to.
+the sum, over dimensions, of the larger of its products with the two; the pages with the largest bounds are attended to. The paper has no
+sinks and no window: here they are read besides, pages begin behind the sinks, and the window holds the page that is not whole yet. Each
+query head has pages of its own.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from hipexp.attention.logits import at_positions, chosen_blocks, keep_best
 from hipexp.attention.method import EVERYTHING, Call, SelectingMethod
 from hipexp.attention.rope import RopeTables
 from hipexp.attention.selection import Selection
+from hipexp.config.schema import ConfigError
 
 
 class PageBounds:
@@ -49,6 +52,17 @@ class Quest(SelectingMethod):
 
     budgets = ("keep_tok",)
     per_head = True
+
+    def check(self) -> None:
+        if self.page_tok < 1:
+            raise ConfigError(f"pipeline.params.page_tok={self.page_tok} must be at least 1; try 16")
+        if self.keep_tok < 0 or self.keep_tok % self.page_tok:
+            raise ConfigError(f"pipeline.params.keep_tok={self.keep_tok} must be a multiple of page_tok; try {128 * self.page_tok}")
+        if self.plan.window_tok < self.page_tok:
+            raise ConfigError(
+                f"pipeline.window_tok={self.plan.window_tok} must be at least pipeline.params.page_tok={self.page_tok}, so that a page "
+                f"which is not whole lies in the window; try {self.page_tok}"
+            )
 
     def block(self, decoding: bool) -> int:
         return self.page_tok

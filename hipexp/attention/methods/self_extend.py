@@ -38,7 +38,7 @@ class SelfExtend(DenseMethod):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, begin: int, tables: RopeTables | None, scale: float, softcap: float | None) -> Tensor:
         K, T, _ = k.shape
-        table = tables.upto(T + 1) if tables else None
+        table = tables.upto(T) if tables else None
         position, g, w = torch.arange(T, device=k.device), self.group_tok, self.neighbour_tok
 
         def at(x: Tensor, where: Tensor) -> Tensor:
@@ -50,7 +50,8 @@ class SelfExtend(DenseMethod):
             end, near = min(first + QUERIES, T), max(0, first - w + 1)
             rows = slice(first - begin, end - begin)
             own = position[first:end]
-            true_q, grouped_q = (at(q[:, rows], x).unflatten(0, (K, -1)) for x in (own, own // g + w - w // g))
+            moved = torch.minimum(own, own // g + w - w // g)  # farther only before there are keys that need it
+            true_q, grouped_q = (at(q[:, rows], x).unflatten(0, (K, -1)) for x in (own, moved))
             distance = own[:, None] - position[near:end]
             logits = torch.where(distance < w, *(torch.einsum("kgrd,ktd->kgrt", x, y[:, near:end]).float() * scale
                                                  for x, y in ((true_q, true_k), (grouped_q, grouped_k))))  # fmt: skip
