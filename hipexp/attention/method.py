@@ -138,9 +138,9 @@ class SelectingMethod(Method):
         lists = heads if self.per_head else kv_heads
         return (2 * lists * attended, self.scanned_rows(n_tok, heads, kv_heads)) if attended < n_tok else (2 * kv_heads * n_tok, 0)
 
-    @abstractmethod
     def scanned_rows(self, n_tok: int, heads: int, kv_heads: int) -> float:
-        """Rows that a mean decode step reads to choose."""
+        """Rows that a mean decode step reads to choose: every key once, if a method does not say otherwise."""
+        return kv_heads * n_tok
 
     def n_candidates(self, position: int) -> int:
         """How many first candidates a decode step at ``position`` has, for methods that read the number on the device."""

@@ -148,8 +148,8 @@ def tell_expected_time(todo: Sequence[Point], loaded: Loaded) -> None:
         left = task.samples * len(task.subtasks or range(13)) - len(point.run.rows())
         total[point.method] = total.get(point.method, 0.0) + left * growth * seconds[point.method]
     print(f"expected time: {duration(sum(total.values()))}, at most; interrupt it as you like, the same command continues")
-    for name, left in total.items():
-        print(f"  {duration(left):>7}  {name}")
+    for name, expected in total.items():
+        print(f"  {duration(expected):>7}  {name}")
 
 
 Results = dict[tuple[str, Spec], dict[str, Any]]

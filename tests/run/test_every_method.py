@@ -13,6 +13,7 @@ SMALL = {  # so that something is pruned of 2048 tokens
     "minference": ["pipeline.params.verticals=128", "pipeline.params.slashes=256"],
     "xattention": ["pipeline.params.mass=0.5"],
     "quest": ["pipeline.params.keep_tok=512"],
+    "kascade": ["pipeline.window_tok=512", "pipeline.params.keep_tok=512", "pipeline.params.anchors=[5]"],
     "self_extend": [],
     "ntk": [],
     "streaming": ["pipeline.window_tok=512"],

@@ -174,7 +174,7 @@ def test_a_layer_without_rope_and_blocks_of_several_sizes():
 
 
 OTHERS = {
-    "oracle": ["+pipeline=oracle", "pipeline.params.keep_tok=128"],
+    "oracle": ["+pipeline=oracle", "pipeline.params.keep_tok=128", "pipeline.heads=per_kv"],
     "random": ["+pipeline=random", "pipeline.params.keep_tok=128"],
     "infllm": ["+pipeline=infllm", "pipeline.params={block_tok: 16, keep_blocks: 8, representatives: 2, query_tok: 64}"],
     "hip_iclr25": ["+pipeline=hip_iclr25", "pipeline.params.keep_tok=128"],
@@ -195,7 +195,7 @@ def test_every_method_that_selects_has_a_recall():
         sizes += ["pipeline.window_tok=64"] * (name not in ("minference", "xattention"))
         alone = [
             "task=recall",
-            "task.geometry=4/2/16",
+            "task.geometry=2/2/16",
             "task.contexts_tok=[1024]",
             "task.samples=2",
             "task.divisors=[1]",

@@ -32,9 +32,6 @@ class Oracle(SelectingMethod):
     def keep(self, decoding: bool) -> int:
         return self.keep_tok
 
-    def scanned_rows(self, n_tok: int, heads: int, kv_heads: int) -> float:
-        return kv_heads * n_tok
-
     def select(self, call: Call) -> Selection:
         plan, size = self.plan, self.block_tok
         marked = []
