@@ -80,7 +80,7 @@ class LayerAttention:
         attended = queries if memory or size == method.attended_block_tok else queries.split(method.attended_block_tok)
         exact_tok = self._exact_tok(memory is not None)
         n_exact = 0 if step and exact_tok < EVERYTHING else attended.within(exact_tok)  # a selection that is not needed costs little
-        tables = self.tables or RopeTables(no_rope, 0)
+        tables = self.tables or no_rope(q.device)
         call = Call(queries, k, tables, self.scale, memory is not None, memory, state, {} if shared is None else shared, self.listener)
         method.observe(call)
         selection = self._select(method, call, attended, n_exact)
@@ -156,6 +156,6 @@ def _shared_step(position: int, n_candidates: int, exact: bool, device: torch.de
     return Step.at(position, n_candidates, exact, device)
 
 
-def no_rope(positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Stands for the angles of a layer without RoPE."""
-    raise AssertionError("a layer without RoPE has strategy none and asks for no table")
+def no_rope(device: torch.device) -> RopeTables:
+    """The tables of a layer without RoPE, which turn no dimension."""
+    return RopeTables(lambda positions: (torch.empty(len(positions), 0, device=device),) * 2, 0)

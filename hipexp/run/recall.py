@@ -311,10 +311,9 @@ def stages_of(
     from hipexp.attention.method import Call
     from hipexp.attention.methods.hip import Hip
     from hipexp.attention.recall import attention_mass, chosen_tokens, fixed_tokens
-    from hipexp.attention.rope import RopeTables
     from hipexp.cache.tiers import as_kept
 
-    plan, tables = attention.plan, attention.tables or RopeTables(no_rope, 0)
+    plan, tables = attention.plan, attention.tables or no_rope(own.device)
     size = plan.stages[0].query_block_tok
     memory, blocks = Memory(), QueryBlocks.cut(own, begin, size)
     kept = as_kept(k[:, : begin + own.shape[1]], offload.format, page_tok_of([plan]), plan.sink_tok)
