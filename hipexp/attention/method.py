@@ -40,8 +40,8 @@ class Call:
     """One call of a layer: ``queries`` in blocks, raw ``keys`` ``[K, T, D]`` up to the last of them, and what the sequence remembers.
 
     ``decoding``: a decode step, one block of one query. ``memory``: what decode steps before it selected; in prefill None, or where lists
-    of every stage are left for who wants them. ``state``: what :meth:`Method.new_state` made for this sequence and layer; None: nothing
-    is remembered from call to call. ``shared``: a dictionary that all layers of the sequence share.
+    of every stage are left for who wants them. ``state``: what :meth:`Method.new_state` made for this sequence and layer, or for this call
+    alone. ``shared``: a dictionary that all layers of the sequence share.
     """
 
     queries: QueryBlocks
@@ -60,13 +60,15 @@ class Method(ABC):
     """A rule of attention with the parameters of its paper as fields, each with a default; ``plan`` is what it has in common with others.
 
     Subclasses are dataclasses. ``exceptions``: contracts that the paper's rule does not hold, each with its reason. ``offloads``: whether
-    it reads keys and values only where it says so, so that they can lie elsewhere.
+    it reads keys and values only where it says so, so that they can lie elsewhere. ``remembers``: it needs what it noted of all tokens
+    before, and cannot make that again from their keys.
     """
 
     plan: LayerPlan
 
     exceptions: ClassVar[Mapping[Contract, str]] = {}
     offloads: ClassVar[bool] = False
+    remembers: ClassVar[bool] = False
 
     def check(self) -> None:  # noqa: B027 (most methods have no such rule)
         """Raise ConfigError for parameters that break a rule of the method; each by itself has its type already."""
