@@ -91,6 +91,12 @@ class QueryBlocks:
         """How many of the blocks, from the first on, end before position ``length``."""
         return min(len(self), max(0, (length - self.start) // self.size))
 
+    def existing(self, n: int) -> tuple[int, Tensor]:
+        """Of the ``n``-th block the position of its first query that exists, and all that do ``[H, R, D]``."""
+        first = self.start + n * self.size
+        begin, end = max(first, self.begin), min(first + self.size, self.end)
+        return begin, self.q[:, n, begin - first : end - first]
+
     def rows(self, out: Tensor) -> Tensor:
         """Undo :meth:`cut` for an output ``[H, N, size, D]``: ``[H, Q, D]``."""
         skip = self.begin - self.start

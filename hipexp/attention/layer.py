@@ -62,7 +62,8 @@ class LayerAttention:
         the device reads it, in place of ``begin`` (see :meth:`step_at`): in a CUDA graph that is replayed for later tokens ``begin`` is
         the last position it will serve, and ``k`` and ``v`` reach as far; call it once so before it is captured. ``state``: what the
         method's ``new_state`` made for the sequence in this layer, ``shared``: what its layers share; None: nothing is remembered between
-        calls. Raises ValueError if ``Q`` is not 1 there, and for a later part of a prompt that does not start where a query block does.
+        calls. Raises ValueError if ``Q`` is not 1 there, for a later part of a prompt that does not start where a query block does, and for
+        tokens behind others without the state of a method that needs it.
         """
         if memory and q.shape[1] != 1:
             raise ValueError(f"a decode step has one query, not {q.shape[1]}")
@@ -70,6 +71,13 @@ class LayerAttention:
             return self._attend_all(self.method, q, k, v, begin, memory)
         method = self.method
         assert isinstance(method, SelectingMethod)
+        if state is None:
+            if method.remembers and begin:
+                raise ValueError(
+                    f"method {self.plan.method} chooses by what it noted of the {begin} tokens before, and nothing was kept; hand over the "
+                    "state of the sequence, or use hipexp's own cache, as hipexp.hf.generate does"
+                )
+            state = method.new_state()
         size = 1 if memory else method.query_block_tok
         if begin % size and method.keep(False) and method.exact_tok(False) < EVERYTHING:
             raise ValueError(

@@ -15,16 +15,34 @@ from hipexp.attention.selection import Selection
 from hipexp.config.schema import PruneRope
 
 
+class KeySums:
+    """A number for each key of a sequence, ``sums`` ``[K, T]`` in fp32, which a method adds to as queries come."""
+
+    def __init__(self) -> None:
+        self.sums = torch.empty(0)
+
+    @property
+    def bytes(self) -> int:
+        return self.sums.nbytes
+
+    def grown(self, keys: Tensor) -> Tensor:
+        """The sums of ``keys`` ``[K, T, D]``; those that are new have zero."""
+        old, self.sums = self.sums, torch.zeros(keys.shape[:2], device=keys.device)
+        if old.ndim > 1:
+            self.sums[:, : old.shape[1]] = old
+        return self.sums
+
+
 def at_positions(x: Tensor, begin: int, tables: RopeTables) -> Tensor:
     """Raw queries or keys ``[.., n, D]`` rotated to the true positions ``begin``, ``begin + 1``, … (fp32)."""
     table, end = tables.upto(begin + x.shape[-2]), begin + x.shape[-2]
     return rotate(x.float(), table.cos[begin:end], table.sin[begin:end])
 
 
-def at_one_distance(q: Tensor, tables: RopeTables, distance_tok: int) -> Tensor:
-    """Raw queries ``[.., D]`` rotated so that raw keys count as lying ``distance_tok`` before them (fp32)."""
+def at_distance(q: Tensor, distance_tok: int, tables: RopeTables) -> Tensor:
+    """Raw queries ``[.., D]`` rotated to lie so far behind raw keys (fp32); they carry the attention factor of both, cos of position 0."""
     table = tables.upto(distance_tok + 1)
-    return rotate(q.float(), table.cos[distance_tok], table.sin[distance_tok])
+    return rotate(q.float(), table.cos[distance_tok] * table.cos[0], table.sin[distance_tok] * table.cos[0])
 
 
 def query_logits(q: Tensor, keys: Tensor, begin: int, tables: RopeTables, scale: float, distance_tok: int | None) -> Tensor:
@@ -34,10 +52,11 @@ def query_logits(q: Tensor, keys: Tensor, begin: int, tables: RopeTables, scale:
     far before the query, which is known to a model at any length.
     """
     R, T = q.shape[1], keys.shape[1]
-    q = at_positions(q, begin, tables) if distance_tok is None else at_one_distance(q, tables, distance_tok)
-    out = torch.einsum("kgrd,ktd->kgrt", q.unflatten(0, (len(keys), -1)), keys.float()).flatten(0, 1) * scale
-    at = begin + torch.arange(R, device=q.device)
-    return out.masked_fill_(torch.arange(T, device=q.device) > at[:, None], -torch.inf)
+    q = at_positions(q, begin, tables) if distance_tok is None else at_distance(q, distance_tok, tables)
+    out = torch.einsum("kgrd,ktd->kgrt", scale * q.unflatten(0, (len(keys), -1)), keys.float()).flatten(0, 1)
+    behind = torch.arange(begin, T, device=q.device) > begin + torch.arange(R, device=q.device)[:, None]
+    out[..., begin:].masked_fill_(behind, -torch.inf)
+    return out
 
 
 def block_mass(call: Call, prune: PruneRope, distance_tok: int) -> Iterator[tuple[int, Tensor]]:
@@ -49,11 +68,9 @@ def block_mass(call: Call, prune: PruneRope, distance_tok: int) -> Iterator[tupl
     native = prune is PruneRope.native
     keys = at_positions(keys, 0, call.tables) if native else keys
     for n in range(len(queries)):
-        first = queries.start + n * queries.size
-        begin, end = max(first, queries.begin), min(first + queries.size, queries.end)
-        q = queries.q[:, n, begin - first : end - first]
-        logits = query_logits(q, keys[:, :end], begin, call.tables, call.scale, None if native else distance_tok)
-        yield first, torch.softmax(logits, -1).sum(1)
+        begin, q = queries.existing(n)
+        logits = query_logits(q, keys[:, : begin + q.shape[1]], begin, call.tables, call.scale, None if native else distance_tok)
+        yield queries.start + n * queries.size, torch.softmax(logits, -1).sum(1)
 
 
 def chosen_blocks(marked: list[Tensor], block_tok: int, origin: int) -> Selection:

@@ -40,8 +40,8 @@ class Call:
     """One call of a layer: ``queries`` in blocks, raw ``keys`` ``[K, T, D]`` up to the last of them, and what the sequence remembers.
 
     ``decoding``: a decode step, one block of one query. ``memory``: what decode steps before it selected; in prefill None, or where lists
-    of every stage are left for who wants them. ``state``: what :meth:`Method.new_state` made for this sequence and layer; None: nothing
-    is remembered from call to call. ``shared``: a dictionary that all layers of the sequence share.
+    of every stage are left for who wants them. ``state``: what :meth:`Method.new_state` made for this sequence and layer, or for this call
+    alone. ``shared``: a dictionary that all layers of the sequence share.
     """
 
     queries: QueryBlocks
@@ -62,7 +62,7 @@ class Method(ABC):
     Subclasses are dataclasses. ``exceptions``: contracts that the paper's rule does not hold, each with its reason. ``offloads``: whether
     it reads keys and values only where it says so, so that they can lie elsewhere. ``captures``: whether its decode steps can be captured
     in a CUDA graph. ``linear``: whether reading a prompt takes little more than time in proportion to it. ``budgets``: parameters that say
-    how much is kept.
+    how much is kept. ``remembers``: it needs what it noted of all tokens before, and cannot make that again from their keys.
     """
 
     plan: LayerPlan
@@ -72,6 +72,7 @@ class Method(ABC):
     captures: ClassVar[bool] = False
     linear: ClassVar[bool] = False
     budgets: ClassVar[tuple[str, ...]] = ()
+    remembers: ClassVar[bool] = False
 
     def check(self) -> None:  # noqa: B027 (most methods have no such rule)
         """Raise ConfigError for parameters that break a rule of the method; each by itself has its type already."""

@@ -254,7 +254,7 @@ def _attend_batch(
             decode_step = decoding and begin > 0
             if not decode_step:  # what was selected for the tokens before says nothing about these
                 state.memory = Memory()
-            if state.state is None:
+            if state.state is None and begin + skip == 0:
                 state.state = layer.method.new_state()
             rows = layer(q, k, v, begin + skip, state.memory if decode_step else None, state=state.state, shared=state.shared)
             state.pruned_blocks += layer.pruned_blocks - pruned

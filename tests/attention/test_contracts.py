@@ -1,5 +1,6 @@
 """What users may rely on, under every method; and that a method which says it does not hold a contract really does not."""
 
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -13,7 +14,7 @@ from hipexp.attention.method import Contract
 from hipexp.attention.methods import method_class
 from hipexp.attention.rope import RopeTables
 from hipexp.config.check import METHODS
-from hipexp.config.schema import AttendRope, Pipeline, PruneRope, Rope, Stage
+from hipexp.config.schema import AttendRope, ConfigError, Pipeline, PruneRope, Rope, Stage
 from hipexp.hf import install
 
 D, TRAINED, T = 16, 4096, 448
@@ -208,3 +209,43 @@ def test_every_strategy_of_attention(method, attend):
     one = Sequence(pipeline, ExactTables)
     for out in (one.read(inputs(), 0, T - 1), one.step(inputs(), T - 1)):
         assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_layer_without_rope_is_one_whose_angles_are_zero(method):
+    pipeline, outs = SMALL[method], []
+    if pipeline.stages:  # each of which says how it rotates
+        pipeline = replace(pipeline, rope=Rope(PruneRope.none))
+    for tables in (None, RopeTables(lambda positions: (torch.ones(len(positions), D // 2), torch.zeros(len(positions), D // 2)), TRAINED)):
+        one = Sequence(pipeline)
+        one.attention.tables = tables
+        outs.append(torch.cat([one.read(inputs(), 0, T - 2), *(one.step(inputs(), t) for t in (T - 2, T - 1))], 1))
+    close(*outs)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_without_state_it_is_the_same_or_refused(method):
+    """A prompt that is read at once needs none."""
+    one, qkv = Sequence(SMALL[method]), inputs()
+    out = one.read(qkv, 0, T - 1)
+    kept, one.state = one.state, None
+    close(one.read(qkv, 0, T - 1), out)
+    if one.attention.method.remembers:
+        with pytest.raises(ValueError, match=f"method {method} .* nothing was kept"):
+            one.step(qkv, T - 1)
+    else:
+        bare = one.step(qkv, T - 1)
+        one.state, one.memory = kept, Memory()
+        close(one.step(qkv, T - 1), bare)
+
+
+@pytest.mark.parametrize(
+    "params, message",
+    [
+        ({"keep_tok": -1}, "pipeline.params.keep_tok=-1 must not be negative"),
+        ({"block_tok": 0}, "pipeline.params={'block_tok': 0} cut keys or queries into blocks of 0 tokens"),
+    ],
+)
+def test_parameters_that_cannot_be_are_refused(params, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        Sequence(replace(SMALL["oracle"], params=params))

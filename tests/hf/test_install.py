@@ -289,6 +289,18 @@ def test_a_sequence_that_begins_elsewhere_forgets_what_was_selected(loaded, pipe
         assert not any(layer.rows[0].memory is memory for layer, memory in zip(cache.layers, before, strict=True))
 
 
+@torch.inference_mode()
+def test_a_method_that_remembers_needs_our_cache():
+    ids, model = torch.randint(0, 256, (1, 65), generator=torch.Generator().manual_seed(0)), tiny("LlamaConfig")
+    with install(model, Pipeline(method="h2o", sink_tok=0, window_tok=16, params={"keep_tok": 16})):
+        for cache in (SequenceCache(2), DynamicCache(config=model.config)):
+            model(ids[:, :64], past_key_values=cache)
+            if isinstance(cache, SequenceCache):
+                assert model(ids[:, 64:], past_key_values=cache).logits.isfinite().all()
+        with pytest.raises(ValueError, match=r"method h2o .* nothing was kept"):
+            model(ids[:, 64:], past_key_values=cache)
+
+
 def test_our_cache_only_grows():
     cache = SequenceCache(2)
     cache.update(torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5, 4), 0)

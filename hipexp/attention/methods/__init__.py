@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-from hipexp.attention.method import Method
+from hipexp.attention.method import Method, SelectingMethod
 from hipexp.config.convert import convert, fields_of, unknown
 from hipexp.config.schema import ConfigError, LayerPlan, Pipeline
 
@@ -26,8 +26,12 @@ def make_method(plan: LayerPlan) -> Method:
         if name not in types:
             raise unknown(key, name, types)
         params[name] = convert(value, types[name], key)
+        if isinstance(params[name], int | float) and params[name] < 0:
+            raise ConfigError(f"{key}={value} must not be negative; try 0 or more")
     made = kind(plan, **params)
     made.check()
+    if params and isinstance(made, SelectingMethod) and not (made.block(False) and made.block(True) and made.query_block_tok):
+        raise ConfigError(f"pipeline.params={params} cut keys or queries into blocks of 0 tokens; a block must have at least 1, try 64")
     return made
 
 

@@ -1,7 +1,8 @@
 """An upper bound: of all selections of its size the one that holds most attention, found by looking at every key.
 
 For each block of queries, blocks of keys outside sinks and window are ranked by the attention that the queries of the block, and the heads
-that share the list, give them together. No paper's method; every method that selects is measured against it.
+that share the list, give them together: by true positions if ``rope.prune`` is ``native``, else as if every key lay one window before the
+query. No paper's method; every method that selects is measured against it.
 """
 
 from __future__ import annotations

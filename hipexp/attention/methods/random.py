@@ -1,12 +1,16 @@
-"""A lower bound: blocks of keys drawn by lot for every block of queries. What a method does not do better than this is worth nothing."""
+"""A lower bound: blocks of keys drawn by lot for every block of queries. What a method does not do better than this is worth nothing.
+
+All heads share a draw, whatever ``heads`` says. Blocks are those between sinks and window; the last one may reach into the window.
+"""
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 
 import torch
 
-from hipexp.attention.logits import chosen_blocks, keep_best
+from hipexp.attention.logits import chosen_blocks
 from hipexp.attention.method import Call, SelectingMethod
 from hipexp.attention.selection import Selection
 
@@ -32,11 +36,11 @@ class Random(SelectingMethod):
         return 0
 
     def select(self, call: Call) -> Selection:
-        sink_tok, marked = self.plan.sink_tok, []
-        for n in range(len(call.queries)):
-            first = call.queries.start + n * call.queries.size
-            n_blocks = max(0, -(-(first - self.plan.window_tok + 1 - sink_tok) // self.block_tok))
-            generator = torch.Generator().manual_seed((self.seed << 40) + (self.plan.layer << 32) + first)
-            drawn = torch.rand(1, n_blocks, generator=generator)
-            marked.append(keep_best(drawn, self.keep_tok // self.block_tok).to(call.keys.device))
-        return chosen_blocks(marked, self.block_tok, sink_tok)
+        plan, marked = self.plan, []
+        for first in call.queries.first.tolist():
+            n_blocks = max(0, -(-(first - plan.window_tok + 1 - plan.sink_tok) // self.block_tok))
+            lots = random.Random(f"{self.seed} {plan.layer} {first}")
+            drawn = torch.zeros(1, n_blocks, dtype=torch.bool)
+            drawn[0, lots.sample(range(n_blocks), min(n_blocks, self.keep_tok // self.block_tok))] = True
+            marked.append(drawn.to(call.keys.device))
+        return chosen_blocks(marked, self.block_tok, plan.sink_tok)
