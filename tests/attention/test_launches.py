@@ -91,26 +91,33 @@ def layer(heads=Heads.shared, second=None, **first):
     return LayerAttention(plan, RopeTables(cos_sin, 512), D**-0.5)
 
 
-def step(attention, T, number, count):
-    """The counts of one step of a sequence of ``T`` tokens, after steps of all kinds."""
-    from hipexp.cache.summaries import KeySummaries
-
+def steps(attention, T, count, *numbers):
+    """The counts of steps of a sequence of ``T`` tokens, after steps of all kinds."""
     make = torch.Generator().manual_seed(T)
     q, k, v = (torch.randn(n, t, D, generator=make).to(DEVICE) for n, t in ((H, 1), (K, T), (K, T)))
-    memory, summaries, at = Memory(), KeySummaries(), attention.step_at(T - 1, DEVICE)
+    memory, state, at = Memory(), attention.method.new_state(), attention.step_at(T - 1, DEVICE)
+    counters = []
     with torch.inference_mode():
         for memory.step in (FULL, CACHED):
-            attention(q, k, v, T - 1, memory, at, summaries)
-        memory.step = number
-        with count() as counter:
-            attention(q, k, v, T - 1, memory, at, summaries)
-    return counter
+            attention(q, k, v, T - 1, memory, at, state)
+        for memory.step in numbers:
+            with count() as counter:
+                attention(q, k, v, T - 1, memory, at, state)
+            counters.append(counter)
+    return counters
 
 
 @needs_triton
 @pytest.mark.parametrize(
     ("first", "heads"),
-    [("descent", Heads.shared), ("descent", Heads.per_kv), ("exact", Heads.shared), ("grid", Heads.shared), ("bounds", Heads.shared)],
+    [
+        ("descent", Heads.shared),
+        ("bounds", Heads.shared),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("descent", Heads.per_kv), ("exact", Heads.shared), ("grid", Heads.shared))
+        ),
+    ],
 )
 def test_a_step_is_a_few_launches(monkeypatch, counted, heads, first):
     from hipexp.config.schema import Representative
@@ -118,7 +125,7 @@ def test_a_step_is_a_few_launches(monkeypatch, counted, heads, first):
     on("triton", monkeypatch)
     by = dict(representative=Representative(first))
     attention = layer(heads, second=by, **by)
-    cached, full = (step(attention, 900, number, counted) for number in (CACHED, FULL))
+    cached, full = steps(attention, 900, counted, CACHED, FULL)
     assert (cached.launches, cached.operations) == (1, [])
     assert (full.launches, full.operations) == (7, [])  # two for every stage, and attention, whose last program merges
 
@@ -127,9 +134,8 @@ def test_a_step_is_a_few_launches(monkeypatch, counted, heads, first):
 def test_nothing_grows_with_the_context_on_a_gpu(monkeypatch, counted):
     on("triton", monkeypatch)
     attention = layer()
-    short, long = (step(attention, T, CACHED, counted) for T in (8192, 65536))
-    assert short.bytes == long.bytes > 0
-    short, long = (step(attention, T, FULL, counted) for T in (8192, 65536))
+    (short_cached, short), (long_cached, long) = (steps(attention, T, counted, CACHED, FULL) for T in (8192, 65536))
+    assert short_cached.bytes == long_cached.bytes > 0
     assert long.bytes - short.bytes == K * 4 * (65536 - 8192) // 64  # the scores of the first stage
 
 
@@ -137,8 +143,8 @@ def test_nothing_grows_with_the_context_on_a_gpu(monkeypatch, counted):
 def test_nothing_grows_with_the_context_on_a_cpu(monkeypatch, counted):
     on("vectorized", monkeypatch)
     attention = layer()
-    step(attention, 65536, FULL, counted)  # memory that is held is there
-    short, long = (step(attention, T, CACHED, counted) for T in (8192, 65536))
+    steps(attention, 65536, counted, FULL)  # memory that is held is there
+    (short,), (long,) = (steps(attention, T, counted, CACHED) for T in (8192, 65536))
     assert (short.bytes, short.operations) == (long.bytes, long.operations)
 
 
