@@ -49,7 +49,7 @@ needle-table: $(CORE) ## the long form of the demo: accuracy and time by length 
 
 methods: $(CORE) ## every method on the embedded model: score, recall, times, bytes (hours, resumable, says how long; FAST=1: minutes)
 	$(if $(FAST),,$(RUN) -m hipexp data make stand-ins out=runs/stand-ins)
-	HIPEXP_DATA=$(if $(FAST),$(HIPEXP_DATA),runs/stand-ins) $(RUN) -m hipexp methods $(if $(FAST),fast=true)
+	$(RUN) -m hipexp methods $(if $(FAST),fast=true,task.data=runs/stand-ins)
 
 aot: $(DEV) ## compile every kernel for five kinds of GPU, without one: registers, spills, shared memory against the record
 	$(RUN) -m hipexp_kernels.aot

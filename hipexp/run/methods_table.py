@@ -69,8 +69,8 @@ class Point:
     run: Named
 
 
-def points(overrides: Sequence[str], fast: bool) -> list[Point]:
-    """Every run, shortest prompts first."""
+def points(overrides: Sequence[str], fast: bool, data: Sequence[str] = ()) -> list[Point]:
+    """Every run, shortest prompts first. ``data``: the words that say where RULER's texts are."""
     trained_tok = trained_length(compose(["task=infbench", *resident(overrides)]).model)
     made = []
     for spec in sorted(FAST_SPECS if fast else SPECS, key=lambda spec: spec.times):
@@ -80,7 +80,13 @@ def points(overrides: Sequence[str], fast: bool) -> list[Point]:
             if (spec.linear and (cuts or not _linear(words))) or (cuts and spec.task == "ruler"):
                 continue
             subtasks = [f"task.subtasks=[{','.join(spec.subtasks)}]"] * bool(spec.subtasks)
-            own = [f"task={spec.task}", f"task.length_tok={spec.times * trained_tok}", f"task.samples={spec.samples}", *subtasks]
+            own = [
+                f"task={spec.task}",
+                *(data if spec.task == "ruler" else ()),
+                f"task.length_tok={spec.times * trained_tok}",
+                f"task.samples={spec.samples}",
+                *subtasks,
+            ]
             said = f"{name}, {spec.task} {' '.join(spec.subtasks)} at {spec.times} × the trained length, {spec.samples} sample(s)"
             made.append(Point(name, spec, compose_named(said, [*own, *words], overrides)))
     return made
@@ -216,10 +222,10 @@ def _long_scores(results: Results, name: str, longest: int) -> list[float]:
 
 def main(argv: list[str]) -> int:
     """Measure every method; ``fast=true``: four of them with one sample; ``--dry-run`` only tells the expected time."""
-    fast = "fast=true" in argv
-    overrides = [word for word in argv if word not in ("--dry-run", "fast=true")]
-    refuse_own("methods", overrides)
-    todo, recalls = points(overrides, fast), recall_points(overrides, fast)
+    fast, data = "fast=true" in argv, [word for word in argv if word.startswith("task.data=")]
+    overrides = [word for word in argv if word not in ("--dry-run", "fast=true", *data)]
+    refuse_own("methods", overrides, ("task.data",))
+    todo, recalls = points(overrides, fast, data), recall_points(overrides, fast)
     trained_tok, load = trained_length(todo[0].run.experiment.model), load_once()
     left = [point for point in todo if not stored(point.run.experiment)]
     if left:
