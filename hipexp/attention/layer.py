@@ -15,6 +15,7 @@ from torch import Tensor
 from hipexp.attention.blocks import QueryBlocks, Step
 from hipexp.attention.method import EVERYTHING, Call, DenseMethod, Method, SelectingMethod
 from hipexp.attention.methods import make_method
+from hipexp.attention.methods.streaming import Streaming
 from hipexp.attention.reads import Listener
 from hipexp.attention.refresh import Memory
 from hipexp.attention.rope import RopeTables
@@ -67,9 +68,9 @@ class LayerAttention:
         """
         if memory and q.shape[1] != 1:
             raise ValueError(f"a decode step has one query, not {q.shape[1]}")
-        if isinstance(self.method, DenseMethod):
-            return self._attend_all(self.method, q, k, v, begin, memory)
-        method = self.method
+        method = Streaming(self.plan) if self.everything else self.method
+        if isinstance(method, DenseMethod):
+            return self._attend_all(method, q, k, v, begin, memory)
         assert isinstance(method, SelectingMethod)
         if state is None:
             if method.remembers and begin:
@@ -122,8 +123,10 @@ class LayerAttention:
 
     def _exact_tok(self, decoding: bool) -> int:
         """A block that ends before this position attends to all its keys."""
+        if self.everything:
+            return EVERYTHING
         assert isinstance(self.method, SelectingMethod)
-        return EVERYTHING if self.everything else self.method.exact_tok(decoding)
+        return self.method.exact_tok(decoding)
 
     def _select(self, method: SelectingMethod, call: Call, attended: QueryBlocks, n_exact: int) -> Selection:
         """The selection for every attended block; the first ``n_exact`` of them see everything and have none."""

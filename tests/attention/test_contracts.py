@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -249,3 +250,10 @@ def test_without_state_it_is_the_same_or_refused(method):
 def test_parameters_that_cannot_be_are_refused(params, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         Sequence(replace(SMALL["oracle"], params=params))
+
+
+def test_the_page_names_every_exception():
+    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
+    for name in METHODS:
+        for contract, reason in method_class(name).exceptions.items():
+            assert f"| `{name}` | {contract.value} | {reason} |" in page

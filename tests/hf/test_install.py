@@ -326,3 +326,11 @@ def test_a_model_without_a_rotary_module_is_refused(pipeline):
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=16, n_positions=32))
     with pytest.raises(ConfigError, match=r"gpt2.*cannot be attached"), install(model, pipeline):
         pass
+
+
+@torch.inference_mode()
+def test_a_narrow_window_of_a_dense_method_is_no_other_model(loaded, tokens):
+    """The check on a short prompt, where the rule itself would see less, attends to everything."""
+    with install(loaded.model, Pipeline(method="lm_infinite", sink_tok=2, window_tok=8)) as installed:
+        loaded.model(torch.tensor([tokens[:100]]))
+        assert installed.pruned_blocks > 0
