@@ -196,8 +196,18 @@ def test_offsets_past_two_to_the_31(Q):
     assert_same(arguments, attend_blocks(**moved, rotation=on_device(turn), impl="triton"), expected)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("tuning", [(128, 1, 255), (64, 2, 255), (32, 1, 255), (128, 8, 255)])
+TILES = [(128, 1, 255), (64, 2, 255), (32, 1, 255), (128, 8, 255)]
+IN_EVERY_MODE = (64, 2, 255)
+
+
+@pytest.mark.parametrize(
+    ("tuning", "mode"),
+    [
+        pytest.param(tuning, mode, marks=() if tuning == IN_EVERY_MODE or mode == "streaming" else pytest.mark.slow)
+        for tuning in TILES
+        for mode in MODES
+    ],
+)
 def test_decode_tiles(mode, tuning, monkeypatch):
     """Of one piece to eight, more of them than keys or fewer, full and cut."""
     decode = import_module("hipexp_kernels.attend_blocks.triton_decode")

@@ -39,7 +39,7 @@ def one_list(row, keep, count=None, chunk_tok=1, next_tok=1, limit=10**6):
     return out[0][0][: kept[0][0]]
 
 
-@settings(max_examples=40)
+@settings(max_examples=16)
 @given(
     heads=st.integers(1, 4),
     N=st.integers(1, 3),

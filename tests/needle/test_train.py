@@ -150,7 +150,7 @@ SLOW_TRAINING = """
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_no_process_outlives_a_training_that_is_stopped(tmp_path, number):
     command = [sys.executable, "-c", textwrap.dedent(SLOW_TRAINING), str(tmp_path)]
     # All its processes hold its output: that ends with the last of them.

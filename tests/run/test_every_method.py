@@ -30,7 +30,7 @@ def words(name):
     return [f"+pipeline={name}", *SMALL.get(name, ["pipeline.window_tok=512", "pipeline.params.keep_tok=512"])]
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name if name in ("quest", "ntk") else pytest.param(name, marks=pytest.mark.slow) for name in PRESETS])
 def test_latency_of_attention_alone(name):
     """In an anchor layer of what reuses lists of other layers."""
     alone = [

@@ -22,6 +22,9 @@ CASES = {
 }
 
 
+SLOW = ("longbench_e", "longbench2", "infbench")  # of what the others try as well
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return official_data.write_all(tmp_path_factory.mktemp("official"))
@@ -34,7 +37,7 @@ def hipexp(*words, runs):
     return done.stdout
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES])
 def test_a_run_and_its_predictions_scored_again(name, data, tmp_path):
     words, subtasks = CASES[name]
     words = [*words, "model.prefill_chunk_tok=1024"] + ([] if "task=ruler" in words else [f"task.data={data}"])

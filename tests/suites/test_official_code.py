@@ -169,7 +169,7 @@ def write_settings(folder):
     write(folder, "ruler/scripts/data/synthetic/constants.py", f"TASKS = {told!r}\n")
 
 
-@pytest.mark.parametrize("outputs", ['rows[1]["outputs"]', '["other"]'])
+@pytest.mark.parametrize("outputs", [pytest.param('rows[1]["outputs"]', marks=pytest.mark.slow), '["other"]'])
 def test_ruler_rows_are_compared_field_by_field(tmp_path, outputs):
     write_settings(tmp_path)
     write(tmp_path, "ruler/scripts/data/synthetic/any.py", GENERATOR.format(more='"size"', outputs=outputs))
