@@ -175,8 +175,8 @@ class Pipeline:
         return [self.plan_layer(layer, [n for n, chosen in selected.items() if layer in chosen]) for layer in range(n_layers)]
 
     def plan_alone(self, layer: int | None) -> LayerPlan:
-        """The plan of a layer without a model: of a ``layer`` of 32 or more, or of one to which no group applies."""
-        return self.plan_layer(0, []) if layer is None else self.plan(max(32, layer + 1))[layer]
+        """The plan of a layer without a model: of a ``layer`` of 32 or more, or of the last one as if no group applied to it."""
+        return self.plan_layer(31, []) if layer is None else self.plan(max(32, layer + 1))[layer]
 
     def plan_layer(self, layer: int, groups: list[str]) -> LayerPlan:
         """The plan of one layer to which ``groups`` apply, in this order."""

@@ -326,3 +326,16 @@ def test_a_model_without_a_rotary_module_is_refused(pipeline):
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=16, n_positions=32))
     with pytest.raises(ConfigError, match=r"gpt2.*cannot be attached"), install(model, pipeline):
         pass
+
+
+@pytest.mark.parametrize(
+    "pipeline",
+    [Pipeline(method="lm_infinite", window_tok=16), Pipeline(method="self_extend", params={"group_tok": 2, "neighbour_tok": 16})],
+    ids=lambda pipeline: pipeline.method,
+)
+def test_the_check_of_a_model_needs_no_room_in_a_method_with_an_attention_of_its_own(pipeline):
+    """It is of the model: what such a method does of the check's prompt says nothing about it."""
+    model, ids = tiny("LlamaConfig"), list(range(3, 67))
+    with install(model, pipeline, 512):
+        pruned = logits(model, ids)
+    assert not torch.allclose(pruned, logits(model, ids), atol=1e-3)
