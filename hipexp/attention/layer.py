@@ -82,7 +82,7 @@ class LayerAttention:
                 )
             state = method.new_state()
         size = 1 if memory else method.query_block_tok
-        if begin % size and method.keep(False) and method.exact_tok(False) < EVERYTHING:
+        if begin % size and method.aligned:
             raise ValueError(
                 f"a part of a prompt begins at token {begin} (left padding not counted), inside a query block; cut prompts, and pad rows, "
                 f"by multiples of {size} tokens, or use hipexp.hf.generate"
