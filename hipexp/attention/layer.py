@@ -68,9 +68,11 @@ class LayerAttention:
         """
         if memory and q.shape[1] != 1:
             raise ValueError(f"a decode step has one query, not {q.shape[1]}")
-        method = Streaming(self.plan) if self.everything else self.method
+        method = self.method
         if isinstance(method, DenseMethod):
-            return self._attend_all(method, q, k, v, begin, memory)
+            if not self.everything or k.shape[1] <= method.exact_tok(self.tables):
+                return self._attend_all(method, q, k, v, begin, memory)
+            method = Streaming(self.plan)
         assert isinstance(method, SelectingMethod)
         if state is None:
             if method.remembers and begin:
@@ -80,7 +82,7 @@ class LayerAttention:
                 )
             state = method.new_state()
         size = 1 if memory else method.query_block_tok
-        if begin % size and method.keep(False) and method.exact_tok(False) < EVERYTHING:
+        if begin % size and method.aligned:
             raise ValueError(
                 f"a part of a prompt begins at token {begin} (left padding not counted), inside a query block; cut prompts, and pad rows, "
                 f"by multiples of {size} tokens, or use hipexp.hf.generate"
@@ -89,7 +91,7 @@ class LayerAttention:
             QueryBlocks.one(q, begin, step or _shared_step(*self._numbers(begin), q.device)) if memory else QueryBlocks.cut(q, begin, size)
         )
         attended = queries if memory or size == method.attended_block_tok else queries.split(method.attended_block_tok)
-        exact_tok = self._exact_tok(memory is not None)
+        exact_tok = self._exact_tok(method, memory is not None)
         n_exact = 0 if step and exact_tok < EVERYTHING else attended.within(exact_tok)  # a selection that is not needed costs little
         tables = self.tables or no_rope(q.device)
         call = Call(queries, k, tables, self.scale, memory is not None, memory, state, {} if shared is None else shared, self.listener)
@@ -119,14 +121,11 @@ class LayerAttention:
         if isinstance(self.method, DenseMethod):
             return position, 0, True
         assert isinstance(self.method, SelectingMethod)
-        return position, self.method.n_candidates(position), position < self._exact_tok(True)
+        return position, self.method.n_candidates(position), position < self._exact_tok(self.method, True)
 
-    def _exact_tok(self, decoding: bool) -> int:
+    def _exact_tok(self, method: SelectingMethod, decoding: bool) -> int:
         """A block that ends before this position attends to all its keys."""
-        if self.everything:
-            return EVERYTHING
-        assert isinstance(self.method, SelectingMethod)
-        return self.method.exact_tok(decoding)
+        return EVERYTHING if self.everything else method.exact_tok(decoding)
 
     def _select(self, method: SelectingMethod, call: Call, attended: QueryBlocks, n_exact: int) -> Selection:
         """The selection for every attended block; the first ``n_exact`` of them see everything and have none."""
@@ -155,7 +154,7 @@ class LayerAttention:
             return None
         kept = max((method.keep(decoding) for decoding in (False, True) if method.exact_tok(decoding) < EVERYTHING), default=0)
         rows = min(self.plan.sink_tok + self.plan.window_tok + kept, n_keys) + 2 * queries.size
-        if self.plan.attend in (AttendRope.native, AttendRope.dynamic) or self._exact_tok(queries.step is not None) >= EVERYTHING:
+        if self.plan.attend in (AttendRope.native, AttendRope.dynamic) or self._exact_tok(method, queries.step is not None) >= EVERYTHING:
             rows = max(rows, n_keys + queries.size)
         return AttendRotation(self.plan.attend.value, self.tables.upto(rows), self.tables.trained_tok)
 

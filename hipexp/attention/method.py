@@ -16,10 +16,18 @@ from hipexp.attention.reads import Listener
 from hipexp.attention.refresh import Memory
 from hipexp.attention.rope import RopeTables
 from hipexp.attention.selection import Selection
-from hipexp.config.schema import LayerPlan
+from hipexp.config.schema import ConfigError, LayerPlan
 
 EVERYTHING = 1 << 62  # no sequence is as long
 QUERY_BLOCK_TOK = 64
+
+
+def check_whole_blocks(keep_tok: int, block_tok: int, name: str = "block_tok") -> None:
+    """Raise ConfigError for a budget that is no whole number of blocks; ``name``: what the method calls their size."""
+    if block_tok and keep_tok % block_tok:
+        raise ConfigError(
+            f"pipeline.params.keep_tok={keep_tok} must be a multiple of {name}={block_tok}; try {max(1, keep_tok // block_tok) * block_tok}"
+        )
 
 
 class Contract(str, Enum):
@@ -121,6 +129,16 @@ class SelectingMethod(Method):
     def attended_block_tok(self) -> int:
         """Queries of a prompt that share a list in the end; divides ``query_block_tok``."""
         return self.query_block_tok
+
+    @property
+    def aligned(self) -> bool:
+        """Whether a later part of a prompt has to begin where a query block does."""
+        return self.keep(False) > 0 and self.exact_tok(False) < EVERYTHING
+
+    @property
+    def takes_from(self) -> int | None:
+        """The layer whose selection this one attends to; None: its own."""
+        return None
 
     @abstractmethod
     def block(self, decoding: bool) -> int:

@@ -87,8 +87,8 @@ def convert(value: Any, kind: Any, key: str) -> Any:
         if is_optional(kind):
             return None
         raise ConfigError(f"{key}=null must be {_words(kind)}")
-    if kind is Any:
-        return value
+    if kind is Any:  # a sweep agent prints whole numbers as 256.0
+        return int(value) if isinstance(value, float) and value.is_integer() else value
     kind = required(kind)
     if isinstance(value, str) and value == MISSING:
         raise ConfigError(f"{key} is not set and must be {_words(kind)}; give it, as in {key}=…")
@@ -185,5 +185,5 @@ def _words(kind: Any) -> str:
     if isinstance(kind, type) and issubclass(kind, Enum):
         return "one of " + ", ".join(kind.__members__)
     return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(
-        kind, "a list" if is_list(kind) else "given field by field"
+        kind, "a value" if kind is Any else "a list" if is_list(kind) else "given field by field"
     )

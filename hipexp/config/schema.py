@@ -175,8 +175,8 @@ class Pipeline:
         return [self.plan_layer(layer, [n for n, chosen in selected.items() if layer in chosen]) for layer in range(n_layers)]
 
     def plan_alone(self, layer: int | None) -> LayerPlan:
-        """The plan of a layer without a model: of a ``layer`` of 32 or more, or of one to which no group applies."""
-        return self.plan_layer(0, []) if layer is None else self.plan(max(32, layer + 1))[layer]
+        """The plan of a layer without a model: of a ``layer`` of 32 or more, or of the last one as if no group applied to it."""
+        return self.plan_layer(ALONE, []) if layer is None else self.plan(max(32, layer + 1))[layer]
 
     def plan_layer(self, layer: int, groups: list[str]) -> LayerPlan:
         """The plan of one layer to which ``groups`` apply, in this order."""
@@ -241,6 +241,7 @@ class Offload:
         return self.name != "none"
 
 
+ALONE = 31  # the layer that is measured without a model, behind those that methods keep dense
 FORMATS = ("auto", "bf16", "fp8", "int8", "int4")  # of keys and values off the device
 PAGE_TOK = 64  # tokens of a page off the device, or those of a chunk of the last stage if they are more
 INT4_GROUP = 32  # numbers that share a scale and a least value

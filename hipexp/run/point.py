@@ -71,10 +71,7 @@ def check_point(experiment: Experiment) -> None:
     For a model on a hub the run does it, once the files it needs are here. Raises ``ConfigError``. Imports torch for methods with
     parameters of their own.
     """
-    if experiment.pipeline is not None and experiment.pipeline.method not in OFFLOADING:
-        from hipexp.attention.methods import check_methods
-
-        check_methods(experiment.pipeline)
+    check_method(experiment)
     if experiment.task.name == "recall":
         from hipexp.run import recall
 
@@ -82,10 +79,25 @@ def check_point(experiment: Experiment) -> None:
     if experiment.task.geometry is not None:
         return
     facts, folder = check_model(experiment), model_folder(experiment.model)
+    check_method(experiment, facts.layers if facts else 0)
     if facts is not None and folder is not None and (folder / "tokenizer.json").is_file():
         suite = open_suite_for(experiment, read_tokenizer(folder / "tokenizer.json"), facts.trained_tok)
         if experiment.task.name != "recall":
             check_room(experiment, facts, suite, room=Room(None, None))
+
+
+def check_method(experiment: Experiment, n_layers: int = 0) -> None:
+    """Refuse parameters that break a rule of the method; ``n_layers``: of the model, 0 where that is not known. Raises ``ConfigError``."""
+    pipeline, task = experiment.pipeline, experiment.task
+    if pipeline is None or pipeline.method in OFFLOADING:
+        return
+    from hipexp.attention.methods import check_alone, check_methods
+
+    if task.geometry is None:
+        check_methods(pipeline, n_layers, experiment.model.prefill_chunk_tok)
+    else:
+        check_methods(pipeline)
+        check_alone(pipeline.plan_alone(task.layer))
 
 
 def folder_of(experiment: Experiment) -> Path:
@@ -181,6 +193,7 @@ def model_job(experiment: Experiment, ledger: Ledger, load: Load | None) -> Job:
 
     facts = facts_of(experiment.model)
     check_layers(experiment, facts)
+    check_method(experiment, facts.layers)
     if load is None:  # refuse what can be before any weights load
         suite = open_suite_for(experiment, load_tokenizer(experiment.model), facts.trained_tok)
         check_room(experiment, facts, suite, weights_bytes(experiment.model))

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from hipexp.config.check import CONTEXT_TOK, TEXTS, check_experiment
+from hipexp.config.check import CONTEXT_TOK, OFFLOADING, TEXTS, check_experiment
 from hipexp.config.offload import page_tok_of
-from hipexp.config.schema import ConfigError, Experiment, LayerPlan, Offload, Pipeline, Task, read_geometry
+from hipexp.config.schema import ALONE, ConfigError, Experiment, LayerPlan, Offload, Pipeline, Task, read_geometry
 from hipexp.report.tables import text_table
 from hipexp.run import attention_point
 from hipexp.run.job import Job
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hipexp.attention import LayerAttention
+    from hipexp.attention.method import SelectingMethod
     from hipexp.hf import Loaded
 
 DIVISORS = (1, 4, 8)
@@ -113,18 +114,23 @@ def divided(pipeline: Pipeline, divisor: int) -> Pipeline:
 
 
 def _divided_params(pipeline: Pipeline, divisor: int) -> Pipeline:
-    from hipexp.attention.methods import make_method
+    def less(groups: list[str], key: str, own: dict[str, Any]) -> dict[str, Any]:
+        method, found = _selecting_method(pipeline.plan_layer(ALONE, groups)), dict(own)
+        if not method.budgets:
+            name = pipeline.method
+            raise ConfigError(f"task.divisors: pipeline.method={name} has no budget to divide by {divisor}; use task.divisors=[1]")
+        for name in method.budgets if not groups else own.keys() & method.budgets:
+            value = getattr(method, name)
+            if value % divisor:
+                raise ConfigError(f"task.divisors: {divisor} does not divide {key}.params.{name}={value}; leave it out, or keep more")
+            found[name] = value // divisor
+        return found
 
-    method = make_method(pipeline.plan_layer(0, []))
-    if not method.budgets:
-        raise ConfigError(f"task.divisors: pipeline.method={pipeline.method} has no budget to divide by {divisor}; use task.divisors=[1]")
-    less = {}
-    for name in method.budgets:
-        value = getattr(method, name)
-        if value % divisor:
-            raise ConfigError(f"task.divisors: {divisor} does not divide pipeline.params.{name}={value}; leave it out, or keep more")
-        less[name] = value // divisor
-    return dataclasses.replace(pipeline, params=pipeline.params | less)
+    layers = {
+        name: dataclasses.replace(group, params=less([name], f"pipeline.layers.{name}", group.params)) if group.params else group
+        for name, group in pipeline.layers.items()
+    }
+    return dataclasses.replace(pipeline, params=less([], "pipeline", pipeline.params), layers=layers)
 
 
 def check_lengths(experiment: Experiment, encode: Encode, trained_tok: int) -> None:
@@ -143,11 +149,16 @@ def check_lengths(experiment: Experiment, encode: Encode, trained_tok: int) -> N
 
 def check_budgets(experiment: Experiment) -> None:
     """Refuse divisors that leave a pipeline which would itself be refused. Needs no torch. Raises ``ConfigError``."""
+    from hipexp.run.point import check_method
+
     assert experiment.pipeline is not None
+    if experiment.pipeline.method not in OFFLOADING:
+        _selecting_method(experiment.pipeline.plan_alone(None))
     for divisor in experiment.task.divisors or DIVISORS:
-        less = divided(experiment.pipeline, divisor)
+        less = dataclasses.replace(experiment, pipeline=divided(experiment.pipeline, divisor))
         try:
-            check_experiment(dataclasses.replace(experiment, pipeline=less))
+            check_experiment(less)
+            check_method(less)
         except ConfigError as error:
             raise ConfigError(f"task.divisors: {divisor} leaves too little ({error})") from error
     if experiment.task.geometry is not None:
@@ -281,7 +292,8 @@ def _generated(experiment: Experiment, pipelines: dict[int, Pipeline], source: s
     plans = [experiment.pipeline.plan_alone(task.layer)]
     check_blocks(task, [context_tok], plans)
     size = _range_of(plans, context_tok, task.divisors or list(DIVISORS))[2]
-    queries = made.prefill_queries(context_tok // 2 // size * size)
+    remembers = any(attention.method.remembers for attention in layers.values())  # what the queries of the whole prompt did
+    queries = made.prefill_queries(context_tok if remembers else context_tok // 2 // size * size)
 
     def text(divisor: int, block: int) -> dict[int, Stages]:
         attention, plan = layers[divisor], layers[divisor].plan
@@ -309,14 +321,21 @@ def _sizes(plan: LayerPlan, divisor: int) -> tuple[int, int]:
     """Queries of a block, and how many keys a budget divided by ``divisor`` holds. Imports torch for methods of other files."""
     if plan.method == "hip":
         return plan.stages[0].query_block_tok, plan.sink_tok + plan.window_tok + plan.stages[-1].keep_tok // divisor
-    from hipexp.attention.method import EVERYTHING, SelectingMethod
+    from hipexp.attention.method import EVERYTHING
+
+    method = _selecting_method(plan)
+    less = dataclasses.replace(method, **{name: getattr(method, name) // divisor for name in method.budgets})
+    return method.query_block_tok, min((tok for tok in (less.exact_tok(False), less.exact_tok(True)) if tok < EVERYTHING), default=0)
+
+
+def _selecting_method(plan: LayerPlan) -> SelectingMethod:
+    from hipexp.attention.method import SelectingMethod
     from hipexp.attention.methods import make_method
 
     method = make_method(plan)
     if not isinstance(method, SelectingMethod):
         raise ConfigError(f"task=recall measures what is selected, and pipeline.method={plan.method} attends to everything; choose another")
-    exact_tok = min((tok for tok in (method.exact_tok(False), method.exact_tok(True)) if tok < EVERYTHING), default=0)
-    return method.query_block_tok, exact_tok // divisor
+    return method
 
 
 def block_of(plans: list[LayerPlan], n_tok: int, number: int, task: Task) -> int:
@@ -396,8 +415,8 @@ def _selecting(
         everything = torch.arange(end, device=k.device)[None, None], torch.full((1, 1), end, device=k.device)
         return lambda row: [(*everything, 1, False)]
     if method.exact_tok(False) < EVERYTHING:
-        selection = method.select(call(begin, last, state=state))
-        return lambda row: [(selection.blocks, selection.counts, method.block(False), False)]
+        selection, n = method.select(call(begin, last, state=state)), -(-(end - begin) // method.query_block_tok)
+        return lambda row: [(selection.blocks[:, :n], selection.counts[:, :n], method.block(False), False)]
 
     def step(row: int) -> list[tuple[Tensor, Tensor, int, bool]]:
         at, state = begin + row, method.new_state()

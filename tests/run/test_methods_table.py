@@ -7,6 +7,7 @@ from hipexp.config.model import ModelFacts
 from hipexp.config.schema import ConfigError
 from hipexp.run import methods_table
 from hipexp.run.methods_table import METHODS, SPECS, decode_bytes, points, recall_points
+from hipexp.run.point import check_point
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +26,17 @@ def test_every_method_is_run_and_the_longest_prompts_only_where_reading_is_linea
 
 def test_recall_is_of_what_selects():
     assert set(METHODS) - set(recall_points([], fast=False)) == {"dense", "dense, middle cut out", "ntk", "self_extend", "lm_infinite"}
+
+
+def test_every_recall_can_run():
+    for run in recall_points([], fast=False).values():
+        check_point(run.experiment)
+
+
+def test_a_dry_run_runs_nothing(monkeypatch):
+    monkeypatch.setattr(methods_table, "stored", lambda experiment: experiment.task.name != "recall")
+    monkeypatch.setattr(methods_table, "run_all", lambda *_: pytest.fail("ran"))
+    assert methods_table.main(["fast=true", "--dry-run"]) == 0
 
 
 def test_bytes_are_those_of_the_rule():

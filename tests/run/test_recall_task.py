@@ -209,6 +209,59 @@ def test_every_method_that_selects_has_a_recall():
     assert min(found[name] for name in ("infllm", "hip_iclr25", "h2o", "quest")) > found["random"]
 
 
+def test_a_block_is_judged_by_its_own_selection_where_later_queries_decide():
+    """MInference selects for all that is read at once; of what it reads, the last key of every row is in its own block."""
+    from hipexp.attention.inputs import Geometry, drifting
+    from hipexp.attention.recall import logits_in_place
+    from hipexp.run.attention_latency import layer_attention
+
+    pipeline, geometry = compose(OTHERS["minference"]).pipeline, Geometry(2, 2, 16)
+    attention, made = layer_attention(pipeline, geometry, torch.device("cpu")), drifting(geometry, 2048)
+    q, logits = made.prefill_queries(2048), partial(logits_in_place, scale=0.25, table=None)
+    whole = recall.stages_of(attention, q, 0, made.keys, 1024, 64, logits, Offload(), {})
+    found = recall._selecting(attention, q, 0, made.keys, 1024, 1088, {})
+    ((starts, counts, chunk_tok, decoding),) = found(0)
+    assert starts.shape[1] == counts.shape[1] == 1 and chunk_tok == 1 and not decoding
+    assert int(starts.max()) < 1024 and 0 < min(whole[0]["mass"]) <= max(whole[0]["mass"]) <= 1
+
+
+def test_divided_params_in_groups_and_what_they_hold():
+    words = ["+pipeline=oracle", "+pipeline.layers.low.range=0", "+pipeline.layers.low.params.keep_tok=1024"]
+    less = recall.divided(compose(words).pipeline, 8)
+    assert less.params["keep_tok"] == 256 and less.layers["low"].params == {"keep_tok": 128}
+    with pytest.raises(ConfigError, match=r"8 does not divide pipeline\.layers\.low\.params\.keep_tok=12"):
+        recall.divided(compose([*words, "pipeline.layers.low.params.keep_tok=12"]).pipeline, 8)
+    plan = compose(words).pipeline.plan_alone(None)
+    assert recall._sizes(plan, 8) == (64, 256 + 1024 + 256)
+
+
+def test_what_remembers_is_told_the_whole_prompt(monkeypatch):
+    from hipexp.attention.inputs import Queries
+
+    asked, prefill = [], Queries.prefill
+    monkeypatch.setattr(Queries, "prefill", lambda self, n: asked.append(n) or prefill(self, n))
+    alone = ["task=recall", "task.geometry=2/2/16", "task.contexts_tok=[1024]", "task.samples=1", "task.divisors=[1]"]
+    for name in ("infllm", "oracle"):
+        sizes = ["pipeline.sink_tok=32", "pipeline.window_tok=64", "task.subtasks=[drifting]"]
+        execute(compose([*OTHERS[name], *sizes, *alone]))
+    assert asked == [1024, 512]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["+pipeline=quest", "task.divisors=[8]"], r"8 leaves too little .*keep_tok=414 must be a multiple of page_tok=16; try 400"),
+        (["+pipeline=kascade", "task.geometry=4/2/16"], r"task.layer=31 takes over what layer 14 selects .* try task.layer=14"),
+        (["+pipeline=oracle", "task.geometry=4/2/16", "task.contexts_tok=[1024]", "task.divisors=[8]"], "is too short: nothing is pruned"),
+        (["+pipeline=ntk"], "method=ntk attends to everything"),
+    ],
+)
+def test_methods_are_refused_before_anything_loads(monkeypatch, words, message):
+    monkeypatch.setattr("hipexp.run.point.load_model", lambda model: pytest.fail("loaded"))
+    with pytest.raises(ConfigError, match=message):
+        check_point(compose(["task=recall", *words]))
+
+
 def test_what_selects_nothing_has_no_recall():
     with pytest.raises(ConfigError, match="method=streaming has no budget to divide by 4; use"):
         recall.check_budgets(compose(["+pipeline=streaming", "task=recall"]))

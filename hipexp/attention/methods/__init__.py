@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from dataclasses import MISSING, fields
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 
 from hipexp.attention.method import Method, SelectingMethod
 from hipexp.config.convert import convert, fields_of, unknown
-from hipexp.config.schema import ConfigError, LayerPlan, Pipeline
+from hipexp.config.schema import ALONE, ConfigError, LayerPlan, Pipeline
 
 
 def make_method(plan: LayerPlan) -> Method:
@@ -35,10 +36,45 @@ def make_method(plan: LayerPlan) -> Method:
     return made
 
 
-def check_methods(pipeline: Pipeline) -> None:
-    """Refuse parameters that break a rule of the method, by themselves or under a layer group; raises ConfigError."""
-    for groups in ([], *([name] for name, group in pipeline.layers.items() if group.range.strip())):
-        make_method(pipeline.plan_layer(0, groups))
+def check_methods(pipeline: Pipeline, n_layers: int = 0, prefill_chunk_tok: int = 0) -> None:
+    """Refuse parameters that break a rule, by themselves or under a layer group, and parts of a prompt that cut a query block.
+
+    ``n_layers``: of the model, where that is known; layers must then be like those whose selection they take over. Raises ConfigError.
+    """
+    groups = [[], *([name] for name, group in pipeline.layers.items() if group.range.strip())]
+    plans = pipeline.plan(n_layers) if n_layers else []
+    for method in map(make_method, [*(pipeline.plan_layer(ALONE, names) for names in groups), *plans]):
+        if isinstance(method, SelectingMethod) and method.aligned and prefill_chunk_tok % method.query_block_tok:
+            size = method.query_block_tok
+            raise ConfigError(
+                f"model.prefill_chunk_tok={prefill_chunk_tok} must be a multiple of {size}, the queries for which pipeline.method="
+                f"{pipeline.method} selects together; try {max(1, prefill_chunk_tok // size) * size}"
+            )
+    for plan in plans:
+        source = plans[_source_of(plan)]
+        if (source.params, source.window_tok) != (plan.params, plan.window_tok):
+            raise ConfigError(
+                f"pipeline.layers ({', '.join(sorted({*plan.groups, *source.groups}))}) must give layers {source.layer} and {plan.layer} "
+                f"the same params and window_tok, since under pipeline.method={pipeline.method} one takes over what the other selects; let "
+                "a group hold both or neither"
+            )
+
+
+def check_alone(plan: LayerPlan) -> None:
+    """Refuse a layer that is measured alone and takes over what another one selects; raises ConfigError."""
+    source = _source_of(plan)
+    if source != plan.layer:
+        raise ConfigError(
+            f"task.layer={plan.layer} takes over what layer {source} selects under pipeline.method={plan.method}, and alone there is no "
+            f"other layer; try task.layer={source}"
+        )
+
+
+def _source_of(plan: LayerPlan) -> int:
+    """The layer whose selection a layer attends to, itself or one before."""
+    method = make_method(plan)
+    source = method.takes_from if isinstance(method, SelectingMethod) else None
+    return plan.layer if source is None else source
 
 
 @cache
@@ -52,6 +88,14 @@ def method_class(name: str) -> type[Method]:
     ]
     if len(made) != 1:
         raise ConfigError(f"pipeline.method={name} must be a file with one subclass of hipexp.attention.method.Method; it has {len(made)}")
+    missing = sorted(made[0].__abstractmethods__)
+    if missing:
+        raise ConfigError(f"pipeline.method={name} must say all that a method does; {made[0].__name__} lacks {', '.join(missing)}")
+    bare = [x.name for x in fields(made[0]) if x.name != "plan" and x.default is MISSING and x.default_factory is MISSING]
+    if bare:
+        raise ConfigError(
+            f"pipeline.method={name} must give every parameter a default; {made[0].__name__} gives none for {', '.join(bare)}"
+        )
     return made[0]
 
 

@@ -16,7 +16,7 @@ from hipexp_kernels.paged import whole
 from torch import Tensor
 
 from hipexp.attention.logits import at_positions, chosen_blocks
-from hipexp.attention.method import EVERYTHING, Call, SelectingMethod
+from hipexp.attention.method import EVERYTHING, Call, SelectingMethod, check_whole_blocks
 from hipexp.attention.selection import Selection
 from hipexp.config.schema import ConfigError
 
@@ -43,8 +43,7 @@ class HipTree(SelectingMethod):
         for name in ("block_tok", "query_tok", "query_stride_tok", "key_stride_tok"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"pipeline.params.{name}={getattr(self, name)} must be at least 1; try {getattr(HipTree, name)}")
-        if self.keep_tok < 0 or self.keep_tok % self.block_tok:
-            raise ConfigError(f"pipeline.params.keep_tok={self.keep_tok} must be a multiple of block_tok; try {128 * self.block_tok}")
+        check_whole_blocks(self.keep_tok, self.block_tok)
 
     @property
     def query_block_tok(self) -> int:
@@ -58,7 +57,7 @@ class HipTree(SelectingMethod):
 
     def scanned_rows(self, n_tok: int, heads: int, kv_heads: int) -> float:
         kept = self.keep_tok // self.block_tok
-        rounds = math.ceil(math.log2(max(1, n_tok / self.block_tok / kept)))
+        rounds = math.ceil(math.log2(max(1, n_tok / self.block_tok / kept))) if kept else 0
         return heads * 2 * kept * rounds
 
     def select(self, call: Call) -> Selection:

@@ -44,6 +44,10 @@ class Kascade(SelectingMethod):
         """The layer whose selection this one uses; None if there is none before it."""
         return max((layer for layer in self.anchors if layer <= self.plan.layer), default=None)
 
+    @property
+    def takes_from(self) -> int | None:
+        return None if self.plan.layer in (0, self.anchor) else self.anchor
+
     def block(self, decoding: bool) -> int:
         return 1
 

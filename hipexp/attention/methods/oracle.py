@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hipexp.attention.logits import block_mass, chosen_blocks, keep_best
-from hipexp.attention.method import Call, SelectingMethod
+from hipexp.attention.method import Call, SelectingMethod, check_whole_blocks
 from hipexp.attention.selection import Selection
 from hipexp.config.schema import Heads
 
@@ -26,6 +26,9 @@ class Oracle(SelectingMethod):
     block_tok: int = 1
 
     budgets = ("keep_tok",)
+
+    def check(self) -> None:
+        check_whole_blocks(self.keep_tok, self.block_tok)
 
     def block(self, decoding: bool) -> int:
         return self.block_tok

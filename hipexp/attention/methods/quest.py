@@ -15,7 +15,7 @@ from hipexp_kernels.paged import whole
 from torch import Tensor
 
 from hipexp.attention.logits import at_positions, chosen_blocks, keep_best
-from hipexp.attention.method import EVERYTHING, Call, SelectingMethod
+from hipexp.attention.method import EVERYTHING, Call, SelectingMethod, check_whole_blocks
 from hipexp.attention.rope import RopeTables
 from hipexp.attention.selection import Selection
 from hipexp.config.schema import ConfigError
@@ -56,8 +56,7 @@ class Quest(SelectingMethod):
     def check(self) -> None:
         if self.page_tok < 1:
             raise ConfigError(f"pipeline.params.page_tok={self.page_tok} must be at least 1; try 16")
-        if self.keep_tok < 0 or self.keep_tok % self.page_tok:
-            raise ConfigError(f"pipeline.params.keep_tok={self.keep_tok} must be a multiple of page_tok; try {128 * self.page_tok}")
+        check_whole_blocks(self.keep_tok, self.page_tok, "page_tok")
         if self.plan.window_tok < self.page_tok:
             raise ConfigError(
                 f"pipeline.window_tok={self.plan.window_tok} must be at least pipeline.params.page_tok={self.page_tok}, so that a page "

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from hipexp.attention.logits import chosen_blocks
-from hipexp.attention.method import Call, SelectingMethod
+from hipexp.attention.method import Call, SelectingMethod, check_whole_blocks
 from hipexp.attention.selection import Selection
 
 
@@ -25,6 +25,9 @@ class Random(SelectingMethod):
 
     linear = True
     budgets = ("keep_tok",)
+
+    def check(self) -> None:
+        check_whole_blocks(self.keep_tok, self.block_tok)
 
     def block(self, decoding: bool) -> int:
         return self.block_tok
