@@ -1,9 +1,9 @@
 """``task=recall``: which part of the attention the selection holds after each stage, against dense attention and against an oracle.
 
 On activations of a model that reads retrieval prompts of its trained length, where dense attention at true positions is known to be right,
-with the budgets of all stages divided; or, with a geometry, on structured random keys of any length, at the distance of the scoring.
-Selections are those of prefill, for sampled query blocks; each is judged by some of its queries. Of an offload, the format counts: stages
-see keys as it keeps them, and are judged by the true ones.
+with the budgets of all stages divided; or, with a geometry, on structured random keys of any length, at the distance of the scoring,
+or at true positions where a method scores so. Selections are those of prefill, for sampled query blocks; each is judged by some of its
+queries. Of an offload, the format counts: stages see keys as it keeps them, and are judged by the true ones.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from hipexp.config.check import CONTEXT_TOK, OFFLOADING, TEXTS, check_experiment
 from hipexp.config.offload import page_tok_of
-from hipexp.config.schema import ALONE, ConfigError, Experiment, LayerPlan, Offload, Pipeline, Task, read_geometry
+from hipexp.config.schema import ALONE, ConfigError, Experiment, LayerPlan, Offload, Pipeline, PruneRope, Task, read_geometry
 from hipexp.report.tables import text_table
 from hipexp.run import attention_point
 from hipexp.run.job import Job
@@ -279,7 +279,7 @@ def _generated(experiment: Experiment, pipelines: dict[int, Pipeline], source: s
     import torch
 
     from hipexp.attention.inputs import GENERATORS, Geometry
-    from hipexp.attention.recall import logits_at_one_distance
+    from hipexp.attention.recall import logits_at_one_distance, logits_in_place
     from hipexp.run.attention_latency import layer_attention
 
     task = experiment.task
@@ -302,6 +302,8 @@ def _generated(experiment: Experiment, pipelines: dict[int, Pipeline], source: s
 
         def logits(query: Tensor, keys: Tensor) -> Tensor:
             assert attention.tables is not None
+            if plan.method != "hip" and plan.prune is PruneRope.native:
+                return logits_in_place(query, keys, attention.scale, attention.tables.upto(keys.shape[1]))
             return logits_at_one_distance(query, keys, attention.scale, attention.tables.upto(distance + 1), distance)
 
         return {0: stages_of(attention, queries, context_tok - queries.shape[1], made.keys, begin, size, logits, experiment.offload, {})}

@@ -262,6 +262,15 @@ def test_methods_are_refused_before_anything_loads(monkeypatch, words, message):
         check_point(compose(["task=recall", *words]))
 
 
+def test_a_bound_by_true_positions_is_judged_there():
+    """What holds most attention at true positions holds no less of it than at any other measure."""
+    alone = ["task=recall", "task.geometry=2/2/16", "task.contexts_tok=[1024]", "task.samples=1", "task.divisors=[1]"]
+    sizes = ["pipeline.sink_tok=32", "pipeline.window_tok=64", "task.subtasks=[drifting]", "pipeline.rope.prune=native"]
+    summary = read_json(execute(compose([*OTHERS["oracle"], *sizes, *alone])) / "summary.json")
+    (held,) = summary["recall"].values()
+    assert held["stages"][0]["oracle_ratio"]["mean"] > 0.9
+
+
 def test_what_selects_nothing_has_no_recall():
     with pytest.raises(ConfigError, match="method=streaming has no budget to divide by 4; use"):
         recall.check_budgets(compose(["+pipeline=streaming", "task=recall"]))
