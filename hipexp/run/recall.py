@@ -8,6 +8,7 @@ queries. Of an offload, the format counts: stages see keys as it keeps them, and
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import statistics
@@ -411,22 +412,27 @@ def _selecting(
         method.select(call(begin, end, memory=memory))
         chunks = [stage.chunk_tok for stage in (*method.plan.stages[1:], method.plan.stages[-1])]
         return lambda row: [(*memory.lists[i + 1], chunk, False) for i, chunk in enumerate(chunks)]
-    state, last = method.new_state(), q_begin + q.shape[1] if Contract.causal in method.exceptions else end
-    method.observe(call(begin if state is None else q_begin, end, state=state))
-    if min(method.exact_tok(False), method.exact_tok(True)) >= EVERYTHING:  # a dense layer
+    state, selects = method.new_state(), method.exact_tok(False) < EVERYTHING
+    dense = not selects and method.exact_tok(True) >= EVERYTHING
+    first = begin if state is None else q_begin  # what remembers nothing has to see the block only
+    if dense or selects:
+        method.observe(call(first, end, state=state))
+    elif first < begin:
+        method.observe(call(first, begin, state=state))
+    if dense:
         everything = torch.arange(end, device=k.device)[None, None], torch.full((1, 1), end, device=k.device)
         return lambda row: [(*everything, 1, False)]
-    if method.exact_tok(False) < EVERYTHING:
+    if selects:
+        last = q_begin + q.shape[1] if Contract.causal in method.exceptions else end
         selection, n = method.select(call(begin, last, state=state)), -(-(end - begin) // method.query_block_tok)
         return lambda row: [(selection.blocks[:, :n], selection.counts[:, :n], method.block(False), False)]
 
     def step(row: int) -> list[tuple[Tensor, Tensor, int, bool]]:
-        at, state = begin + row, method.new_state()
-        method.observe(call(q_begin, at, state=state))
-        own = q[:, at - q_begin : at - q_begin + 1]
-        asked = Call(
-            QueryBlocks.one(own, at, Step.at(at, 0, False, k.device)), k[:, : at + 1], tables, scale, True, Memory(), state, shared
-        )
+        at, own_state = begin + row, copy.deepcopy(state)
+        if row:
+            method.observe(call(begin, at, state=own_state))
+        own = QueryBlocks.one(q[:, at - q_begin : at - q_begin + 1], at, Step.at(at, 0, False, k.device))
+        asked = Call(own, k[:, : at + 1], tables, scale, True, Memory(), own_state, shared)
         method.observe(asked)
         selection = method.select(asked)
         return [(selection.blocks, selection.counts, method.block(True), True)]
