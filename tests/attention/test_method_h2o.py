@@ -8,27 +8,26 @@ from hypothesis import strategies as st
 
 from hipexp.attention import LayerAttention, Memory
 from hipexp.config.schema import AttendRope, Heads, LayerPlan
-from watched import Watched, cases, expected
-
-CLOSE = 1e-5  # rounding may turn a closer decision
+from watched import CLOSE, PLANS, SCALE, Layer, plan, softmax, texts, turned
 
 
 class Cache:
     """Sums of attention of the keys of one head that are still there, by token."""
 
-    def __init__(self, case, kv):
-        self.case, self.kv, self.sums = case, kv, {}
+    def __init__(self, plan, queries, keys):
+        """``queries`` ``[G, T, D]`` of the heads that share ``keys`` ``[T, D]``, rotated."""
+        self.plan, self.queries, self.keys, self.sums = plan, queries, keys, {}
 
     def attend(self, at):
         """The queries of token ``at`` see the keys that are there, and their own."""
         self.sums[at] = 0.0
         there = sorted(self.sums)
-        for head in self.case.heads_of(self.kv):
-            for i, share in zip(there, self.case.attention(head, self.kv, at, there), strict=True):
-                self.sums[i] += share
+        shares = softmax(self.queries[:, at] @ self.keys[there].T * SCALE).sum(0)
+        for i, share in zip(there, shares.tolist(), strict=True):
+            self.sums[i] += share
 
     def far(self, at):
-        return [i for i in self.sums if self.case.plan.sink_tok <= i <= at - self.case.plan.window_tok]
+        return [i for i in self.sums if self.plan.sink_tok <= i <= at - self.plan.window_tok]
 
     def evict(self, at, keep_tok):
         while len(far := self.far(at)) > keep_tok:
@@ -37,28 +36,31 @@ class Cache:
             del self.sums[min(far, key=self.sums.__getitem__)]
 
 
-@given(cases("h2o", {"keep_tok": st.sampled_from([4, 16, 40])}, query_tok=17, windows=(1, 4, 16), most_steps=80, heads=Heads.per_kv))
-@settings(max_examples=15)
-def test_decode_keeps_the_heavy_hitters(case):
+PLAN = st.builds(
+    plan, st.just("h2o"), keep_tok=st.sampled_from([4, 16, 40]),
+    **PLANS | {"window_tok": st.sampled_from([1, 4, 16]), "heads": st.just(Heads.per_kv)},
+)  # fmt: skip
+
+
+@given(plan=PLAN, text=texts(90, 160, steps=80))
+@settings(max_examples=20)
+def test_decode_keeps_the_heavy_hitters(plan, text):
     """A prompt is read densely, in whatever parts."""
-    one = Watched(case)
-    out = one.run()
-    keep_tok = case.plan.params["keep_tok"]
-    caches = [Cache(case, kv) for kv in range(case.kv_heads)]
-    for first, grid_end, end, decoding in one.blocks():
+    one, keep_tok = Layer(plan, text).read_all(), plan.params["keep_tok"]
+    q, k = (turned(x, np.arange(x.shape[1]), text.rotary) for x in (text.q, text.k))
+    caches = [Cache(plan, queries, keys) for queries, keys in zip(q.reshape(len(k), -1, *q.shape[1:]), k, strict=True)]
+    for first, _, end, decoding in one.blocks():
         lists = None
-        for cache in caches:
-            if decoding:
+        if decoding:
+            for cache in caches:
                 cache.evict(first, keep_tok)
-        if decoding and first >= case.plan.sink_tok + case.plan.window_tok + keep_tok:
-            lists = [set(cache.far(first)) for cache in caches]
+            if first >= plan.sink_tok + plan.window_tok + keep_tok:
+                lists = [set(cache.far(first)) for cache in caches]
         for cache in caches:
             for at in range(first, end):
                 cache.attend(at)
-        if decoding:
-            assert one.seen[first] == lists
-        if end >= case.prompt_tok:  # the last block of the prompt, and decode
-            np.testing.assert_allclose(out[:, first:end], expected(case, first, grid_end, end, lists), atol=1e-4)
+        assert one.seen[first] == lists
+    one.check_outputs()
 
 
 def test_a_prompt_behind_evicted_keys_is_refused():

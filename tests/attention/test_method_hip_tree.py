@@ -2,19 +2,18 @@
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import brute
-from by_hand import CLOSE, Layer, around, best, plan, tensors
 from hipexp.attention.methods import make_method
 from hipexp.config.schema import AttendRope, ConfigError
+from watched import Layer, best, plan, texts, turned
 
 
 def tree(queries, keys, sink_tok, last, block_tok, n_kept, key_stride):
-    """Tokens kept for rotated queries ``[n, D]`` of rotated keys ``[T, D]`` from ``sink_tok`` to ``last``, and the closest decision."""
+    """Tokens kept for rotated queries ``[n, D]`` of rotated keys ``[T, D]`` from ``sink_tok`` to ``last``."""
     n_blocks = max(0, -(-(last + 1 - sink_tok) // block_tok))
-    n, margin = min(n_kept, n_blocks), np.inf
+    n = min(n_kept, n_blocks)
     chunks = [range(j * n_blocks // n, (j + 1) * n_blocks // n) for j in range(n)]
     while any(len(chunk) > 1 for chunk in chunks):
         middles = [-(-(chunk.start + chunk.stop) // 2) for chunk in chunks]
@@ -24,41 +23,33 @@ def tree(queries, keys, sink_tok, last, block_tok, n_kept, key_stride):
             block = half[len(half) // 2]  # the one in the middle stands for it
             probed = [sink_tok + block * block_tok + t for t in range(0, block_tok, key_stride)]
             scores[half] = max(query @ keys[j] for query in queries for j in probed if j <= last)
-        chunks, closest = best(scores, n)
-        margin = min(margin, closest)
-    return {sink_tok + chunk.start * block_tok + t for chunk in chunks for t in range(block_tok)}, margin
+        chunks = best(scores, n)
+    return {sink_tok + chunk.start * block_tok + t for chunk in chunks for t in range(block_tok)}
 
 
-@settings(max_examples=40)
+@settings(max_examples=60)
 @given(
-    made=tensors(longest=100), block=st.integers(1, 6), kept=st.integers(0, 6), sink=st.integers(0, 9), window=st.integers(1, 20),
-    size=st.integers(1, 12), query_stride=st.integers(1, 3), key_stride=st.integers(1, 3), parts=st.integers(1, 9),
-    layer=st.integers(0, 6), attend=st.sampled_from([AttendRope.native, AttendRope.streaming]),
+    data=st.data(), block=st.integers(1, 6), kept=st.integers(0, 6), sink=st.integers(0, 9), window=st.integers(1, 20),
+    size=st.integers(1, 12), query_stride=st.integers(1, 3), key_stride=st.integers(1, 3), layer=st.integers(0, 6),
+    attend=st.sampled_from([AttendRope.native, AttendRope.streaming]),
 )  # fmt: skip
 def test_halves_that_go_on_are_those_of_the_largest_products(
-    made, block, kept, sink, window, size, query_stride, key_stride, parts, layer, attend
+    data, block, kept, sink, window, size, query_stride, key_stride, layer, attend
 ):
-    q, k, v, rotary, prompt = made
+    text = data.draw(texts(1, 100, grain=size))
     p = plan(
         "hip_tree", layer, sink_tok=sink, window_tok=window, keep_tok=block * kept, block_tok=block, query_tok=size,
         query_stride_tok=query_stride, key_stride_tok=key_stride, dense_layers=2, attend=attend,
     )  # fmt: skip
-    read = Layer(p, q, k, v, rotary).read_all(prompt, parts * size)
-    H, T, _ = q.shape
-    positions = brute.phase(np.arange(T), rotary)
-    rotated_q, rotated_k = brute.turned(q, positions), brute.turned(k, positions)
-    for first in [*range(0, prompt, size), *range(prompt, T)]:
-        n_rows = 1 if first >= prompt else size
-        end = min(first + n_rows, T if first >= prompt else prompt)
-        for h in range(H):
-            chosen = set(range(T))
-            if layer >= 2 and first + n_rows > sink + window + block * kept:
-                rows = rotated_q[h, first:end:query_stride]
-                chosen, margin = tree(rows, rotated_k[h * len(k) // H], sink, first - window, block, kept, key_stride)
-                assume(margin > CLOSE)
-            for t in range(first, end):
-                lists = [s for s, at in read.seen if at == t]
-                assert read.seen[h if len(lists) > 1 else 0, t] == around(p, chosen, first, t)
+    read = Layer(p, text).read_all()
+    q, k = (turned(x, np.arange(x.shape[1]), text.rotary) for x in (text.q, text.k))
+    for first, grid_end, end, _ in read.blocks():
+        lists = None
+        if layer >= 2 and grid_end > sink + window + block * kept:
+            edge = first - window
+            lists = [tree(q[h, first:end:query_stride], k[h // text.group], sink, edge, block, kept, key_stride) for h in range(len(q))]
+            lists = [{j for j in chosen if j <= edge} for chosen in lists]
+        assert read.seen[first] == lists
     read.check_outputs()
 
 

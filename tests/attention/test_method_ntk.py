@@ -7,10 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import brute
-from exact_tables import ExactTables
-from hipexp.attention import LayerAttention, Memory
-from hipexp.config.schema import Pipeline
-from rules import SCALE, cut, qkv, softmax
+from hipexp.attention import LayerAttention
+from watched import SCALE, WIDTHS, Layer, plan, softmax, texts
 
 BASE, FACTOR = 10_000.0, 1.1  # an attention factor, as YaRN's tables have one
 
@@ -30,55 +28,47 @@ def length(p, trained):
     return trained if p < trained else trained + 256 * ((p - trained) // 256 + 1)
 
 
-def turned(x, at, angles):
+def bent_by(x, at, angles):
     return brute.turned(x, FACTOR * np.exp(1j * np.asarray(at)[..., None] * angles))
 
 
 def attend(query, keys, values, p, angles, softcap):
     """The output of the query at ``p`` over all ``keys`` up to it, with angles of a token made for this length."""
-    x = turned(keys[: p + 1], np.arange(p + 1), angles) @ turned(query, p, angles) * SCALE
-    return softmax(softcap * np.tanh(x / softcap) if softcap else x) @ values[: p + 1]
+    x = bent_by(keys[: p + 1], np.arange(p + 1), angles) @ bent_by(query, p, angles) * SCALE
+    return softmax(x, softcap) @ values[: p + 1]
 
 
-def layer(angles, trained, softcap=None):
+@pytest.mark.parametrize("made", [power, bent])
+@given(
+    data=st.data(), text=texts(20, 700, widths=[(D, rotary) for D, rotary in WIDTHS if rotary > 2], trained=(7, 100, 256, 300, 4096)),
+    softcap=st.sampled_from([None, 2.0]),
+)  # fmt: skip
+@settings(max_examples=15)
+def test_angles_shrink_with_the_length(made, data, text, softcap):
+    trained, rotary, half, T = text.trained, text.rotary, text.rotary // 2, text.q.shape[1]
+    angles = made(half)
+
     def cos_sin(positions):
         angle = torch.from_numpy(positions.numpy()[:, None] * angles)
         return (FACTOR * angle.cos()).float(), (FACTOR * angle.sin()).float()
 
-    return LayerAttention(Pipeline(method="ntk").plan_layer(0, []), ExactTables(cos_sin, trained), SCALE, softcap)
-
-
-def fp32(*arrays):
-    return (torch.from_numpy(x).float() for x in arrays)
-
-
-@pytest.mark.parametrize("made", [power, bent])
-@given(data=st.data(), drawn=qkv(20, 700), trained=st.sampled_from([7, 100, 256, 300, 4096]), softcap=st.sampled_from([None, 2.0]))
-@settings(max_examples=15, deadline=None)
-def test_angles_shrink_with_the_length(made, data, drawn, trained, softcap):
-    q, k, v, rotary = drawn
-    angles, T, half = made(rotary // 2), q.shape[1], rotary // 2
-    one, memory, out = layer(angles, trained, softcap), Memory(), []
-    for begin, end in [*cut(data.draw, T - 4, 1), *((t, t + 1) for t in range(T - 4, T))]:
-        mine = fp32(q[:, begin:end], k[:, :end], v[:, :end])
-        out.append(one(*mine, begin, memory if begin >= T - 4 else None).numpy())
-    assert one.pruned_blocks == max(0, T - trained)
-    out = np.concatenate(out, 1)
+    one = Layer(plan("ntk"), text, softcap, cos_sin=cos_sin).read_all()
+    assert one.attention.pruned_blocks == max(0, T - trained)
     drawn = data.draw(st.sets(st.integers(0, T - 1), max_size=8))
-    for p in drawn | {i for i in (0, trained - 1, trained, trained + 255, trained + 256, *range(T - 4, T)) if i < T}:
+    for p in drawn | {i for i in (0, trained - 1, trained, trained + 255, trained + 256, *range(text.prompt, T)) if i < T}:
         stretch = length(p, trained) / trained
         slowed = [angle / stretch ** (i / (half - 1)) for i, angle in enumerate(angles)]  # the first as it is, the last by all of it
         if made is power:  # the same by the formula: another base
             base = BASE * stretch ** (rotary / (rotary - 2))
             np.testing.assert_allclose(slowed, base ** (-2 * np.arange(half) / rotary))
-        for h in range(len(q)):
-            kv = h // (len(q) // len(k))
-            np.testing.assert_allclose(out[h, p], attend(q[h, p], k[kv], v[kv], p, np.array(slowed), softcap), atol=3e-5)
+        for h in range(len(text.q)):
+            k, v = text.k[h // text.group], text.v[h // text.group]
+            np.testing.assert_allclose(one.out[h, p], attend(text.q[h, p], k, v, p, np.array(slowed), softcap), atol=3e-5)
 
 
 def test_a_layer_without_rope_is_dense():
     q, k, v = (torch.randn(n, 300, 8, generator=torch.Generator().manual_seed(n)) for n in (4, 2, 2))
-    plain = LayerAttention(Pipeline(method="ntk").plan_layer(0, []), None, SCALE)
+    plain = LayerAttention(plan("ntk"), None, SCALE)
     dense = torch.nn.functional.scaled_dot_product_attention(
         q, k.repeat_interleave(2, 0), v.repeat_interleave(2, 0), is_causal=True, scale=SCALE
     )

@@ -1,148 +1,149 @@
-"""A layer under a method, watched from outside: what each block of queries attends to; and attention to given tokens, once more."""
+"""A layer under a method, watched from outside: what its queries attend to, as it reads a prompt in parts and decodes."""
 
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
+from hypothesis import assume
 from hypothesis import strategies as st
 
 import brute
 from exact_tables import ExactTables
 from hipexp.attention import LayerAttention, Memory
-from hipexp.config.schema import AttendRope, Heads, LayerPlan, PruneRope
+from hipexp.config.schema import AttendRope, Heads, Pipeline, PruneRope, Rope
 
+CLOSE = 1e-5  # rounding may turn a closer decision: such an example says nothing
 SCALE = 0.4
+# Numbers of a query, and how many of them RoPE turns (0: the layer has none).
+WIDTHS = [(4, 0), (4, 2), (4, 4), (8, 0), (8, 4), (8, 6), (8, 8), (10, 4), (12, 4)]
+PLANS = dict(
+    layer=st.integers(0, 3), sink_tok=st.sampled_from([0, 3, 8]), window_tok=st.sampled_from([1, 8, 16, 24]), heads=st.sampled_from(Heads),
+    prune=st.sampled_from([PruneRope.relative, PruneRope.native]), attend=st.sampled_from(AttendRope),
+)  # fmt: skip
+
+
+def plan(method, layer=5, heads=Heads.shared, prune=PruneRope.native, attend=AttendRope.native, **sizes):
+    common = {name: sizes.pop(name) for name in ("sink_tok", "window_tok") if name in sizes}
+    return Pipeline(method=method, heads=heads, rope=Rope(prune, attend), params=sizes, **common).plan_layer(layer, [])
 
 
 @dataclass
-class Case:
-    """A plan, and a sequence of random queries, keys and values.
+class Text:
+    """Queries ``[H, T, D]``, keys and values ``[K, T, D]``; begin and end of the parts of its prompt (what is behind them is decoded)."""
 
-    ``rotary`` of ``width`` numbers are rotated. The last ``steps`` tokens are decoded, those before read in parts of ``part_tok``.
-    """
-
-    plan: LayerPlan
-    kv_heads: int
-    group: int
-    length: int
-    width: int
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
     rotary: int
-    trained: int
-    steps: int
-    part_tok: int
-    seed: int
-
-    @cached_property
-    def qkv(self):
-        rng = np.random.default_rng(self.seed)
-        heads = self.kv_heads * self.group, self.kv_heads, self.kv_heads
-        return [size * rng.standard_normal((n, self.length, self.width)) for n, size in zip(heads, (1.5, 1, 1), strict=True)]
+    parts: list[tuple[int, int]]
+    trained: int = 4096
 
     @property
-    def prompt_tok(self):
-        return self.length - self.steps
+    def prompt(self):
+        return self.parts[-1][1]
 
-    def lists(self):
-        """Of every list of tokens the key/value heads that share it."""
-        kv_heads = range(self.kv_heads)
-        return [list(kv_heads)] if self.plan.heads is Heads.shared else [[kv] for kv in kv_heads]
+    def calls(self):
+        return self.parts + [(t, t + 1) for t in range(self.prompt, self.q.shape[1])]
 
-    def heads_of(self, kv):
-        """The query heads of a key/value head."""
-        return range(kv * self.group, (kv + 1) * self.group)
-
-    def query(self, head, token, position):
-        """The query of a token, as if it stood at ``position``; ints, or arrays of them."""
-        return brute.turned(self.qkv[0][head, token], brute.phase(position, self.rotary))
-
-    def key(self, kv, token, position):
-        return brute.turned(self.qkv[1][kv, token], brute.phase(position, self.rotary))
-
-    def attention(self, head, kv, at, tokens, distance=None):
-        """What the query of token ``at`` gives each of ``tokens``: by true positions, or as if all of them lay so far before it."""
-        tokens = np.array(tokens)
-        query, keys = self.query(head, at, at), self.key(kv, tokens, tokens)
-        if distance is not None:
-            query, keys = self.query(head, at, distance), self.key(kv, tokens, 0 * tokens)
-        logits = keys @ query * SCALE
-        weights = np.exp(logits - logits.max())
-        return weights / weights.sum()
+    @property
+    def group(self):
+        return len(self.q) // len(self.k)
 
 
 @st.composite
-def cases(draw, method, params, query_tok, windows=(1, 8, 16, 24), most_steps=6, **fixed):
-    """Of a ``method`` with ``params``, strategies by name; ``query_tok``: name of the one that is its query block, or its size.
-
-    ``fixed``: fields of the plan.
-    """
-    drawn = {name: draw(one) for name, one in params.items()}
-    made = dict(
-        stages=st.just([]), decode=st.just([]), groups=st.just([]), method=st.just(method), params=st.just(drawn),
-        layer=st.integers(0, 3), sink_tok=st.sampled_from([0, 3, 8]), window_tok=st.sampled_from(windows),
-        heads=st.sampled_from(list(Heads)), attend=st.sampled_from(list(AttendRope)),
-        prune=st.sampled_from([PruneRope.relative, PruneRope.native]),
-    )  # fmt: skip
-    plan = LayerPlan(**{name: draw(one) for name, one in made.items()} | fixed)
-    kv_heads, group = draw(st.sampled_from([(1, 1), (1, 3), (2, 1), (2, 2), (3, 2)]))
-    width, rotary = draw(st.sampled_from([(8, 8), (8, 6), (10, 4)]))
-    part_tok = drawn.get(query_tok, query_tok) * draw(st.integers(1, 4))
-    length, trained, seed = draw(st.integers(90, 160)), draw(st.sampled_from([64, 4096])), draw(st.integers(0, 999))
-    return Case(plan, kv_heads, group, length, width, rotary, trained, draw(st.integers(0, most_steps)), part_tok, seed)
+def texts(draw, least, most, grain=1, steps=12, widths=WIDTHS, trained=(64, 4096)):
+    """Of ``least`` to ``most`` tokens, of which up to ``steps`` are decoded; parts begin at multiples of ``grain``."""
+    K, G, T, (D, rotary) = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(least, most)), draw(st.sampled_from(widths))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    q, k, v = (size * rng.standard_normal((n, T, D)) for n, size in ((K * G, 2), (K, 1), (K, 1)))
+    end = T - draw(st.integers(0, min(T - 1, steps)))
+    n = -(-end // grain)
+    step = draw(st.one_of(st.integers(1, min(n, 8)).map(lambda count: -(-n // count)), st.integers(1, n)))
+    more = draw(st.sets(st.integers(1, n), max_size=2))  # parts of one size, two of them cut again
+    borders = {i * grain for i in {*range(0, n, step), *more} if i * grain < end}
+    return Text(q, k, v, rotary, list(pairwise(sorted(borders | {end}))), draw(st.sampled_from(trained)))
 
 
-class Watched:
-    """``seen``: of each block, by its first position, the tokens of every list that lie between sinks and window; None: it sees all."""
+class Layer:
+    """Reads a text. ``seen``: of each block of queries, by its first position, the tokens of every list that lie between sinks and window;
+    None: it sees all."""
 
-    def __init__(self, case):
-        self.case, self.seen = case, {}
-        self.layer = LayerAttention(case.plan, self.tables(), SCALE, listener=self)
-        self.method = self.layer.method
+    def __init__(self, layer_plan, text, softcap=None, shared=None, cos_sin=None):
+        self.plan, self.text, self.softcap = layer_plan, text, softcap
+        tables = ExactTables(cos_sin or self._cos_sin, text.trained) if text.rotary else None
+        self.attention = LayerAttention(layer_plan, tables, SCALE, softcap, listener=self)
+        self.method = self.attention.method
+        self.state, self.memory, self.shared = self.method.new_state(), Memory(), {} if shared is None else shared
+        self.seen, self.out = {}, np.full(text.q.shape, np.nan)
 
-    def tables(self):
-        def cos_sin(positions):
-            table = brute.rope_table(int(positions.max()) + 1, self.case.rotary)
-            return table.cos[positions], table.sin[positions]
+    def _cos_sin(self, positions):
+        angles = brute.phase(positions.numpy(), self.text.rotary)
+        return torch.from_numpy(angles.real).float(), torch.from_numpy(angles.imag).float()
 
-        return ExactTables(cos_sin, self.case.trained)
+    def read(self, begin, end):
+        q, k, v = (torch.from_numpy(x).float() for x in (self.text.q[:, begin:end], self.text.k[:, :end], self.text.v[:, :end]))
+        memory = self.memory if begin >= self.text.prompt else None
+        self.out[:, begin:end] = self.attention(q, k, v, begin, memory, state=self.state, shared=self.shared)
+
+    def read_all(self):
+        for call in self.text.calls():
+            self.read(*call)
+        return self
 
     def attends(self, queries, n_exact, selection):
-        block_tok, plan = self.method.block(queries.step is not None), self.case.plan
         for n, first in enumerate(queries.first.tolist()):
-            far = set(range(plan.sink_tok, first - plan.window_tok + 1))
-            lists = [blocks[n, : int(count[n])].tolist() for blocks, count in zip(selection.blocks, selection.counts, strict=True)]
-            assert all(starts == sorted(set(starts)) for starts in lists)
-            self.seen[first] = None if n < n_exact else [{i for b in starts for i in range(b, b + block_tok)} & far for starts in lists]
+            self.seen[first] = None if n < n_exact else [
+                self._far(row[:count].tolist(), first, queries.step is not None)
+                for row, count in zip(selection.blocks[:, n], selection.counts[:, n], strict=True)
+            ]  # fmt: skip
 
-    def run(self):
-        """Outputs ``[H, T, D]``."""
-        case, state, memory = self.case, self.method.new_state(), Memory()
-        q, k, v = (torch.from_numpy(x).float() for x in case.qkv)
-        outs = []
-        for begin in range(0, case.prompt_tok, case.part_tok):
-            end = min(begin + case.part_tok, case.prompt_tok)
-            outs.append(self.layer(q[:, begin:end], k[:, :end], v[:, :end], begin, state=state))
-        for t in range(case.prompt_tok, case.length):
-            outs.append(self.layer(q[:, t : t + 1], k[:, : t + 1], v[:, : t + 1], t, memory, state=state))
-        return torch.cat(outs, 1).numpy()
+    def _far(self, starts, first, decoding):
+        assert starts == sorted(set(starts)) and all(start >= self.plan.sink_tok for start in starts)
+        tokens = {start + t for start in starts for t in range(self.method.block(decoding))}
+        return tokens & {*range(self.plan.sink_tok, first - self.plan.window_tok + 1)}
 
     def blocks(self):
-        """Of each block its first position, where it ends on the grid and where its queries end, and whether it is a decode step."""
-        size, prompt = self.method.query_block_tok, self.case.prompt_tok
+        """Of each block its first position, where it ends on the grid, where its queries end, and whether it is a decode step."""
+        size, prompt = self.method.attended_block_tok, self.text.prompt
         read = [(first, first + size, min(first + size, prompt), False) for first in range(0, prompt, size)]
-        return read + [(t, t + 1, t + 1, True) for t in range(prompt, self.case.length)]
+        return read + [(t, t + 1, t + 1, True) for t in range(prompt, self.text.q.shape[1])]
+
+    def lists(self):
+        """Of every list of a method that knows shared lists, the key/value heads that share it."""
+        kv_heads = [*range(len(self.text.k))]
+        return [kv_heads] if self.plan.heads is Heads.shared else [[kv] for kv in kv_heads]
+
+    def check_outputs(self):
+        """All outputs are softmax attention to the tokens that were seen, sinks and window, at the plan's positions."""
+        for first, grid_end, end, _ in self.blocks():
+            lists, edge = self.seen[first], first - self.plan.window_tok + 1
+            for h, out in enumerate(self.out[:, first:end]):
+                far, rule = range(edge), "native"
+                if lists is not None:
+                    far, rule = {*range(min(edge, self.plan.sink_tok)), *lists[h * len(lists) // len(self.out)]}, self.plan.attend.value
+                far, near = np.array(sorted(far), int), np.arange(max(0, edge), end)
+                far_phase = brute.far_phases(rule, far, first, grid_end - 1, self.plan.window_tok, self.text.rotary, self.text.trained)
+                phase, tokens = np.concatenate([far_phase, brute.phase(near, self.text.rotary)]), np.concatenate([far, near])
+                k, v = (x[h // self.text.group, tokens] for x in (self.text.k, self.text.v))
+                rows = np.arange(first, end)
+                logits = turned(self.text.q[h, first:end], rows, self.text.rotary) @ brute.turned(k, phase).T * SCALE
+                np.testing.assert_allclose(out, softmax(logits, self.softcap, tokens <= rows[:, None]) @ v, atol=2e-5)
 
 
-def expected(case, first, grid_end, end, lists):
-    """Outputs ``[H, n, D]`` of queries ``first`` … that attend to ``lists`` of tokens, with sinks and window; None: to all before them."""
-    lists, exact = ([set()], True) if lists is None else (lists, False)
-    starts = np.full((len(lists), 1, max(map(len, lists))), -1)
-    for own, tokens in zip(starts, lists, strict=True):
-        own[0, : len(tokens)] = sorted(tokens)
-    plan, (q, k, v) = case.plan, (x[:, :end] for x in case.qkv)
-    rows = np.pad(q[:, first:], ((0, 0), (0, grid_end - end), (0, 0)))[:, None]
-    out, _ = brute.attend_blocks(
-        rows, k, v, starts, (starts >= 0).sum(-1), [first], [exact], 1, plan.sink_tok, plan.window_tok, SCALE, plan.attend.value,
-        case.rotary, case.trained,
-    )  # fmt: skip
-    return out[:, 0, : end - first]
+def turned(x, at, rotary):
+    """Queries or keys ``x`` as if they stood at positions ``at``."""
+    return brute.turned(x, brute.phase(at, rotary))
+
+
+def softmax(logits, softcap=None, visible=True):
+    logits = softcap * np.tanh(logits / softcap) if softcap else logits
+    weights = np.exp(logits - logits.max(-1, keepdims=True)) * visible
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def best(scores, n, close=CLOSE):
+    """The names of the ``n`` best of ``scores``, numbers by name; no example where the next is too close to them."""
+    ranking = sorted(scores, key=lambda name: -scores[name])
+    assume(not 0 < n < len(ranking) or scores[ranking[n - 1]] - scores[ranking[n]] > close)
+    return ranking[:n]
