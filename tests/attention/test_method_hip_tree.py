@@ -60,5 +60,5 @@ def test_sizes_are_at_least_one(name):
 
 
 def test_whole_blocks_are_kept():
-    with pytest.raises(ConfigError, match=r"params.keep_tok=12 must be a multiple of block_tok; try 1024"):
+    with pytest.raises(ConfigError, match=r"params.keep_tok=12 must be a multiple of block_tok=8; try 8"):
         make_method(plan("hip_tree", keep_tok=12, block_tok=8))

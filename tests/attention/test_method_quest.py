@@ -59,7 +59,7 @@ def test_bounds_of_whole_pages_are_kept():
             {"window_tok": 15},
             "window_tok=15 must be at least pipeline.params.page_tok=16, so that a page which is not whole lies in the window",
         ),
-        ({"keep_tok": 40}, "params.keep_tok=40 must be a multiple of page_tok; try 2048"),
+        ({"keep_tok": 40}, "params.keep_tok=40 must be a multiple of page_tok=16; try 32"),
         ({"page_tok": 0}, "params.page_tok=0 must be at least 1"),
     ],
 )
