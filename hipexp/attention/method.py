@@ -122,8 +122,8 @@ class SelectingMethod(Method):
 
     @property
     def query_block_tok(self) -> int:
-        """Queries of a prompt that select together."""
-        return QUERY_BLOCK_TOK
+        """Queries of a prompt that select together: the parameter ``query_tok``, where there is one."""
+        return getattr(self, "query_tok", QUERY_BLOCK_TOK)
 
     @property
     def attended_block_tok(self) -> int:
@@ -140,9 +140,9 @@ class SelectingMethod(Method):
         """The layer whose selection this one attends to; None: its own."""
         return None
 
-    @abstractmethod
     def block(self, decoding: bool) -> int:
-        """Tokens of a selected block."""
+        """Tokens of a selected block: the parameter ``block_tok``, 1 without one."""
+        return getattr(self, "block_tok", 1)
 
     @abstractmethod
     def keep(self, decoding: bool) -> int:

@@ -50,9 +50,20 @@ def draw_heat_maps(path: Path, heading: str, maps: Sequence[HeatMap], vertical: 
     bar = figure.colorbar(image, ax=plots[0].tolist(), shrink=0.9, pad=0.02, ticks=[0, 25, 50, 75, 100])
     bar.set_label("score", color=INK)
     bar.outline.set_visible(False)
-    figure.suptitle(heading, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
     if note:
         figure.supxlabel(note, x=0.01, ha="left", fontsize=8, color=FAINT)
+    _save(figure, heading, path)
+
+
+def _open_frame(plot: Any) -> None:
+    for edge in ("top", "right"):
+        plot.spines[edge].set_visible(False)
+
+
+def _save(figure: Any, heading: str, path: Path) -> None:
+    from matplotlib import pyplot as plt
+
+    figure.suptitle(heading, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
     make_folder(path.parent)
     with replacing(path) as scratch:
         figure.savefig(scratch, dpi=150, format="png")
@@ -87,13 +98,8 @@ def draw_lines(
         plot.set_ylabel(axes[1], color=INK)
         plot.grid(color=EMPTY)
         plot.legend(frameon=False, fontsize=9)
-        for edge in ("top", "right"):
-            plot.spines[edge].set_visible(False)
-    figure.suptitle(heading, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
-    make_folder(path.parent)
-    with replacing(path) as scratch:
-        figure.savefig(scratch, dpi=150, format="png")
-    plt.close(figure)
+        _open_frame(plot)
+    _save(figure, heading, path)
 
 
 def draw_scatter(path: Path, heading: str, points: Sequence[tuple[str, float, float]], horizontal: str, vertical: str) -> None:
@@ -114,13 +120,8 @@ def draw_scatter(path: Path, heading: str, points: Sequence[tuple[str, float, fl
     plot.set_ylabel(vertical, color=INK)
     plot.set_ylim(-4, 106)
     plot.grid(color=EMPTY)
-    for edge in ("top", "right"):
-        plot.spines[edge].set_visible(False)
-    figure.suptitle(heading, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
-    make_folder(path.parent)
-    with replacing(path) as scratch:
-        figure.savefig(scratch, dpi=150, format="png")
-    plt.close(figure)
+    _open_frame(plot)
+    _save(figure, heading, path)
 
 
 def _draw(plot: Any, one: HeatMap, rows: Sequence[str], columns: Sequence[str]) -> Any:

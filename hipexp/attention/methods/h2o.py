@@ -33,9 +33,6 @@ class H2O(SelectingMethod):
         Contract.growing: "what a decode step does not keep is gone, so it matters whether the tokens before it were read or decoded",
     }
 
-    def block(self, decoding: bool) -> int:
-        return 1
-
     def keep(self, decoding: bool) -> int:
         return self.keep_tok if decoding else EVERYTHING
 

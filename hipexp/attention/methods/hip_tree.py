@@ -45,13 +45,6 @@ class HipTree(SelectingMethod):
                 raise ConfigError(f"pipeline.params.{name}={getattr(self, name)} must be at least 1; try {getattr(HipTree, name)}")
         check_whole_blocks(self.keep_tok, self.block_tok)
 
-    @property
-    def query_block_tok(self) -> int:
-        return self.query_tok
-
-    def block(self, decoding: bool) -> int:
-        return self.block_tok
-
     def keep(self, decoding: bool) -> int:
         return self.keep_tok if self.plan.layer >= self.dense_layers else EVERYTHING
 

@@ -68,13 +68,6 @@ class InfLLM(SelectingMethod):
     budgets = ("keep_blocks",)
     remembers = True
 
-    @property
-    def query_block_tok(self) -> int:
-        return self.query_tok
-
-    def block(self, decoding: bool) -> int:
-        return self.block_tok
-
     def keep(self, decoding: bool) -> int:
         return (self.keep_blocks + 1) * self.block_tok  # and what fills no block yet
 

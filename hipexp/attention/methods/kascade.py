@@ -36,10 +36,6 @@ class Kascade(SelectingMethod):
                 raise ConfigError(f"pipeline.params.{name}={getattr(self, name)} must be at least 1; try {getattr(Kascade, name)}")
 
     @property
-    def query_block_tok(self) -> int:
-        return self.query_tok
-
-    @property
     def anchor(self) -> int | None:
         """The layer whose selection this one uses; None if there is none before it."""
         return max((layer for layer in self.anchors if layer <= self.plan.layer), default=None)
@@ -47,9 +43,6 @@ class Kascade(SelectingMethod):
     @property
     def takes_from(self) -> int | None:
         return None if self.plan.layer in (0, self.anchor) else self.anchor
-
-    def block(self, decoding: bool) -> int:
-        return 1
 
     def keep(self, decoding: bool) -> int:
         return EVERYTHING if self.plan.layer == 0 or self.anchor is None else self.keep_tok

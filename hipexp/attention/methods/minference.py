@@ -48,9 +48,6 @@ class MInference(SelectingMethod):
         if self.last_tok < 1:
             raise ConfigError(f"pipeline.params.last_tok={self.last_tok} must be at least 1; try 64")
 
-    def block(self, decoding: bool) -> int:
-        return 1
-
     def keep(self, decoding: bool) -> int:
         return EVERYTHING if decoding else self.verticals + self.slashes * self.query_block_tok
 

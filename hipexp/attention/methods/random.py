@@ -29,9 +29,6 @@ class Random(SelectingMethod):
     def check(self) -> None:
         check_whole_blocks(self.keep_tok, self.block_tok)
 
-    def block(self, decoding: bool) -> int:
-        return self.block_tok
-
     def keep(self, decoding: bool) -> int:
         return self.keep_tok
 

@@ -17,9 +17,6 @@ class Streaming(SelectingMethod):
     linear = True
     reuses = True
 
-    def block(self, decoding: bool) -> int:
-        return 1
-
     def keep(self, decoding: bool) -> int:
         return 0
 

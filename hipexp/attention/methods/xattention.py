@@ -43,9 +43,6 @@ class XAttention(SelectingMethod):
     def query_block_tok(self) -> int:
         return self.block_tok
 
-    def block(self, decoding: bool) -> int:
-        return self.block_tok
-
     def keep(self, decoding: bool) -> int:
         return EVERYTHING  # a threshold is no budget
 
