@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hipexp.config.check import OFFLOADING
 from hipexp.config.compose import compose
 from hipexp.config.model import read_facts
 from hipexp.config.schema import ConfigError, Experiment, Model
@@ -57,10 +58,11 @@ def refuse_own(command: str, overrides: Sequence[str], free: Sequence[str] = ())
 
 
 def compose_named(name: str, words: Sequence[str], overrides: Sequence[str]) -> Named:
-    """The point of a command's own ``words`` and the user's ``overrides``; without a pipeline it is resident, whatever the offload."""
-    if not any(word.startswith("+pipeline=") for word in words):
-        overrides = resident(overrides)
-    return Named(name, compose([*words, *overrides]))
+    """The point of a command's own ``words`` and the user's ``overrides``; what cannot be offloaded is resident, whatever the offload."""
+    experiment = compose([*words, *resident(overrides)])
+    if experiment.pipeline is not None and experiment.pipeline.method in OFFLOADING:
+        experiment = compose([*words, *overrides])
+    return Named(name, experiment)
 
 
 def resident(overrides: Sequence[str]) -> list[str]:

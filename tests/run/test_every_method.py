@@ -13,7 +13,7 @@ SMALL = {  # so that something is pruned of 2048 tokens
     "minference": ["pipeline.params.verticals=128", "pipeline.params.slashes=256"],
     "xattention": ["pipeline.params.mass=0.5"],
     "quest": ["pipeline.params.keep_tok=512"],
-    "kascade": ["pipeline.window_tok=512", "pipeline.params.keep_tok=512", "pipeline.params.anchors=[5]"],
+    "kascade": ["pipeline.window_tok=512", "pipeline.params.keep_tok=512", "pipeline.params.anchors=[0,5]"],
     "self_extend": [],
     "ntk": [],
     "streaming": ["pipeline.window_tok=512"],
@@ -54,4 +54,4 @@ def test_prompts_of_the_embedded_model(name):
     folder = execute(compose([*words(name), *task]))
     summary = read_json(folder / "summary.json")
     assert summary["average"] == 100, summary["scores"]
-    assert summary["exact"] == (name in ("ntk", "self_extend"))
+    assert summary["exact"] == (name == "ntk")  # at any length up to the trained one

@@ -94,8 +94,9 @@ def test_offload_is_for_the_pruned_points_of_a_table(overrides, fake, capsys):
     ]
     assert {point.experiment.pipeline is None for point in everything} == {True, False}
     for point in everything:
-        where = point.experiment.offload
-        assert (where.name, where.policy) == (("none", "clock") if point.experiment.pipeline is None else ("host", "lru"))
+        where, pipeline = point.experiment.offload, point.experiment.pipeline
+        offloads = pipeline is not None and pipeline.method in ("hip", "streaming")
+        assert (where.name, where.policy) == (("host", "lru") if offloads else ("none", "clock"))
     assert demo.main(words) == 0
     assert "[11/11] 3stage, passkey, 8 × the trained length (4096 tokens)" in capsys.readouterr().out
     resident = [point for point in demo.points(overrides).values() if point.experiment.pipeline is None]
@@ -130,7 +131,12 @@ def test_published_numbers_are_those_of_the_paper():
     assert table["models"] == ["Llama-3-8B-Instruct", "Mistral-7B-Instruct-v0.2"]
     assert {row["method"]: list(row["published"].values()) for row in table["rows"]} == {
         "FA2 (truncated)": [[8.5, 7.8, 6.2], [28.8, 28.8, 14.8]],
+        "Dynamic NTK": [[0.0, 0.0, 0.0], [100.0, 86.8, 19.2]],
+        "SelfExtend": [[100.0, 100.0, 0.2], [100.0, 100.0, 15.6]],
+        "LM-Infinite": [[6.8, 7.6, 0.2], [28.8, 28.8, 0.4]],
         "StreamingLLM": [[8.5, 8.3, 0.4], [28.8, 28.5, 0.2]],
+        "H2O": [[2.5, 2.4, 0.0], [8.6, 4.8, 2.6]],
+        "InfLLM": [[100.0, 99.0, 5.0], [100.0, 96.1, 96.8]],
         "InfiniteHiP 3K": [[99.83, 97.46, 9.6], [100.0, 97.97, 60.8]],
         "InfiniteHiP 3K-fast": [[99.83, 97.29, 8.2], [100.0, 97.63, 52.8]],
         "InfiniteHiP 3K-flash": [[99.83, 97.46, 8.89]],
