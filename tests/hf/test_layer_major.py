@@ -118,6 +118,7 @@ def test_any_chunks(loaded, any_pipeline, tokens, length, chunk_tok):
         same_bits(loaded.model, tokens[:length], chunk_tok)
 
 
+@pytest.mark.slow
 def test_more_than_64_chunks(loaded, fine, tokens):
     with install(loaded.model, fine) as installed:
         same_bits(loaded.model, tokens[:1393], 16)

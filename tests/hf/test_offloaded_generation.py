@@ -144,6 +144,7 @@ def test_a_cancelled_prompt_leaves_nothing(loaded, pipeline, tokens, tmp_path, p
     assert made_with(loaded, pipeline, [tokens], offload)[0].tokens == made_with(loaded, pipeline, [tokens])[0].tokens
 
 
+@pytest.mark.slow
 def test_many_requests_leave_memory_where_it_was(loaded, pipeline, tokens, tmp_path):
     offload = Offload("disk", device_tok=LEAST_TOK, host_tok=2 * PAGE_TOK, disk_dir=str(tmp_path))
     prompts, levels = [tokens[:700], tokens[200:500]], []

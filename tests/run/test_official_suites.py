@@ -63,6 +63,7 @@ def test_prompts_that_are_cut_are_recorded(data, tmp_path):
     assert card["truncation"]["removed_tok"] == {"qasper": sum(row["removed_tok"] for row in rows)}
 
 
+@pytest.mark.slow
 def test_ruler_on_stand_ins_is_no_official_score(tmp_path):
     """As a user would: one command makes the files, another runs on them, without a network."""
     assert main(["data", "make", "stand-ins", f"out={tmp_path / 'made'}"]) == 0
