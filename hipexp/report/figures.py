@@ -116,6 +116,8 @@ def draw_scatter(path: Path, heading: str, points: Sequence[tuple[str, float, fl
         plot.plot(x, y, marker="o", color="#0072b2" if (x, y) in front else INK)
         plot.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8, color=INK)
     plot.set_xscale("log")
+    for formatter in (plot.xaxis.set_major_formatter, plot.xaxis.set_minor_formatter):
+        formatter(lambda size, _: f"{size:g}")
     plot.set_xlabel(horizontal, color=INK)
     plot.set_ylabel(vertical, color=INK)
     plot.set_ylim(-4, 106)
