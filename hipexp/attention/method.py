@@ -82,8 +82,9 @@ class Method(ABC):
     budgets: ClassVar[tuple[str, ...]] = ()
     remembers: ClassVar[bool] = False
 
-    def check(self) -> None:  # noqa: B027 (most methods have no such rule)
-        """Raise ConfigError for parameters that break a rule of the method; each by itself has its type already."""
+    def check(self) -> None:
+        """Raise ConfigError for parameters that break a rule of the method; each by itself has its type already. Most have no such rule."""
+        return None
 
     @abstractmethod
     def decode_rows(self, n_tok: int, heads: int, kv_heads: int) -> tuple[float, float]:

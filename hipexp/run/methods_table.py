@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -78,7 +79,7 @@ def points(overrides: Sequence[str], fast: bool, data: Sequence[str] = ()) -> li
         for name in FAST if fast else METHODS:
             words = [word.format(trained_tok=trained_tok) for word in METHODS[name]]
             cuts = any("truncate" in word for word in words)
-            if (spec.linear and (cuts or not _linear(words))) or (cuts and spec.task == "ruler"):
+            if (spec.linear and (cuts or not _linear(name))) or (cuts and spec.task == "ruler"):
                 continue
             subtasks = [f"task.subtasks=[{','.join(spec.subtasks)}]"] * bool(spec.subtasks)
             own = [
@@ -97,7 +98,7 @@ def recall_points(overrides: Sequence[str], fast: bool) -> dict[str, Named]:
     """Recall of every method that selects, at an eighth of its budget where that can be."""
     found = {}
     for name in FAST if fast else METHODS:
-        method = _method(METHODS[name])
+        method = _method(name)
         if method is not None and _selects(method):
             divisor = 8 if method.budgets else 1
             words = ["task=recall", f"task.divisors=[{divisor}]", f"task.samples={1 if fast else 8}", *METHODS[name], *RECALL.get(name, [])]
@@ -105,11 +106,12 @@ def recall_points(overrides: Sequence[str], fast: bool) -> dict[str, Named]:
     return found
 
 
-def _method(words: Sequence[str]) -> Any:
-    """The method that words choose, in a layer to which no group applies; None for dense attention."""
+@cache
+def _method(name: str) -> Any:
+    """The method of that name, in a layer to which no group applies; None for dense attention."""
     from hipexp.attention.methods import make_method
 
-    pipeline = compose(["task=infbench", *(word for word in words if word.startswith("+pipeline="))]).pipeline
+    pipeline = compose(["task=infbench", *(word for word in METHODS[name] if word.startswith("+pipeline="))]).pipeline
     return None if pipeline is None else make_method(pipeline.plan_alone(None))
 
 
@@ -119,8 +121,8 @@ def _selects(method: Any) -> bool:
     return isinstance(method, SelectingMethod)
 
 
-def _linear(words: Sequence[str]) -> bool:
-    method = _method(words)
+def _linear(name: str) -> bool:
+    method = _method(name)
     return method is not None and method.linear
 
 
@@ -149,9 +151,9 @@ def tell_expected_time(todo: Sequence[Point], loaded: Loaded) -> None:
             seconds[point.method] = time.monotonic() - started
     total: dict[str, float] = {}
     for point in todo:
-        task, method = point.run.experiment.task, _method(METHODS[point.method])
+        task = point.run.experiment.task
         times = point.spec.times if task.truncate_tok is None else 1
-        growth = float(times) if method is not None and method.linear else times**2 / 4 + times
+        growth = float(times) if _linear(point.method) else times**2 / 4 + times
         left = task.samples * len(task.subtasks or range(13)) - len(point.run.rows())
         total[point.method] = total.get(point.method, 0.0) + left * growth * seconds[point.method]
     print(f"expected time: {duration(sum(total.values()))}, at most; interrupt it as you like, the same command continues")
