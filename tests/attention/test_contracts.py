@@ -194,6 +194,19 @@ def test_contract(method, contract):
         check()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", METHODS)
+def test_on_a_gpu_it_is_what_it_is_on_a_cpu(method):
+    """In fp32, where both choose alike; keys of different blocks are far enough apart for that."""
+    outs = []
+    for device in ("cpu", "cuda"):
+        one = Sequence(SMALL[method], lambda of, n, to=device: RopeTables(lambda at: tuple(x.to(to) for x in of(at)), n))
+        qkv = [x.to(device) for x in inputs()]
+        outs.append(torch.cat([one.read(qkv, 0, T - 4), *(one.step(qkv, t) for t in range(T - 4, T))], 1).cpu())
+    close(*outs)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_not_dense_is_counted(method):
     one = Sequence(SMALL[method], lambda cos_sin, _: RopeTables(cos_sin, 64))
