@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -124,13 +125,17 @@ class Report:
         print(f"[{time.monotonic() - self.begun:4.0f} s] {text}", flush=True)
 
 
-def run_tests(limit_s: float = 120) -> tuple[bool, str]:
-    """Whether the tests marked ``gpu`` or ``device`` passed, if they can be run here, and how they ended, or why they were not run."""
+def run_tests(limit_s: float = 200) -> tuple[bool, str]:
+    """Whether the tests marked ``gpu`` or ``device`` passed, if they can be run here, and how they ended, or why they were not run.
+
+    Several at a time where pytest-xdist is installed: most of their time goes into compiling kernels.
+    """
     root = Path(__file__).parents[2]
     marked = [str(path) for path in sorted((root / "tests").rglob("test_*.py")) if MARKED.search(path.read_text(encoding="utf-8"))]
     if reasons := [reason for reason in (missing("pytest"), missing("hypothesis"), None if marked else "no tests are here") if reason]:
         return True, f"not run: {', '.join(reasons)}"
-    command = [sys.executable, "-m", "pytest", "-m", "gpu or device", *marked]
+    several = [] if missing("xdist") else ["-n", str(min(8, os.cpu_count() or 1))]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu or device", *several, *marked]
     try:
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=limit_s)
     except subprocess.TimeoutExpired:

@@ -81,23 +81,32 @@ def _here(x):
 
 
 @triton.jit
-def _pair(one, two):
-    return tl.reshape(tl.permute(tl.join(one, two), (0, 2, 1)), (one.shape[0], 2 * one.shape[1]))
+def _on_top(one, two):
+    """Rows of ``one``, then those of ``two``, in registers."""
+    both = tl.permute(tl.join(one, two), (2, 0, 1))
+    return tl.reshape(both, (2 * one.shape[0], one.shape[1]))
 
 
 @triton.jit
-def _beside(pieces, PIECES: tl.constexpr):
-    """Columns of all pieces, in registers."""
+def _beside(one, two):
+    """Columns of ``one``, then those of ``two``, in registers: what a product needs goes to shared memory once."""
+    both = tl.permute(tl.join(one, two), (0, 2, 1))
+    return tl.reshape(both, (one.shape[0], 2 * one.shape[1]))
+
+
+@triton.jit
+def _stacked(keys, PART: tl.constexpr, PIECES: tl.constexpr):
+    """A part of the rows of all pieces."""
     if PIECES == 1:
-        return pieces[0]
+        return keys[0][PART]
     elif PIECES == 2:
-        return _pair(pieces[0], pieces[1])
+        return _on_top(keys[0][PART], keys[1][PART])
     elif PIECES == 4:
-        return _pair(_pair(pieces[0], pieces[1]), _pair(pieces[2], pieces[3]))
+        return _on_top(_on_top(keys[0][PART], keys[1][PART]), _on_top(keys[2][PART], keys[3][PART]))
     else:
-        one = _pair(_pair(pieces[0], pieces[1]), _pair(pieces[2], pieces[3]))
-        two = _pair(_pair(pieces[4], pieces[5]), _pair(pieces[6], pieces[7]))
-        return _pair(one, two)
+        one = _on_top(_on_top(keys[0][PART], keys[1][PART]), _on_top(keys[2][PART], keys[3][PART]))
+        two = _on_top(_on_top(keys[4][PART], keys[5][PART]), _on_top(keys[6][PART], keys[7][PART]))
+        return _on_top(one, two)
 
 
 @triton.jit
@@ -129,26 +138,32 @@ def _state(
     if HALF > 0:
         back = tl.minimum(packed, span.n_far + span.first - span.near) if SHIFT else 0
         q = _turned(q, _query_angle(angles, sizes, back, tl.zeros([1], tl.int32), span, MODE, HALF))
-        q = _here(q[0]), _here(q[1]), q[2]
     cos, sin = local
-    logits = ()
+    turned = ()
     for i in tl.static_range(PIECES):
         key = keys[i]
         if HALF > 0:
             if not SHIFT:
                 at = packed + i * PIECE
                 cos, sin = _key_angle(angles, sizes, local, at, tokens[i], span, MODE, 1, WINDOW, TRAINED, PIECE, False, HALF)
-            one, two, rest = _turned(key, (cos, sin))
-            key = _here(one), _here(two), rest
+            key = _turned(key, (cos, sin))
             if SHIFT:
                 cos, sin = cos * step[0] - sin * step[1], sin * step[0] + cos * step[1]
-        products = _products(q, key, D, HALF)
-        inside = i * PIECE + tl.arange(0, PIECE) < n_keys
-        logits = logits + (tl.where(inside[None, :], _logits(products, scale, SOFTCAP), float("-inf")),)
-    logits = _beside(logits, PIECES)
-    top = tl.max(logits, 1)
-    weight = tl.exp2(logits - tl.where(top == float("-inf"), 0.0, top)[:, None])
-    return top, tl.sum(weight, 1), tl.dot(weight.to(values.dtype), _here(values), input_precision="ieee")
+        turned = turned + (key,)
+    if HALF > 0:
+        # the keys on the left of a wide product fill the tensor cores (wgmma). Only of this one: of two such products that find their second
+        # factor at the same place of shared memory, ptxas 12.8 loses moves of uniform registers, and the second reads elsewhere
+        both = _beside(_stacked(turned, 0, PIECES), _stacked(turned, 1, PIECES))
+        products = tl.dot(both, tl.trans(_beside(q[0], q[1])), input_precision="ieee")
+        if D > 2 * HALF:
+            products = tl.dot(_here(_stacked(turned, 2, PIECES)), tl.trans(_here(q[2])), products, input_precision="ieee")
+    else:
+        products = tl.dot(_here(_stacked(turned, 2, PIECES)), tl.trans(q[2]), input_precision="ieee")
+    logits = tl.where((tl.arange(0, PIECES * PIECE) < n_keys)[:, None], _logits(products, scale, SOFTCAP), float("-inf"))
+    top = tl.max(logits, 0)
+    weight = tl.exp2(logits - tl.where(top == float("-inf"), 0.0, top)[None, :])
+    out = tl.dot(tl.trans(weight.to(values.dtype)), _here(values), input_precision="ieee")
+    return top, tl.sum(weight, 0), out
 
 
 @triton.jit
@@ -285,11 +300,12 @@ class Tuning(NamedTuple):
 
 
 DECODE = Tuning(128, 4, 255)
-WIDE = Tuning(64, 8, 128)  # heads of more than 128, or an angle of its own for every key
+ANGLES = Tuning(64, 4, 255)  # an angle of its own for every key
+WIDE = Tuning(64, 8, 255)  # heads of more than 128
 FP32 = Tuning(32, 8, 255)
 PROGRAMS_PER_SM = 4  # with more, it counts how many keys a program takes and no longer how long it needs for the first
 MAX_SPLITS = 64
-MERGED = 64  # numbers of the parts that a thread of the merging program holds
+MERGED = 128  # numbers of the parts that a thread of the merging program holds
 
 
 def launch(
@@ -297,13 +313,14 @@ def launch(
 ) -> tuple[dict, dict] | None:
     """Tile sizes (constexprs) and compiler options for a call; None if it has too many rows, keys or blocks for this kernel."""
     shift = half > 0 and mode == "streaming"
-    tuning = FP32 if itemsize == 4 else WIDE if D > 128 or (half > 0 and not shift) else DECODE
+    tuning = FP32 if itemsize == 4 else WIDE if D > 128 else ANGLES if half > 0 and not shift else DECODE
     keys, num_warps, registers = tuning
     splits = sum(triton.cdiv(n, keys) for n in (sink, M * block, window))
     columns = min(padded(D), MERGED * 32 * num_warps // (triton.next_power_of_2(splits) * triton.next_power_of_2(G)))
     if G > 16 or keys % block or columns == 0 or splits > MAX_SPLITS or splits * n_groups > PROGRAMS_PER_SM * n_sm:
         return None
-    piece = min(keys, max(16, keys // 8, 256 * num_warps // padded(half)))  # a thread loads 16 bytes of a half
+    # a thread loads 16 bytes of a half; angles of all keys would take too many registers, rows that are not turned need no pieces
+    piece = min(keys, max(16, keys // 8, 256 * num_warps // padded(half))) if half else keys
     tile = dict(LIST_TILE=padded(M), SHIFT=shift, ROWS=16, KEYS=keys, PIECE=piece, SPLITS=splits, COLUMNS=columns)
     options = dict(num_warps=num_warps, num_stages=1)
     if not torch.version.hip:
