@@ -1,12 +1,16 @@
 """``python -m hipexp methods``: which runs there are, what they cost by rule, and that the table is made of what is done."""
 
+import re
+
 import pytest
 
-from hipexp.config.compose import compose
+from hipexp.config.check import METHODS
+from hipexp.config.compose import compose, conf_dir
 from hipexp.config.model import ModelFacts
 from hipexp.config.schema import ConfigError
+from hipexp.run import data as data_command
 from hipexp.run import methods_table
-from hipexp.run.methods_table import METHODS, SPECS, decode_bytes, points, recall_points
+from hipexp.run.methods_table import decode_bytes, points, read_comparison, recall_points
 from hipexp.run.point import check_point
 
 
@@ -15,22 +19,54 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.setenv("HIPEXP_RUNS", str(tmp_path))
 
 
+ALL = read_comparison("methods", fast=False)
+
+
 def test_every_method_is_run_and_the_longest_prompts_only_where_reading_is_linear():
-    made = points([], fast=False)
-    assert {point.method for point in made} == set(METHODS)
-    longest = {point.method for point in made if point.spec.linear}
+    made = points(ALL, [])
+    assert {point.name for point in made} == set(ALL.words)
+    assert set(METHODS) - {"hip", "hip_tree"} < set(ALL.words)
+    longest = {point.name for point in made if point.spec.linear}
     assert longest == {"streaming", "lm_infinite", "infllm", "hip_iclr25", "random", "3stage", "3stage_scan"}
     assert [point.spec.times for point in made] == sorted(point.spec.times for point in made)
-    assert {point.spec for point in made} == set(SPECS)
+    assert {point.spec for point in made} == set(ALL.specs)
 
 
 def test_recall_is_of_what_selects():
-    assert set(METHODS) - set(recall_points([], fast=False)) == {"dense", "dense, middle cut out", "ntk", "self_extend", "lm_infinite"}
+    measured = {name for name, _ in recall_points(ALL, [])}
+    assert set(ALL.words) - measured == {"dense", "dense, middle cut out", "ntk", "self_extend", "lm_infinite"}
 
 
-def test_every_recall_can_run():
-    for run in recall_points([], fast=False).values():
-        check_point(run.experiment)
+@pytest.mark.parametrize("name", sorted(path.stem for path in (conf_dir() / "comparison").glob("*.yaml")))
+def test_every_run_and_every_recall_can_run(name, tmp_path):
+    assert data_command.main(["make", "stand-ins", f"out={tmp_path / 'data'}"]) == 0
+    for fast in (False, True):
+        comparison = read_comparison(name, fast)
+        for run in recall_points(comparison, []).values():
+            check_point(run.experiment)
+        for point in points(comparison, [], [f"task.data={tmp_path / 'data'}"]):
+            check_point(point.run.experiment)
+
+
+def test_a_comparison_of_ones_own(tmp_path):
+    own = tmp_path / "mine.yaml"
+    own.write_text(
+        "title: Mine\ncontestants: {small: [+pipeline=3stage, 'pipeline.stages.2.keep_tok=1024']}\n"
+        "runs: [{task: infbench, times: 2, subtasks: [passkey], samples: 1}]\nrecall: {held: [task=recall]}\n"
+    )
+    made = read_comparison(str(own), fast=False)
+    (point,) = points(made, [])
+    assert point.run.experiment.pipeline.stages[2].keep_tok == 1024 and point.run.experiment.task.length_tok == 12_288
+    assert list(recall_points(made, [])) == [("small", "held")]
+
+
+@pytest.mark.parametrize("text, told", [("title: x", "KeyError: 'contestants'"), ("- 1", "TypeError"), ("a: [", "ParserError")])
+def test_what_is_no_comparison(tmp_path, text, told):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=rf"is no comparison .{re.escape(told)}[^$]*as conf/comparison/"):
+        read_comparison(str(tmp_path / "mine.yaml"), fast=False)
+    with pytest.raises(ConfigError, match=r"of=nothing: there is no such comparison; use .*methods"):
+        read_comparison("nothing", fast=False)
 
 
 def test_a_dry_run_runs_nothing(monkeypatch):
@@ -65,7 +101,7 @@ def test_the_fast_form(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "expected time" in out and "| oracle" in out
     (folder,) = tmp_path.glob("*-methods")
-    assert (folder / "methods.png").stat().st_size > 10_000
+    assert (folder / "picture.png").stat().st_size > 10_000
     table = (folder / "table.md").read_text(encoding="utf-8")
     line = next(line for line in table.splitlines() if line.startswith("| dense |"))
     assert " 100.0 |" in line

@@ -151,8 +151,8 @@ def _state(
                 cos, sin = cos * step[0] - sin * step[1], sin * step[0] + cos * step[1]
         turned = turned + (key,)
     if HALF > 0:
-        # the keys on the left of a wide product fill the tensor cores (wgmma). Only of this one: of two such products that find their second
-        # factor at the same place of shared memory, ptxas 12.8 loses moves of uniform registers, and the second reads elsewhere
+        # Keys on the left of a wide product fill the tensor cores (wgmma). In this product only: where two of them find their second factor
+        # at the same place of shared memory, ptxas 12.8 loses moves of uniform registers, and the second one reads elsewhere.
         both = _beside(_stacked(turned, 0, PIECES), _stacked(turned, 1, PIECES))
         products = tl.dot(both, tl.trans(_beside(q[0], q[1])), input_precision="ieee")
         if D > 2 * HALF:
