@@ -24,7 +24,7 @@ class Representative(str, Enum):
     descent = "descent"  # binary descent, two probes per level (InfiniteHiP)
     grid = "grid"  # best of as many evenly spaced keys
     exact = "exact"  # best of all keys of the chunk
-    bounds = "bounds"  # best of two landmarks for every 64 keys, or fewer in smaller chunks; summarized once
+    bounds = "bounds"  # best of two landmarks for every ``piece_tok`` keys; summarized once
 
 
 class PruneRope(str, Enum):
@@ -66,6 +66,7 @@ class Stage:
     ``refresh_steps``    decode steps between two runs of the stage
     ``representative``   how a chunk is scored
     ``rope``             positions while scoring; None takes ``Rope.prune``
+    ``piece_tok``        of ``bounds``: keys that have two landmarks; None is 64, or the smallest chunk that is scored so
     """
 
     chunk_tok: int
@@ -75,6 +76,7 @@ class Stage:
     refresh_steps: int = 1
     representative: Representative = Representative.descent
     rope: PruneRope | None = None
+    piece_tok: int | None = None
 
 
 @dataclass
@@ -88,6 +90,7 @@ class StageOverride:
     refresh_steps: int | None = None
     representative: Representative | None = None
     rope: PruneRope | None = None
+    piece_tok: int | None = None
 
 
 @dataclass

@@ -92,7 +92,9 @@ def layers(draw, strategy):
     def drawn(last_keep, last_block):
         representatives = [draw(st.sampled_from(some)) for some in known]
         numbers = (keep, 16, 4, 6), (32, 16, draw(st.sampled_from([1, 4])), 3), (last_keep, last_block, 1, 2)
-        return [Stage(c, *n, r, strategy) for c, n, r in zip(sizes, numbers, representatives, strict=True)]
+        pieces = [draw(st.sampled_from([None, *(p for p in (4, 8, 16, 32) if c % p == 0)])) for c in sizes]
+        pieces = [p if r is Representative.bounds else None for p, r in zip(pieces, representatives, strict=True)]
+        return [Stage(c, *n, r, strategy, p) for c, n, r, p in zip(sizes, numbers, representatives, pieces, strict=True)]
 
     prefill, decode = drawn(16, draw(st.sampled_from([16, 8]))), drawn(draw(st.sampled_from([16, 24])), 16)
     plan = LayerPlan(
