@@ -127,7 +127,7 @@ class LayerGroup:
 
 @dataclass
 class LayerPlan:
-    """What one layer does, with every override applied; ``rope`` of each stage is set."""
+    """What one layer does, with every override applied; ``rope`` of each stage is set. Its refreshes are ``shift_steps`` early."""
 
     layer: int
     stages: list[Stage]
@@ -141,6 +141,7 @@ class LayerPlan:
     method: str = "hip"
     params: dict[str, Any] = field(default_factory=dict)
     prune: PruneRope = PruneRope.relative
+    shift_steps: int = 0
 
 
 @dataclass
@@ -153,6 +154,7 @@ class Pipeline:
     ``decode``  other stages for decode; None uses ``stages``
     ``layers``  named groups of overrides; a later group wins over an earlier one
     ``late_refresh``  a selection that a decode step makes is used from the next step on, so that nobody has to wait for what it misses
+    ``staggered_refresh``  every layer refreshes a decode step before the layer in front of it, so that they do not all do it in one step
     """
 
     name: str = ""
@@ -166,6 +168,7 @@ class Pipeline:
     layers: dict[str, LayerGroup] = field(default_factory=dict)
     late_refresh: bool = False
     params: dict[str, Any] = field(default_factory=dict)
+    staggered_refresh: bool = False
 
     def plan(self, n_layers: int) -> list[LayerPlan]:
         """Resolve the pipeline for a model of ``n_layers`` layers: one plan per layer.
@@ -205,6 +208,7 @@ class Pipeline:
             self.method,
             params,
             prune,
+            layer if self.staggered_refresh else 0,
         )
 
 

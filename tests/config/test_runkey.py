@@ -86,6 +86,11 @@ def test_pieces_of_their_own_size_change_the_key_and_without_them_it_is_as_befor
     assert len({key(by_landmarks), *(key(by_landmarks, word) for word in with_one)}) == 5
 
 
+def test_staggered_refreshes_change_the_key_and_without_them_it_is_as_before():
+    assert "staggered_refresh" not in key_fields(compose(BASE))["pipeline"]
+    assert key("pipeline.staggered_refresh=true") != key() == key("pipeline.staggered_refresh=false")
+
+
 def test_the_order_of_groups_counts():
     groups = ["pipeline.layers.a={range: '3', window_tok: 2048}", "pipeline.layers.b={range: '3', window_tok: 4096}"]
     assert key(*groups) != key(*reversed(groups))

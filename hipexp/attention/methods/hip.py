@@ -86,7 +86,7 @@ class Hip(SelectingMethod):
         plan, stages, queries, memory = self.plan, self._stages(call.decoding), call.queries, call.memory
         if memory:
             memory.catch_up(len(stages))
-        due = memory.first_stage_due(stages) if memory else 0
+        due = memory.first_stage_due(stages, plan.shift_steps) if memory else 0
         if memory and due == len(stages):
             return Selection(*memory.lists[due])
         scan_window_tok = max(0, plan.window_tok - stages[0].chunk_tok)
