@@ -38,23 +38,23 @@ class Memory:
         if final and self.held:
             self.held.clear()
 
-    def expected(self, stages: list[Stage]) -> tuple[Candidates, int] | None:
+    def expected(self, stages: list[Stage], shift_steps: int = 0) -> tuple[Candidates, int] | None:
         """Chunks whose keys this step will probably read, all of them, and the tokens of a chunk; None if that is not known.
 
         They are the candidates of the first stage from the one that is due on that scores by all keys: if it is due itself they are just
         those, else those that it had the last time.
         """
-        due = self.first_stage_due(stages)
+        due = self.first_stage_due(stages, shift_steps)
         for number in range(max(1, due), len(stages)):
             if stages[number].representative is Representative.exact and number in self.lists:
                 return self.lists[number], stages[number].chunk_tok
         return None
 
-    def first_stage_due(self, stages: list[Stage]) -> int:
+    def first_stage_due(self, stages: list[Stage], shift_steps: int = 0) -> int:
         """The first stage that this decode step runs again (later ones follow); ``len(stages)`` if the selection is reused.
 
-        A stage is due every ``refresh_steps`` steps, all are due at step 0 and as long as nothing is remembered.
+        A stage is due every ``refresh_steps`` steps, ``shift_steps`` before multiples of it; all are as long as nothing is remembered.
         """
         if len(stages) not in self.lists:
             return 0
-        return next((i for i, stage in enumerate(stages) if self.step % stage.refresh_steps == 0), len(stages))
+        return next((i for i, stage in enumerate(stages) if (self.step + shift_steps) % stage.refresh_steps == 0), len(stages))

@@ -464,7 +464,17 @@ def _check_bounds(stages: list[Stage], key: Key, plan: LayerPlan, window_key: st
     longest = stages[0].chunk_tok if stages else 0
     for number, stage in enumerate(stages):
         if stage.representative is not Representative.bounds:
+            if stage.piece_tok is not None:
+                raise ConfigError(
+                    f"{key(number, 'piece_tok')}={stage.piece_tok} is for {_short(key(number, 'representative'))}=bounds, here it is "
+                    f"{stage.representative.value}; leave it out"
+                )
             continue
+        if stage.piece_tok is not None and (stage.piece_tok < 1 or stage.chunk_tok % stage.piece_tok):
+            raise ConfigError(
+                f"{key(number, 'piece_tok')}={stage.piece_tok} must divide {_short(key(number, 'chunk_tok'))}={stage.chunk_tok}; "
+                f"try {_divisors(stage.chunk_tok, stage.piece_tok)}"
+            )
         if stage.rope in BY_TRUE_POSITION:
             raise ConfigError(
                 f"{key(number, 'representative')}=bounds must not stand beside pruning at true positions, here {stage.rope.value}: "

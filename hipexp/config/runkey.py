@@ -41,9 +41,13 @@ def key_fields(experiment: Experiment) -> dict[str, Any]:
     if experiment.pipeline is not None:
         del fields["pipeline"]["name"]
         for part in (fields["pipeline"], *fields["pipeline"]["layers"].values()):  # as keys were before there was a choice
-            for name in ("late_refresh", "params"):
+            for name in ("late_refresh", "params", "staggered_refresh"):
                 if not part.get(name):
                     part.pop(name, None)
+            stages = part["stages"].values() if isinstance(part["stages"], dict) else [*part["stages"], *(part["decode"] or [])]
+            for stage in stages:
+                if stage["piece_tok"] is None:
+                    del stage["piece_tok"]
         if experiment.pipeline.method.endswith(".py"):
             fields["pipeline"]["method"] = hashlib.sha256(Path(experiment.pipeline.method).read_bytes()).hexdigest()
         # A list, since the order of groups decides which one wins; an empty range switches a group off.

@@ -24,7 +24,7 @@ class Representative(str, Enum):
     descent = "descent"  # binary descent, two probes per level (InfiniteHiP)
     grid = "grid"  # best of as many evenly spaced keys
     exact = "exact"  # best of all keys of the chunk
-    bounds = "bounds"  # best of two landmarks for every 64 keys, or fewer in smaller chunks; summarized once
+    bounds = "bounds"  # best of two landmarks for every ``piece_tok`` keys; summarized once
 
 
 class PruneRope(str, Enum):
@@ -66,6 +66,7 @@ class Stage:
     ``refresh_steps``    decode steps between two runs of the stage
     ``representative``   how a chunk is scored
     ``rope``             positions while scoring; None takes ``Rope.prune``
+    ``piece_tok``        of ``bounds``: keys that have two landmarks; None is 64, or the smallest chunk that is scored so
     """
 
     chunk_tok: int
@@ -75,6 +76,7 @@ class Stage:
     refresh_steps: int = 1
     representative: Representative = Representative.descent
     rope: PruneRope | None = None
+    piece_tok: int | None = None
 
 
 @dataclass
@@ -88,6 +90,7 @@ class StageOverride:
     refresh_steps: int | None = None
     representative: Representative | None = None
     rope: PruneRope | None = None
+    piece_tok: int | None = None
 
 
 @dataclass
@@ -124,7 +127,7 @@ class LayerGroup:
 
 @dataclass
 class LayerPlan:
-    """What one layer does, with every override applied; ``rope`` of each stage is set."""
+    """What one layer does, with every override applied; ``rope`` of each stage is set. Its refreshes are ``shift_steps`` early."""
 
     layer: int
     stages: list[Stage]
@@ -138,6 +141,7 @@ class LayerPlan:
     method: str = "hip"
     params: dict[str, Any] = field(default_factory=dict)
     prune: PruneRope = PruneRope.relative
+    shift_steps: int = 0
 
 
 @dataclass
@@ -150,6 +154,7 @@ class Pipeline:
     ``decode``  other stages for decode; None uses ``stages``
     ``layers``  named groups of overrides; a later group wins over an earlier one
     ``late_refresh``  a selection that a decode step makes is used from the next step on, so that nobody has to wait for what it misses
+    ``staggered_refresh``  every layer refreshes a decode step before the layer in front of it, so that they do not all do it in one step
     """
 
     name: str = ""
@@ -163,6 +168,7 @@ class Pipeline:
     layers: dict[str, LayerGroup] = field(default_factory=dict)
     late_refresh: bool = False
     params: dict[str, Any] = field(default_factory=dict)
+    staggered_refresh: bool = False
 
     def plan(self, n_layers: int) -> list[LayerPlan]:
         """Resolve the pipeline for a model of ``n_layers`` layers: one plan per layer.
@@ -202,6 +208,7 @@ class Pipeline:
             self.method,
             params,
             prune,
+            layer if self.staggered_refresh else 0,
         )
 
 

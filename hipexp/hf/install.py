@@ -24,7 +24,7 @@ from hipexp.cache.resident import ResidentStore
 from hipexp.cache.tiers import Disk
 from hipexp.config.model import ModelFacts, head_sizes
 from hipexp.config.offload import Sizes, check_sizes, disk_folder, sizes
-from hipexp.config.schema import ConfigError, Heads, LayerPlan, Offload, Pipeline, PruneRope, Stage
+from hipexp.config.schema import ConfigError, Heads, LayerPlan, Offload, Pipeline, PruneRope
 from hipexp.hf.cache import NewStore, SequenceLayer, SequenceState
 from hipexp.hf.dense import attend_dense
 from hipexp.hf.selfcheck import same_as_before
@@ -105,7 +105,7 @@ def install(
         if module.layer_idx == 0:
             loose.clear()
         if offload.prefetch and isinstance(key, SequenceLayer) and key.next and key.decodes(query.shape[2]):
-            _read_ahead(key.next, layers[module.layer_idx + 1].plan.decode)
+            _read_ahead(key.next, layers[module.layer_idx + 1].plan)
         return _attend_batch(layers.get(module.layer_idx), query, key, value, attention_mask, positions, scaling, loose), None
 
     name, before = NAME.format(next(_NUMBERS)), model.config._attn_implementation
@@ -264,10 +264,10 @@ def _attend_batch(
     return out
 
 
-def _read_ahead(layer: SequenceLayer, stages: list[Stage]) -> None:
+def _read_ahead(layer: SequenceLayer, plan: LayerPlan) -> None:
     """Let a layer's stores read in the background what its next decode step will probably ask for."""
     for state in layer.rows:
-        expected = state.memory.expected(stages)
+        expected = state.memory.expected(plan.decode, plan.shift_steps)
         if expected and isinstance(state.store, OffloadedStore):
             (starts, counts), chunk_tok = expected
             state.store.expect(starts[:, 0], counts[:, 0], chunk_tok)

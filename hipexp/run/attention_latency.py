@@ -41,11 +41,11 @@ def period_of(plan: LayerPlan) -> int:
 
 
 def dues(plan: LayerPlan, n_steps: int) -> list[int]:
-    """The first stage that each decode step runs again; the number of stages for a cached step."""
+    """The first stage that each decode step runs again, where something is remembered; the number of stages for a cached step."""
     remembering = Memory(lists={len(plan.decode): (torch.empty(0), torch.empty(0))})
     found = []
     for remembering.step in range(n_steps):
-        found.append(remembering.first_stage_due(plan.decode))
+        found.append(remembering.first_stage_due(plan.decode, plan.shift_steps))
     return found
 
 

@@ -19,17 +19,18 @@ def refresh_pattern(pipeline: Pipeline | None, n_layers: int) -> tuple[int, int]
     """How refreshes repeat in decode: ``(period, shortest)`` in steps; ``(1, 1)`` where nothing is ever refreshed.
 
     After ``period`` steps the pattern of all stages and layers repeats; steps between multiples of ``shortest`` use
-    cached selections only.
+    cached selections only; of layers that are staggered no step is taken to do so.
     """
     plans = [] if pipeline is None else pipeline.plan(n_layers)
     intervals = {stage.refresh_steps for plan in plans for stage in plan.decode} or {1}
-    return math.lcm(*intervals), min(intervals)
+    return math.lcm(*intervals), 1 if any(plan.shift_steps for plan in plans) else min(intervals)
 
 
 def describe_stage(stage: Stage) -> str:
     """One stage in words."""
     rope = stage.rope.value if stage.rope else "no"
-    return f"{stage.chunk_tok}→{stage.keep_tok} by {stage.representative.value}, {rope} RoPE, refresh {stage.refresh_steps}"
+    pieces = f" of {stage.piece_tok}" if stage.piece_tok else ""
+    return f"{stage.chunk_tok}→{stage.keep_tok} by {stage.representative.value}{pieces}, {rope} RoPE, refresh {stage.refresh_steps}"
 
 
 def describe_layers(plans: list[LayerPlan]) -> list[str]:
@@ -54,10 +55,11 @@ def describe(pipeline: Pipeline | None, n_layers: int, offload: Offload | None =
     plans = pipeline.plan(n_layers)
     name, heads, rope = pipeline.name or "unnamed", plans[0].heads.value, plans[0].attend.value
     late = ", a new selection is used from the next decode step on" if pipeline.late_refresh else ""
-    lines = [f"attention: {name} ({pipeline.method}), heads {heads}, {rope} RoPE while attending{late}"]
+    staggered = ", every layer refreshes a step before the one in front of it" if pipeline.staggered_refresh else ""
+    lines = [f"attention: {name} ({pipeline.method}), heads {heads}, {rope} RoPE while attending{late}{staggered}"]
 
     def same(plan: LayerPlan) -> dict[str, object]:
-        return {name: value for name, value in vars(plan).items() if name != "layer"}
+        return {name: value for name, value in vars(plan).items() if name not in ("layer", "shift_steps")}
 
     for _, group in groupby(plans, key=same):
         lines += describe_layers(list(group))

@@ -10,6 +10,6 @@ from hipexp_kernels.gather_kv import gather_kv
 from hipexp_kernels.keep_top import keep_top
 from hipexp_kernels.merge_lse import merge_lse
 from hipexp_kernels.score_chunks import score_chunks
-from hipexp_kernels.summarize import Summaries, summarize
+from hipexp_kernels.summarize import Summaries, coarsen, summarize
 
-__all__ = ["Held", "Summaries", "attend_blocks", "gather_kv", "keep_top", "merge_lse", "score_chunks", "summarize"]
+__all__ = ["Held", "Summaries", "attend_blocks", "coarsen", "gather_kv", "keep_top", "merge_lse", "score_chunks", "summarize"]

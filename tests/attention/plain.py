@@ -24,9 +24,17 @@ def first_candidates(plan, stages, first):
 
 
 def landmarks(plan, stage, k, chunks):
-    """Those of every chunk ``[K][C]``: two for each piece, which is as long as the shortest chunk that is summarized, or 64 tokens."""
-    piece = min(64, *(each.chunk_tok for each in (*plan.stages, *plan.decode) if each.representative is Representative.bounds))
-    return [[[x for p in range(c, c + stage.chunk_tok, piece) for x in brute.landmarks(keys[p : p + piece])] for c in chunks] for keys in k]
+    """Those of every chunk ``[K][C]``: two for each piece of the stage's size, which is that of the shortest chunk that is summarized or 64
+    tokens where it says none. Pieces that are longer than those of other stages are made from the landmarks of the shortest ones."""
+    scored = [each for each in (*plan.stages, *plan.decode) if each.representative is Representative.bounds]
+    usual = min(64, *(each.chunk_tok for each in scored))
+    least, piece = min(each.piece_tok or usual for each in scored), stage.piece_tok or usual
+
+    def of_piece(keys):
+        fine = [brute.landmarks(keys[p : p + least]) for p in range(0, piece, least)]
+        return fine[0] if piece == least else brute.coarse_landmarks(fine)
+
+    return [[[x for p in range(c, c + stage.chunk_tok, piece) for x in of_piece(keys[p : p + piece])] for c in chunks] for keys in k]
 
 
 def select(plan, stages, q, k, at, rotary, trained, memory=None, due=0):

@@ -92,12 +92,15 @@ def layers(draw, strategy):
     def drawn(last_keep, last_block):
         representatives = [draw(st.sampled_from(some)) for some in known]
         numbers = (keep, 16, 4, 6), (32, 16, draw(st.sampled_from([1, 4])), 3), (last_keep, last_block, 1, 2)
-        return [Stage(c, *n, r, strategy) for c, n, r in zip(sizes, numbers, representatives, strict=True)]
+        pieces = [draw(st.sampled_from([None, *(p for p in (4, 8, 16, 32) if c % p == 0)])) for c in sizes]
+        pieces = [p if r is Representative.bounds else None for p, r in zip(pieces, representatives, strict=True)]
+        return [Stage(c, *n, r, strategy, p) for c, n, r, p in zip(sizes, numbers, representatives, pieces, strict=True)]
 
     prefill, decode = drawn(16, draw(st.sampled_from([16, 8]))), drawn(draw(st.sampled_from([16, 24])), 16)
     plan = LayerPlan(
         0, prefill, decode, sink_tok=draw(st.sampled_from([0, 8, 16])), window_tok=window,
         heads=draw(st.sampled_from(list(Heads))), attend=draw(st.sampled_from(list(AttendRope))), groups=[],
+        shift_steps=draw(st.integers(0, 7)),
     )  # fmt: skip
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     return plan, *(rng.standard_normal((n, T, width)) for n in (K * G, K, K)), rotary, draw(st.sampled_from([64, 100, 4096]))
@@ -162,7 +165,7 @@ def test_decode_through_refreshes_is_the_plain_method(strategy, data, steps, sof
     own = plain.lists(p, q, k)
     remembered, chosen = [{} for _ in own], None
     for step, at in enumerate(range(end - steps, end)):
-        due = 0 if chosen is None else next((i for i, stage in enumerate(p.decode) if step % stage.refresh_steps == 0), 3)
+        due = 0 if chosen is None else next((i for i, stage in enumerate(p.decode) if (step + p.shift_steps) % stage.refresh_steps == 0), 3)
         if at >= budget and due < 3:
             chosen = [plain.select(p, p.decode, *x, at, rotary, trained, kept, due) for x, kept in zip(own, remembered, strict=True)]
         expected = plain.attend(

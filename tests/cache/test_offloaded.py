@@ -44,10 +44,11 @@ def tables() -> RopeTables:
 
 def plan_of(
     representatives=(Representative.descent, Representative.descent, Representative.descent),
-    heads=Heads.shared, prune=PruneRope.relative, attend=AttendRope.streaming, sink_tok=16, decode_chunk=8,
+    heads=Heads.shared, prune=PruneRope.relative, attend=AttendRope.streaming, sink_tok=16, decode_chunk=8, piece_tok=None,
 ) -> LayerPlan:  # fmt: skip
     first, second, third = representatives
-    stages = [Stage(64, 512, 64, 4, 8, first), Stage(16, 256, 64, 4, 4, second), Stage(8, 128, 64, 1, 2, third)]
+    piece_tok = piece_tok if first is Representative.bounds else None
+    stages = [Stage(64, 512, 64, 4, 8, first, piece_tok=piece_tok), Stage(16, 256, 64, 4, 4, second), Stage(8, 128, 64, 1, 2, third)]
     decode = None if decode_chunk == 8 else [*stages[:2], Stage(decode_chunk, 96, 64, 1, 2, third)]
     pipeline = Pipeline(stages=stages, decode=decode, sink_tok=sink_tok, window_tok=128, heads=heads, rope=Rope(prune, attend))
     return pipeline.plan_layer(0, [])
@@ -89,15 +90,16 @@ def attend(plan: LayerPlan, store, qkv, prompt_tok: int, chunk_tok: int) -> torc
     more_tok=st.sampled_from([0, 8, 64, 4096]),
     sink_tok=st.sampled_from([0, 16, 72]),
     decode_chunk=st.sampled_from([8, 4]),
+    piece_tok=st.sampled_from([None, 32, 64]),
     prompt_tok=st.integers(600, 900),
     chunk_tok=st.sampled_from([64, 192, 1024]),
 )
 def test_attention_is_that_of_a_resident_store(
-    representatives, heads, prune, attend_rope, policy, more_tok, sink_tok, decode_chunk, prompt_tok, chunk_tok
+    representatives, heads, prune, attend_rope, policy, more_tok, sink_tok, decode_chunk, piece_tok, prompt_tok, chunk_tok
 ):  # fmt: skip
     if Representative.bounds in representatives and prune not in ANY_ANGLE:
         prune = PruneRope.relative
-    plan = plan_of(representatives, heads, prune, attend_rope, sink_tok, decode_chunk)
+    plan = plan_of(representatives, heads, prune, attend_rope, sink_tok, decode_chunk, piece_tok)
     qkv = inputs(prompt_tok + 20, prompt_tok)
     store = OffloadedStore(placement(plan, more_tok, policy=policy))
     offloaded = attend(plan, store, qkv, prompt_tok, chunk_tok)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hipexp_kernels import summarize
+from hipexp_kernels import coarsen, summarize
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +21,22 @@ def test_they_are_those_of_all_keys_at_once(sizes, first, piece):
         found = summaries.upto(k[:, :length], first, piece)
         assert found.piece_tok == piece
         assert torch.equal(found.rows, summarize(k[:, first:length], piece_tok=piece))
+
+
+@given(
+    sizes=st.lists(st.integers(0, 60), min_size=1, max_size=8), first=st.integers(0, 20), larger=st.sampled_from([8, 16, 32]),
+    asked=st.lists(st.sampled_from([None, 4, 8, 16, 32]), min_size=8, max_size=8),
+)  # fmt: skip
+def test_larger_ones_are_made_from_those_of_all_keys(sizes, first, larger, asked):
+    """Whichever sizes were asked for before, and however the sequence grew."""
+    summaries, k, length = KeySummaries(), keys(sum(sizes)), 0
+    for size, other in zip(sizes, asked, strict=False):
+        length += size
+        summaries.upto(k[:, :length], first, 4, other)
+    found = summaries.upto(k, first, 4, larger)
+    assert (found.piece_tok, found.first_tok) == (larger, first)
+    assert torch.equal(found.rows, coarsen(summarize(k[:, first:], piece_tok=4), times=larger // 4))
+    assert torch.equal(summaries.upto(k, first, 4).rows, summarize(k[:, first:], piece_tok=4))
 
 
 def test_a_piece_is_read_once():

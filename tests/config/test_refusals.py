@@ -141,6 +141,14 @@ CASES = {
         "pipeline.window_tok=448 must be at least 512, twice stages[0].chunk_tok, for stages[1].representative=bounds: else chunks would end "
         "behind the query; try 512",
     ),
+    "pieces of keys that are no part of a chunk": (
+        ["+pipeline=3stage_scan", "pipeline.stages.1.piece_tok=48"],
+        "pipeline.stages[1].piece_tok=48 must divide stages[1].chunk_tok=32; try 32",
+    ),
+    "pieces where keys are probed": (
+        ["+pipeline=3stage_scan", "pipeline.stages.2.piece_tok=8"],
+        "pipeline.stages[2].piece_tok=8 is for stages[2].representative=bounds, here it is exact; leave it out",
+    ),
     "an unknown RoPE": ([S3, "pipeline.rope.prune=relatve"], "pipeline.rope.prune=relatve is unknown; did you mean relative?"),
     "prefill in query blocks": (
         [S3, "model.prefill_chunk_tok=1000"],

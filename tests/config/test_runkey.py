@@ -76,6 +76,21 @@ def test_where_the_disk_tier_lies_and_the_name_of_a_preset_do_not(tmp_path):
     assert key("offload=disk", "offload.disk_dir=null") != disk
 
 
+def test_pieces_of_their_own_size_change_the_key_and_without_them_it_is_as_before():
+    for fields in (key_fields(compose(BASE)), key_fields(compose(["+pipeline=3k_5k"]))):
+        pipeline = fields["pipeline"]
+        assert not any("piece_tok" in stage for stage in (*pipeline["stages"], *(pipeline["decode"] or [])))
+        assert not any("piece_tok" in stage for _, group in pipeline["layers"] for stage in group["stages"].values())
+    with_one = [f"pipeline.{where}.0.piece_tok={size}" for where in ("stages", "layers.early.stages") for size in (32, 128)]
+    by_landmarks = "pipeline.stages.0.representative=bounds"
+    assert len({key(by_landmarks), *(key(by_landmarks, word) for word in with_one)}) == 5
+
+
+def test_staggered_refreshes_change_the_key_and_without_them_it_is_as_before():
+    assert "staggered_refresh" not in key_fields(compose(BASE))["pipeline"]
+    assert key("pipeline.staggered_refresh=true") != key() == key("pipeline.staggered_refresh=false")
+
+
 def test_the_order_of_groups_counts():
     groups = ["pipeline.layers.a={range: '3', window_tok: 2048}", "pipeline.layers.b={range: '3', window_tok: 4096}"]
     assert key(*groups) != key(*reversed(groups))

@@ -79,6 +79,13 @@ def landmarks(piece):
     return mean, 0.6 * mean + 0.4 * far
 
 
+def coarse_landmarks(pieces):
+    """The two landmarks of a piece made of pieces, given theirs."""
+    mean = sum(first for first, _ in pieces) / len(pieces)
+    farthest = max((first + (second - first) / 0.4 for first, second in pieces), key=lambda key: ((key - mean) ** 2).sum())
+    return mean, mean + 0.25 * (farthest - mean)
+
+
 def score_chunks(
     q, k, starts, counts, limits, chunk_tok, representative, mode=None, rotary=0, trained=0, scan=0, position=None, first=None, last=None,
     landmarks=None,

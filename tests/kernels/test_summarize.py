@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hipexp_kernels import summarize
+from hipexp_kernels import coarsen, summarize
 from hipexp_kernels.rope import rotate
 from hypothesis import given
 from hypothesis import strategies as st
@@ -66,7 +66,37 @@ def test_keys_that_are_nan_surface(impl):
     assert run(k, 8, impl).isnan().any(-1).tolist() == [[[False, False], [True, True], [False, False], [False, False]]]
 
 
+@given(
+    K=st.integers(1, 3), T=st.integers(0, 150), D=st.sampled_from([1, 3, 16]), piece=st.sampled_from([4, 8]), times=st.integers(1, 5),
+    seed=st.integers(0, 2**32 - 1),
+)  # fmt: skip
+def test_coarser_ones_by_brute_force(K, T, D, piece, times, seed):
+    k = np.random.default_rng(seed).standard_normal((K, T, D))
+    fine = [[brute.landmarks(k[h, t : t + piece]) for t in range(0, T - piece + 1, piece)] for h in range(K)]
+    expected = [[brute.coarse_landmarks(row[p : p + times]) for p in range(0, len(row) - times + 1, times)] for row in fine]
+    found = coarsen(torch.from_numpy(np.array(fine).reshape(K, T // piece, 2, D)), times=times)
+    np.testing.assert_allclose(found, np.array(expected).reshape(K, T // piece // times, 2, D), atol=1e-4)
+
+
+def test_a_single_key_leaves_a_trace_in_coarser_ones():
+    k = torch.zeros(1, 256, 4)
+    k[0, 77, 2] = 8.0
+    mean, outlier = coarsen(run(k, 32, "reference"), times=8)[0, 0]
+    assert mean[2] == pytest.approx(8 / 256) and outlier[2] == pytest.approx(8 / 256 + 0.25 * (8 - 8 / 256))
+
+
+def test_coarser_ones_in_parts_are_those_at_once(monkeypatch):
+    rows = torch.randn(2, 40, 2, 8)
+    once = coarsen(rows, times=4)
+    monkeypatch.setitem(coarsen.__globals__, "FLOATS", 300)
+    assert torch.equal(coarsen(rows, times=4), once)
+
+
 def test_refusals():
+    with pytest.raises(ValueError, match="times=0 must be at least 1"):
+        coarsen(torch.zeros(1, 8, 2, 4), times=0)
+    with pytest.raises(ValueError, match=r"rows \(1, 8, 4\) must be"):
+        coarsen(torch.zeros(1, 8, 4), times=2)
     with pytest.raises(ValueError, match="piece_tok=6 must be a power of two"):
         summarize(torch.zeros(1, 8, 4), piece_tok=6)
     with pytest.raises(ValueError, match=r"k \(8, 4\) must be"):

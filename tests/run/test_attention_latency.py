@@ -32,15 +32,19 @@ def test_which_stage_each_step_runs_again():
     plan = latency.layer_attention(SMALL, GEOMETRY, CPU).plan
     assert latency.period_of(plan) == 4
     assert latency.dues(plan, 8) == [0, 2, 1, 2, 0, 2, 1, 2]
+    staggered = dataclasses.replace(SMALL, staggered_refresh=True)
+    assert latency.dues(latency.layer_attention(staggered, GEOMETRY, CPU, layer=1).plan, 4) == [2, 1, 2, 0]
     assert latency.period_of(latency.layer_attention(preset("3stage_flash"), GEOMETRY, CPU).plan) == 96
 
 
-def test_timed_steps_are_those_of_decode(layers):
+@pytest.mark.parametrize("staggered", [False, True])
+def test_timed_steps_are_those_of_decode(layers, staggered):
     """What is timed computes what a decode loop does, at the position of each step."""
-    attention = latency.layer_attention(SMALL, GEOMETRY, CPU)
+    pipeline = dataclasses.replace(SMALL, staggered_refresh=staggered)
+    attention = latency.layer_attention(pipeline, GEOMETRY, CPU)
     queries = torch.stack([torch.stack([layer.queries(step) for layer in layers]) for step in range(6)])[:, :, :, None]
     run, seen = latency.DecodeRun(attention, layers, queries), []
-    plain, memory = latency.layer_attention(SMALL, GEOMETRY, CPU), Memory()
+    plain, memory = latency.layer_attention(pipeline, GEOMETRY, CPU), Memory()
     inner = LayerSpy(attention, seen)
     run.attention = inner
     assert len(run.times_ms()) == 6

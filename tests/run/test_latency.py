@@ -96,6 +96,7 @@ def test_decode_means_cover_whole_refresh_periods():
 def test_refresh_periods_of_the_preset():
     assert refresh_pattern(PIPELINE, 5) == (16, 4)
     assert refresh_pattern(None, 5) == (1, 1)
+    assert refresh_pattern(dataclasses.replace(PIPELINE, staggered_refresh=True), 5) == (16, 1)  # no step without a refresh
 
 
 @pytest.mark.parametrize(("share", "value"), [(0.0, 1.0), (0.5, 2.5), (1.0, 4.0)])

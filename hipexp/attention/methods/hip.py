@@ -74,7 +74,7 @@ class Hip(SelectingMethod):
         if stage.representative is Representative.descent:
             return max(1, 2 * (stage.chunk_tok.bit_length() - 1))
         if stage.representative is Representative.bounds:
-            return 2 * stage.chunk_tok // piece_tok(self.plan)
+            return 2 * stage.chunk_tok // piece_tok(self.plan, stage)
         return stage.chunk_tok // probe_step(stage.representative.value, stage.chunk_tok)
 
     def select(self, call: Call) -> Selection:
@@ -86,7 +86,7 @@ class Hip(SelectingMethod):
         plan, stages, queries, memory = self.plan, self._stages(call.decoding), call.queries, call.memory
         if memory:
             memory.catch_up(len(stages))
-        due = memory.first_stage_due(stages) if memory else 0
+        due = memory.first_stage_due(stages, plan.shift_steps) if memory else 0
         if memory and due == len(stages):
             return Selection(*memory.lists[due])
         scan_window_tok = max(0, plan.window_tok - stages[0].chunk_tok)
@@ -104,7 +104,9 @@ class Hip(SelectingMethod):
                 starts, counts, limits = (_repeat(x, parts, dim, len(queries)) for x, dim in ((starts, 1), (counts, 1), (limits, 0)))
             of_keys = None
             if stage.representative is Representative.bounds:
-                of_keys = (call.state or KeySummaries()).upto(read_by(call.keys, SUMMARIZE), plan.sink_tok, piece_tok(plan))
+                of_keys = (call.state or KeySummaries()).upto(
+                    read_by(call.keys, SUMMARIZE), plan.sink_tok, least_piece_tok(plan), piece_tok(plan, stage)
+                )
                 of_keys = of_keys if i else replace(of_keys, first_tok=None)  # the first candidates follow each other
             if stage.query_stride_tok != stride_tok:
                 stride_tok = stage.query_stride_tok
@@ -132,10 +134,18 @@ class Hip(SelectingMethod):
         return Selection(starts, counts)
 
 
-def piece_tok(plan: LayerPlan) -> int:
-    """Tokens of a piece that is summarized: a divisor of all chunks that are scored by summaries, in prefill and decode."""
-    scored = (stage.chunk_tok for stage in (*plan.stages, *plan.decode) if stage.representative is Representative.bounds)
-    return min(PIECE_TOK, *scored)
+def piece_tok(plan: LayerPlan, stage: Stage) -> int:
+    """Tokens of a piece by whose landmarks a stage scores; where it says none, a divisor of all chunks that are scored so."""
+    return stage.piece_tok or min(PIECE_TOK, *(other.chunk_tok for other in _scored_by_landmarks(plan)))
+
+
+def least_piece_tok(plan: LayerPlan) -> int:
+    """Tokens of the pieces whose landmarks are made from keys: the smallest of all stages, in prefill and decode."""
+    return min(piece_tok(plan, stage) for stage in _scored_by_landmarks(plan))
+
+
+def _scored_by_landmarks(plan: LayerPlan) -> list[Stage]:
+    return [stage for stage in (*plan.stages, *plan.decode) if stage.representative is Representative.bounds]
 
 
 def first_candidates(queries: QueryBlocks, sink_tok: int, scan_window_tok: int, chunk_tok: int) -> Candidates:
