@@ -487,6 +487,8 @@ def _check_stage(stage: Stage, number: int, key: Key) -> None:
         refuse("chunk_tok", "be a power of two", f"{lower} or {2 * lower}")
     if keep % chunk:
         refuse("keep_tok", f"be a multiple of {_short(key(number, 'chunk_tok'))}={chunk}", _multiples(keep, chunk))
+    if not 0 <= stage.least_share < 1:
+        refuse("least_share", "be at least 0 and below 1: a share of the attention, 0 keeps all that there is room for", "0.0005")
     if block % stage.query_stride_tok:
         repair = _divisors(block, stage.query_stride_tok)
         refuse("query_stride_tok", f"divide {_short(key(number, 'query_block_tok'))}={block}", repair)

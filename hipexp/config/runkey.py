@@ -15,6 +15,8 @@ RESULT_VERSION = 3
 # Where the model came from and how it is asked; what it is, is said by ``model_revision``.
 MODEL_SOURCE = ("path", "name", "revision", "base_url", "tokenizer", "prompt", "server", "concurrent", "timeout_s")
 
+LATER_STAGE_FIELDS = {"least_share": 0.0}  # of stages, that came later; at their defaults keys are as before
+
 
 def run_key(experiment: Experiment, *, model_revision: str, extra: dict[str, Any]) -> str:
     """SHA-256, in hex, of every field that decides the result.
@@ -44,11 +46,23 @@ def key_fields(experiment: Experiment) -> dict[str, Any]:
             for name in ("late_refresh", "params"):
                 if not part.get(name):
                     part.pop(name, None)
+        groups = fields["pipeline"]["layers"].values()
+        for stage in (*fields["pipeline"]["stages"], *(fields["pipeline"]["decode"] or [])):
+            _without(stage, LATER_STAGE_FIELDS)
+        for change in (change for group in groups for change in group["stages"].values()):  # a default may undo a stage's own value
+            _without(change, dict.fromkeys(LATER_STAGE_FIELDS))
         if experiment.pipeline.method.endswith(".py"):
             fields["pipeline"]["method"] = hashlib.sha256(Path(experiment.pipeline.method).read_bytes()).hexdigest()
         # A list, since the order of groups decides which one wins; an empty range switches a group off.
         fields["pipeline"]["layers"] = [(name, group) for name, group in fields["pipeline"]["layers"].items() if group["range"]]
     return fields
+
+
+def _without(stage: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Leave out what a stage, or a change of one, has at these ``defaults``."""
+    for name, default in defaults.items():
+        if stage[name] == default:
+            del stage[name]
 
 
 def offload_fields(offload: Offload) -> dict[str, Any]:

@@ -66,6 +66,7 @@ class Stage:
     ``refresh_steps``    decode steps between two runs of the stage
     ``representative``   how a chunk is scored
     ``rope``             positions while scoring; None takes ``Rope.prune``
+    ``least_share``      chunks with a smaller share of the attention, estimated by the scores, are not kept even if there is room
     """
 
     chunk_tok: int
@@ -75,6 +76,7 @@ class Stage:
     refresh_steps: int = 1
     representative: Representative = Representative.descent
     rope: PruneRope | None = None
+    least_share: float = 0.0
 
 
 @dataclass
@@ -88,6 +90,7 @@ class StageOverride:
     refresh_steps: int | None = None
     representative: Representative | None = None
     rope: PruneRope | None = None
+    least_share: float | None = None
 
 
 @dataclass

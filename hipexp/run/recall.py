@@ -234,7 +234,7 @@ def measure(experiment: Experiment, loaded: Loaded | None, ledger: Ledger, track
     return result(ledger.rows)
 
 
-# Of each stage the values of every head: mass, oracle_ratio, top, fixed.
+# Of each stage the values of every head: mass, oracle_ratio, top, fixed; and of every list the tokens that are selected, tok.
 Stages = list[dict[str, list[float]]]
 # Divisor and number of the block -> layer -> stages.
 Text = Callable[[int, int], dict[int, Stages]]
@@ -378,10 +378,11 @@ def stages_of(
             fixed = fixed_tokens(seen, plan.sink_tok, max(0, first - plan.window_tok + 1), k.device)
             mass = attention_mass(heavy, chosen_tokens(starts[:, part], counts[:, part], chunk_tok, seen), fixed)
             if i == len(out):
-                out.append({name: [] for name in (*VALUES, "fixed")})
+                out.append({name: [] for name in (*VALUES, "fixed", "tok")})
+            out[i]["tok"].append((counts[:, part] * chunk_tok).tolist())
             for name, value in (("mass", mass.recall), ("oracle_ratio", mass.oracle_ratio), ("top", mass.top), ("fixed", mass.fixed)):
                 out[i][name].append(value.tolist())
-    return [{name: torch.tensor(values).mean(0).tolist() for name, values in stage.items()} for stage in out]
+    return [{name: torch.tensor(values, dtype=torch.float32).mean(0).tolist() for name, values in stage.items()} for stage in out]
 
 
 def _selecting(
@@ -463,10 +464,11 @@ def result(rows: list[dict[str, Any]]) -> dict[str, Any]:
         score = statistics.fmean(row["score"] for row in mine)
         scores[name] = {"metric": "mass_recall", "score": round(score, 2), "n": len(mine)}
         n_stages = len(next(iter(mine[0]["layers"].values())))
+        told = [value for value in (*VALUES, "tok") if all(value in stages[-1] for stages in _layers(mine))]  # lines of old have no tok
         recall[name] = {
             "fixed": spread([value for stages in _layers(mine) for value in stages[-1]["fixed"]]),
             "stages": [
-                {value: spread([x for stages in _layers(mine) for x in stages[i][value]]) for value in VALUES} for i in range(n_stages)
+                {value: spread([x for stages in _layers(mine) for x in stages[i][value]]) for value in told} for i in range(n_stages)
             ],
             "layers": {
                 layer: {"mass": spread([x for row in mine for x in row["layers"][layer][-1]["mass"]])} for layer in mine[0]["layers"]
@@ -493,11 +495,13 @@ def table(summary: dict[str, Any]) -> str:
         for i, stage in enumerate(found["stages"]):
             last = found["fixed"]["mean"] if i == 0 else None
             values = [stage[value][part] for value in VALUES for part in ("mean", "p5")]
-            cells.append([name if i == 0 else "", i, summary["scores"][name]["n"] if i == 0 else None, last, *values])
+            tok = round(stage["tok"]["mean"]) if "tok" in stage else None
+            cells.append([name if i == 0 else "", i, summary["scores"][name]["n"] if i == 0 else None, tok, last, *values])
     shown = [[f"{cell:.3f}" if isinstance(cell, float) else cell for cell in row] for row in cells]
-    header = ["text/divisor", "stage", "blocks", "sinks+window", "mass", "p5", "of oracle", "p5", "top 64", "p5"]
+    header = ["text/divisor", "stage", "blocks", "tokens", "sinks+window", "mass", "p5", "of oracle", "p5", "top 64", "p5"]
     words = (
-        "mass: share of the attention outside sinks and window that is still selected after the stage; of oracle: in parts of what the\n"
-        "heaviest tokens of each head hold, as many; top 64: share of the 64 heaviest. Means over heads, layers, blocks; 5th percentiles"
+        "tokens: selected after the stage, mean over lists; mass: share of the attention outside sinks and window that is selected then;\n"
+        "of oracle: in parts of what the heaviest tokens of each head hold, as many; top 64: share of the 64 heaviest. Means over heads,\n"
+        "layers, blocks; 5th percentiles"
     )
     return text_table(header, shown, left=1) + "\n" + words

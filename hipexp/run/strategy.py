@@ -29,7 +29,8 @@ def refresh_pattern(pipeline: Pipeline | None, n_layers: int) -> tuple[int, int]
 def describe_stage(stage: Stage) -> str:
     """One stage in words."""
     rope = stage.rope.value if stage.rope else "no"
-    return f"{stage.chunk_tok}→{stage.keep_tok} by {stage.representative.value}, {rope} RoPE, refresh {stage.refresh_steps}"
+    share = f", of {stage.least_share:g} of the attention or more" if stage.least_share else ""
+    return f"{stage.chunk_tok}→{stage.keep_tok}{share} by {stage.representative.value}, {rope} RoPE, refresh {stage.refresh_steps}"
 
 
 def describe_layers(plans: list[LayerPlan]) -> list[str]:

@@ -26,6 +26,11 @@ CASES = {
         ["task=latency", "task.dense_max_tok=300"],
         "task.dense_max_tok=300 leaves dense out beyond a length, and without a pipeline there is nothing else to time; choose a pipeline",
     ),
+    "a least share is a share": (
+        [S3, "+pipeline.stages.2.least_share=1.5"],
+        "pipeline.stages[2].least_share=1.5 must be at least 0 and below 1: a share of the attention, 0 keeps all that there is room for; "
+        "try 0.0005",
+    ),
     "chunk is positive": ([S3, "pipeline.stages.0.chunk_tok=0"], "pipeline.stages[0].chunk_tok=0 must be at least 1; try 1"),
     "a block that leaves its window behind": (
         [S3, "pipeline.stages.0.query_block_tok=1024"],

@@ -54,6 +54,19 @@ def test_the_same_pipeline_by_another_name_has_the_same_key():
     assert run_key(fast, model_revision="abc", extra={}) == key()
 
 
+LATER = [("least_share", 0.0, 0.001)]
+
+
+@pytest.mark.parametrize("name,default,other", LATER)
+def test_a_field_of_stages_that_came_later_counts_only_where_it_is_used(name, default, other):
+    stage, group = f"+pipeline.stages.2.{name}", f"+pipeline.layers.early.stages.2.{name}"
+    assert key(f"{stage}={default}") == key()
+    assert len({key(), key(f"{stage}={other}"), key(f"{group}={other}"), key(f"{stage}={other}", f"{group}={default}")}) == 4
+    fields = key_fields(compose(["+pipeline=3k_5k"]))["pipeline"]
+    groups = [stage for _, group in fields["layers"] for stage in group["stages"].values()]
+    assert not any(name in stage for stage in (*fields["stages"], *fields["decode"], *groups))
+
+
 def test_weights_extras_and_the_version_count(monkeypatch):
     keys = {key(), key(revision="def"), key(threads=2), key(threads=4)}
     monkeypatch.setattr(runkey, "RESULT_VERSION", runkey.RESULT_VERSION + 1)

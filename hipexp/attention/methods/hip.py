@@ -117,6 +117,8 @@ class Hip(SelectingMethod):
                 q, read_by(call.keys, str(i)), starts, counts, limits,
                 chunk_tok=stage.chunk_tok, representative=stage.representative.value, rotation=rotation, summaries=of_keys,
             )  # fmt: skip
+            if stage.least_share:
+                scores, starts, counts = worth_keeping(scores, starts, counts, lists, stage.least_share, call.scale)
             final = i + 1 == len(stages)
             too_late = late and final
             starts, counts = keep_top(
@@ -130,6 +132,22 @@ class Hip(SelectingMethod):
             memory.late = starts, counts
             return Selection(*memory.lists[len(stages)])
         return Selection(starts, counts)
+
+
+def worth_keeping(
+    scores: Tensor, starts: Tensor, counts: Tensor, lists: int, least_share: float, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The candidates with at least ``least_share`` of the attention: scores and starts ``[lists, N, C]`` and counts ``[lists, N]``.
+
+    Arguments as of ``keep_top``. The share is the softmax over the scores of a key/value head, as if every chunk held its best key only;
+    of heads that share a list, the head that likes the chunk most counts. What follows the first ``counts`` is left over.
+    """
+    present = torch.arange(scores.shape[2], device=scores.device) < counts[..., None]
+    shares = torch.softmax(scale * scores.masked_fill(~present, -torch.inf), -1).unflatten(0, (lists, -1)).amax(1)
+    kept = present & ~(shares < least_share)  # one that is not a number stays, and is refused
+    order = kept.byte().sort(dim=-1, descending=True, stable=True).indices
+    best = scores.unflatten(0, (lists, -1)).amax(1)
+    return best.gather(2, order), starts.expand(*order.shape).gather(2, order), kept.sum(-1)
 
 
 def piece_tok(plan: LayerPlan) -> int:
