@@ -452,7 +452,7 @@ def _repair(most: int, later: list[int]) -> str:
 
 def _check_stages(stages: list[Stage], key: Key) -> None:
     for number, stage in enumerate(stages):
-        for name in ("chunk_tok", "keep_tok", "query_block_tok", "query_stride_tok", "refresh_steps"):
+        for name in ("chunk_tok", "keep_tok", "query_block_tok", "query_stride_tok", "refresh_steps", "history_tok"):
             _at_least(key(number, name), getattr(stage, name), 1)
         if number:
             _check_pair(stages[number - 1], stage, number, key)

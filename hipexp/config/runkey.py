@@ -15,7 +15,7 @@ RESULT_VERSION = 3
 # Where the model came from and how it is asked; what it is, is said by ``model_revision``.
 MODEL_SOURCE = ("path", "name", "revision", "base_url", "tokenizer", "prompt", "server", "concurrent", "timeout_s")
 
-LATER_STAGE_FIELDS = {"least_share": 0.0}  # of stages, that came later; at their defaults keys are as before
+LATER_STAGE_FIELDS = {"least_share": 0.0, "history_tok": 1}  # of stages, that came later; at their defaults keys are as before
 
 
 def run_key(experiment: Experiment, *, model_revision: str, extra: dict[str, Any]) -> str:

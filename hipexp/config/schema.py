@@ -66,6 +66,7 @@ class Stage:
     ``refresh_steps``    decode steps between two runs of the stage
     ``representative``   how a chunk is scored
     ``rope``             positions while scoring; None takes ``Rope.prune``
+    ``history_tok``      newest queries by which a decode step scores a chunk, the best of them counts
     ``least_share``      chunks with a smaller share of the attention, estimated by the scores, are not kept even if there is room
     """
 
@@ -77,6 +78,7 @@ class Stage:
     representative: Representative = Representative.descent
     rope: PruneRope | None = None
     least_share: float = 0.0
+    history_tok: int = 1
 
 
 @dataclass
@@ -91,6 +93,7 @@ class StageOverride:
     representative: Representative | None = None
     rope: PruneRope | None = None
     least_share: float | None = None
+    history_tok: int | None = None
 
 
 @dataclass

@@ -30,7 +30,8 @@ def describe_stage(stage: Stage) -> str:
     """One stage in words."""
     rope = stage.rope.value if stage.rope else "no"
     share = f", of {stage.least_share:g} of the attention or more" if stage.least_share else ""
-    return f"{stage.chunk_tok}→{stage.keep_tok}{share} by {stage.representative.value}, {rope} RoPE, refresh {stage.refresh_steps}"
+    history = f", in decode by the newest {stage.history_tok} queries" if stage.history_tok > 1 else ""
+    return f"{stage.chunk_tok}→{stage.keep_tok}{share} by {stage.representative.value}, {rope} RoPE, refresh {stage.refresh_steps}{history}"
 
 
 def describe_layers(plans: list[LayerPlan]) -> list[str]:

@@ -31,6 +31,10 @@ CASES = {
         "pipeline.stages[2].least_share=1.5 must be at least 0 and below 1: a share of the attention, 0 keeps all that there is room for; "
         "try 0.0005",
     ),
+    "a history is positive": (
+        [S3, "+pipeline.stages.2.history_tok=0"],
+        "pipeline.stages[2].history_tok=0 must be at least 1; try 1",
+    ),
     "chunk is positive": ([S3, "pipeline.stages.0.chunk_tok=0"], "pipeline.stages[0].chunk_tok=0 must be at least 1; try 1"),
     "a block that leaves its window behind": (
         [S3, "pipeline.stages.0.query_block_tok=1024"],

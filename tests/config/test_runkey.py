@@ -54,7 +54,7 @@ def test_the_same_pipeline_by_another_name_has_the_same_key():
     assert run_key(fast, model_revision="abc", extra={}) == key()
 
 
-LATER = [("least_share", 0.0, 0.001)]
+LATER = [("least_share", 0.0, 0.001), ("history_tok", 1, 4)]
 
 
 @pytest.mark.parametrize("name,default,other", LATER)

@@ -19,6 +19,7 @@ from torch import Tensor
 from hipexp.attention.blocks import QueryBlocks
 from hipexp.attention.method import Call, SelectingMethod
 from hipexp.attention.reads import Scoring
+from hipexp.attention.recent import RecentQueries
 from hipexp.attention.refresh import Candidates
 from hipexp.attention.rope import score_rotation
 from hipexp.attention.selection import Selection
@@ -51,8 +52,13 @@ class Hip(SelectingMethod):
     def keep(self, decoding: bool) -> int:
         return self._stages(decoding)[-1].keep_tok
 
-    def new_state(self) -> KeySummaries:
-        return KeySummaries()
+    def new_state(self) -> Noted:
+        return Noted(self._history_tok)
+
+    @property
+    def _history_tok(self) -> int:
+        """The most queries by which a decode step scores."""
+        return max(stage.history_tok for stage in self.plan.decode)
 
     def n_candidates(self, position: int) -> int:
         plan, first = self.plan, self.plan.decode[0].chunk_tok
@@ -77,11 +83,16 @@ class Hip(SelectingMethod):
             return 2 * stage.chunk_tok // piece_tok(self.plan)
         return stage.chunk_tok // probe_step(stage.representative.value, stage.chunk_tok)
 
+    def observe(self, call: Call) -> None:
+        if self._history_tok > 1:
+            call.state.recent.note(call.queries)
+
     def select(self, call: Call) -> Selection:
         """Select blocks of the last stage's ``chunk_tok`` tokens.
 
         With a memory, stages that are not due are skipped; without one every stage runs. Landmarks of the keys so far are kept up in the
-        call's state for a stage that scores by them; without state that stage summarizes all keys anew.
+        call's state for a stage that scores by them; without state that stage summarizes all keys anew, and decode steps score with
+        their own query alone.
         """
         plan, stages, queries, memory = self.plan, self._stages(call.decoding), call.queries, call.memory
         if memory:
@@ -109,12 +120,15 @@ class Hip(SelectingMethod):
             if stage.query_stride_tok != stride_tok:
                 stride_tok = stage.query_stride_tok
                 q, position = queries.pool(stride_tok if queries.size > 1 else 1)
+            asking, at = q, position
+            if stage.history_tok > 1 and call.decoding and call.state:
+                asking, at = call.state.recent.newest(stage.history_tok, queries.first)
             assert stage.rope is not None, "LayerPlan resolves it"
-            rotation = score_rotation(stage.rope, call.tables, position, starts.shape[2], queries, scan_window_tok)
+            rotation = score_rotation(stage.rope, call.tables, at, starts.shape[2], queries, scan_window_tok)
             if call.listener:
-                call.listener.scores(i, Scoring(stage, queries, q, call.keys, starts, counts, limits, rotation))
+                call.listener.scores(i, Scoring(stage, queries, asking, call.keys, starts, counts, limits, rotation))
             scores = score_chunks(
-                q, read_by(call.keys, str(i)), starts, counts, limits,
+                asking, read_by(call.keys, str(i)), starts, counts, limits,
                 chunk_tok=stage.chunk_tok, representative=stage.representative.value, rotation=rotation, summaries=of_keys,
             )  # fmt: skip
             if stage.least_share:
@@ -132,6 +146,18 @@ class Hip(SelectingMethod):
             memory.late = starts, counts
             return Selection(*memory.lists[len(stages)])
         return Selection(starts, counts)
+
+
+class Noted(KeySummaries):
+    """What is kept of a sequence in a layer: landmarks of its keys, and its newest queries."""
+
+    def __init__(self, n_queries: int) -> None:
+        super().__init__()
+        self.recent = RecentQueries(n_queries)
+
+    @property
+    def bytes(self) -> int:
+        return super().bytes + self.recent.bytes
 
 
 def worth_keeping(
