@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from hipexp_kernels import Held
 from torch import Tensor
 
@@ -18,12 +19,14 @@ class Memory:
 
     ``lists[i]``: the candidates of stage ``i`` (those of the first are not kept); ``lists[len(stages)]``: the final selection. A stage
     that runs again writes over its last result where that has the right size. ``late``: a final selection for the next step.
+    ``asked[i]``: the query ``[H, D]`` of the last run of stage ``i``, where somebody looks at it.
     ``held``: what attention made of window, sinks and final selection, for the steps that follow; None if there will be none.
     """
 
     step: int = 0
     lists: dict[int, Candidates] = field(default_factory=dict)
     late: Candidates | None = None
+    asked: dict[int, Tensor] = field(default_factory=dict, compare=False)
     held: Held | None = field(default_factory=Held, compare=False)
 
     def catch_up(self, n_stages: int) -> None:
@@ -58,3 +61,17 @@ class Memory:
         if len(stages) not in self.lists:
             return 0
         return next((i for i, stage in enumerate(stages) if (self.step + shift_steps) % stage.refresh_steps == 0), len(stages))
+
+    def first_stage_turned(self, q: Tensor, below: float, n_stages: int) -> int:
+        """The first of ``n_stages`` stages from whose last query ``q`` ``[H, D]`` has turned away: the mean of the cosines of all heads is
+        below ``below``. ``n_stages`` if there is none. On a GPU this waits for it.
+        """
+        for i in range(n_stages):
+            if i in self.asked and float(torch.nn.functional.cosine_similarity(q.float(), self.asked[i].float(), dim=-1).mean()) < below:
+                return i
+        return n_stages
+
+    def ran(self, due: int, n_stages: int, q: Tensor) -> None:
+        """Stages from ``due`` on run for ``q`` ``[H, D]``."""
+        if due < n_stages:
+            self.asked |= dict.fromkeys(range(due, n_stages), q.clone())

@@ -122,6 +122,8 @@ def _check_pipeline(pipeline: Pipeline, model: Model) -> None:
     if pipeline.name == DENSE:
         raise ConfigError(f"pipeline.name={DENSE} is what attention without a pipeline is called; choose another name")
     _check_stage_count(pipeline)
+    if pipeline.refresh_below is not None and not -1 <= pipeline.refresh_below <= 1:
+        raise ConfigError(f"pipeline.refresh_below={pipeline.refresh_below} must be a cosine, from -1 to 1; try 0.9")
     _check_plan(pipeline, pipeline.plan_layer(0, []), model)
     for name, group in pipeline.layers.items():
         if not name.isidentifier():
@@ -350,6 +352,11 @@ def _check_decode_alone(task: Task, pipeline: Pipeline) -> None:
     """There are as many tokens as steps, which are whole refresh periods."""
     if task.name != "latency" or task.geometry is None or "decode" not in (task.phases or PHASES):
         return
+    if pipeline.refresh_below is not None:
+        raise ConfigError(
+            f"pipeline.refresh_below={pipeline.refresh_below} refreshes when queries turn, and steps of task.geometry={task.geometry} "
+            "are timed by a schedule; leave it out, time a model (no task.geometry), or choose task.phases=[prefill]"
+        )
     period = math.lcm(*(stage.refresh_steps for stage in pipeline.decode or pipeline.stages)) if pipeline.stages else 1
     steps = -(-task.decode_steps // period) * period
     in_range = f"hold at least as many keys as there are decode steps, {steps} in whole refresh periods"

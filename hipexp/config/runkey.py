@@ -44,6 +44,8 @@ def key_fields(experiment: Experiment) -> dict[str, Any]:
             for name in ("late_refresh", "params", "staggered_refresh"):
                 if not part.get(name):
                     part.pop(name, None)
+            if part.get("refresh_below") is None:
+                part.pop("refresh_below", None)
             stages = part["stages"].values() if isinstance(part["stages"], dict) else [*part["stages"], *(part["decode"] or [])]
             for stage in stages:
                 if stage["piece_tok"] is None:

@@ -142,6 +142,7 @@ class LayerPlan:
     params: dict[str, Any] = field(default_factory=dict)
     prune: PruneRope = PruneRope.relative
     shift_steps: int = 0
+    refresh_below: float | None = None
 
 
 @dataclass
@@ -155,6 +156,8 @@ class Pipeline:
     ``layers``  named groups of overrides; a later group wins over an earlier one
     ``late_refresh``  a selection that a decode step makes is used from the next step on, so that nobody has to wait for what it misses
     ``staggered_refresh``  every layer refreshes a decode step before the layer in front of it, so that they do not all do it in one step
+    ``refresh_below``  a stage also runs in a decode step whose query has turned away from that of its last run: whose cosine to it (mean
+                     over heads) is below this; None looks at no query. A GPU then has to be waited for
     """
 
     name: str = ""
@@ -169,6 +172,7 @@ class Pipeline:
     late_refresh: bool = False
     params: dict[str, Any] = field(default_factory=dict)
     staggered_refresh: bool = False
+    refresh_below: float | None = None
 
     def plan(self, n_layers: int) -> list[LayerPlan]:
         """Resolve the pipeline for a model of ``n_layers`` layers: one plan per layer.
@@ -209,6 +213,7 @@ class Pipeline:
             params,
             prune,
             layer if self.staggered_refresh else 0,
+            self.refresh_below,
         )
 
 

@@ -19,11 +19,11 @@ def refresh_pattern(pipeline: Pipeline | None, n_layers: int) -> tuple[int, int]
     """How refreshes repeat in decode: ``(period, shortest)`` in steps; ``(1, 1)`` where nothing is ever refreshed.
 
     After ``period`` steps the pattern of all stages and layers repeats; steps between multiples of ``shortest`` use
-    cached selections only; of layers that are staggered no step is taken to do so.
+    cached selections only; where layers are staggered or queries looked at, no step is taken to do so.
     """
     plans = [] if pipeline is None else pipeline.plan(n_layers)
     intervals = {stage.refresh_steps for plan in plans for stage in plan.decode} or {1}
-    return math.lcm(*intervals), 1 if any(plan.shift_steps for plan in plans) else min(intervals)
+    return math.lcm(*intervals), 1 if any(plan.shift_steps or plan.refresh_below is not None for plan in plans) else min(intervals)
 
 
 def describe_stage(stage: Stage) -> str:
@@ -56,7 +56,8 @@ def describe(pipeline: Pipeline | None, n_layers: int, offload: Offload | None =
     name, heads, rope = pipeline.name or "unnamed", plans[0].heads.value, plans[0].attend.value
     late = ", a new selection is used from the next decode step on" if pipeline.late_refresh else ""
     staggered = ", every layer refreshes a step before the one in front of it" if pipeline.staggered_refresh else ""
-    lines = [f"attention: {name} ({pipeline.method}), heads {heads}, {rope} RoPE while attending{late}{staggered}"]
+    turned = "" if pipeline.refresh_below is None else f", refreshed early where queries turn below a cosine of {pipeline.refresh_below}"
+    lines = [f"attention: {name} ({pipeline.method}), heads {heads}, {rope} RoPE while attending{late}{staggered}{turned}"]
 
     def same(plan: LayerPlan) -> dict[str, object]:
         return {name: value for name, value in vars(plan).items() if name not in ("layer", "shift_steps")}

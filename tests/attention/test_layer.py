@@ -415,6 +415,24 @@ def test_a_step_is_where_the_device_says(heads, attend, start):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("heads", list(Heads))
+def test_a_query_that_turns_refreshes_and_others_do_not(heads):
+    """Queries that stay the same but in two steps: those steps, and the scheduled ones, select as a layer that runs all stages does."""
+    q, k, _ = random_qkv(300)
+    asked = {at: 0 if at < 277 else 1 if at < 290 else 2 for at in range(270, 300)}
+    seen, keys = {}, k
+    for name, refresh, below in (("turned", (32, 32, 32), 0.9), ("every", (1, 1, 1), None)):
+        p, memory, seen[name] = dataclasses.replace(plan(heads=heads, refresh=refresh), refresh_below=below), Memory(), []
+        for at, which in asked.items():
+            found = select(p, p.decode, QueryBlocks.cut(q[:, which : which + 1], at, 1), keys[:, : at + 1], tables(), memory)
+            memory.step += 1
+            seen[name].append(found.blocks.clone())
+    turned, every = seen["turned"], seen["every"]
+    for step, at in enumerate(asked):
+        last = max(start for start in (270, 277, 290) if start <= at)
+        assert torch.equal(turned[step], every[last - 270])
+
+
 @pytest.mark.parametrize("refresh", [(8, 4, 2), (1, 1, 1), (3, 3, 3)])
 @pytest.mark.parametrize("held", [True, False])
 def test_a_late_refresh_is_what_a_prompt_one_made_a_step_before(refresh, held):

@@ -46,3 +46,18 @@ def test_staggered_layers_share_the_work_of_every_step_but_the_first():
     for step in range(1, 40):
         assert [[layer[step] for layer in seen].count(i) for i in range(4)] == [1, 1, 2, 12]
     assert {plan.shift_steps for plan in Pipeline(stages=[Stage(8, 8)]).plan(16)} == {0}
+
+
+def test_a_stage_from_whose_query_this_one_has_turned_away():
+    """Two heads; the mean of their cosines to the query of a stage's last run counts, whatever their lengths."""
+    memory, first = Memory(), torch.tensor([[1.0, 0], [0, 2]])
+    assert memory.first_stage_turned(first, 1.0, 3) == 3  # nothing ran yet
+    memory.ran(0, 3, first)
+    turned = torch.tensor([[3.0, 0], [4, 3]])  # cosines 1 and 0.6
+    assert [memory.first_stage_turned(turned, below, 3) for below in (0.79, 0.81)] == [3, 0]
+    memory.ran(1, 3, turned)
+    assert memory.first_stage_turned(turned, 0.79, 3) == 3 and memory.first_stage_turned(turned, 0.81, 3) == 0
+    assert memory.first_stage_turned(first, 0.81, 3) == 1
+    memory.ran(3, 3, first)  # no stage ran
+    first *= -1  # what was asked is kept, not where it lay
+    assert memory.first_stage_turned(turned, 0.79, 1) == 3 - 2 and memory.first_stage_turned(first, 0.0, 3) == 0

@@ -149,6 +149,11 @@ CASES = {
         ["+pipeline=3stage_scan", "pipeline.stages.2.piece_tok=8"],
         "pipeline.stages[2].piece_tok=8 is for stages[2].representative=bounds, here it is exact; leave it out",
     ),
+    "no cosine": ([S3, "pipeline.refresh_below=1.5"], "pipeline.refresh_below=1.5 must be a cosine, from -1 to 1; try 0.9"),
+    "turned queries on a schedule": (
+        [S3, "pipeline.refresh_below=0.9", "task=latency", "task.geometry=llama31_8b"],
+        "pipeline.refresh_below=0.9 refreshes when queries turn, and steps of task.geometry=llama31_8b are timed by a schedule; leave it",
+    ),
     "an unknown RoPE": ([S3, "pipeline.rope.prune=relatve"], "pipeline.rope.prune=relatve is unknown; did you mean relative?"),
     "prefill in query blocks": (
         [S3, "model.prefill_chunk_tok=1000"],

@@ -91,6 +91,11 @@ def test_staggered_refreshes_change_the_key_and_without_them_it_is_as_before():
     assert key("pipeline.staggered_refresh=true") != key() == key("pipeline.staggered_refresh=false")
 
 
+def test_queries_that_are_looked_at_change_the_key_and_without_them_it_is_as_before():
+    assert "refresh_below" not in key_fields(compose(BASE))["pipeline"]
+    assert len({key(), key("pipeline.refresh_below=0"), key("pipeline.refresh_below=0.9")}) == 3
+
+
 def test_the_order_of_groups_counts():
     groups = ["pipeline.layers.a={range: '3', window_tok: 2048}", "pipeline.layers.b={range: '3', window_tok: 4096}"]
     assert key(*groups) != key(*reversed(groups))

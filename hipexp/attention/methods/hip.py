@@ -29,7 +29,7 @@ from hipexp.config.schema import Heads, LayerPlan, Representative, Stage
 
 @dataclass
 class Hip(SelectingMethod):
-    """InfiniteHiP; its parameters are the pipeline's ``stages`` and ``decode``, ``heads``, ``rope`` and ``late_refresh``."""
+    """InfiniteHiP; its parameters are the pipeline's ``stages`` and ``decode``, ``heads``, ``rope``, and when it refreshes."""
 
     offloads = True
     captures = True
@@ -87,6 +87,10 @@ class Hip(SelectingMethod):
         if memory:
             memory.catch_up(len(stages))
         due = memory.first_stage_due(stages, plan.shift_steps) if memory else 0
+        if memory and call.decoding and plan.refresh_below is not None:
+            q = queries.q[:, 0, 0]
+            due = min(due, memory.first_stage_turned(q, plan.refresh_below, len(stages)))
+            memory.ran(due, len(stages), q)
         if memory and due == len(stages):
             return Selection(*memory.lists[due])
         scan_window_tok = max(0, plan.window_tok - stages[0].chunk_tok)
