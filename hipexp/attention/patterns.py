@@ -18,7 +18,7 @@ def pattern_mass(logits: Sequence[Tensor], folds: Sequence[int], sink_tok: int, 
         profile(x) = mean of p at distance or key x, over the queries of the other part that have it there
         explained  = sum over t of min(p(t), m * profile / (sum of the profile over the query's own keys))
 
-    Where no query of the other part has ``x``, the profile is its mean. An even spread explains ``sum of min(p(t), m / number of keys)``.
+    Where no query of the other part has ``x``, the profile is its median. An even spread explains ``sum of min(p(t), m / number of keys)``.
     Both results are sums over queries and heads of what a profile explains more than that (negative: it misleads); the third is what the
     even spread leaves. Their quotients, pooled over texts, are the diagonal and the vertical share. A repeated distance and a repeated key
     can be the same, so the shares need not add up to 1 or less.
@@ -43,8 +43,9 @@ def pattern_mass(logits: Sequence[Tensor], folds: Sequence[int], sink_tok: int, 
         for i, (p, there) in enumerate(((by_distance, far), (by_key, own))):
             seen = there[others].sum(0)
             profile = p[others].sum(0) / seen.clamp(min=1)
-            mean = profile.sum(-1, keepdim=True) / (seen > 0).sum().clamp(min=1)
-            explained[i] += _overlap(p[judged], torch.where(seen > 0, profile, mean) * there[judged], mass) - even
+            known = profile[:, seen[0] > 0]
+            usual = known.median(-1, keepdim=True).values if known.numel() else 0.0
+            explained[i] += _overlap(p[judged], torch.where(seen > 0, profile, usual) * there[judged], mass) - even
     return explained[0], explained[1], left
 
 

@@ -69,7 +69,7 @@ class Bench:
                 heard, held = hf.activations(self.loaded, prompt.tokens), Held()
                 for divisor in sorted({divisor for _, divisor in pipelines.values()}):
                     own = self._dividing(divisor)
-                    text = recall.heard_text(own, heard, layers)
+                    text = recall.heard_text(own, heard, layers, last=True)
                     names = [name for name, found in pipelines.items() if found[1] == divisor]
                     found = {name: list[Any]() for name in names}
                     for block in range(task.samples):

@@ -264,10 +264,15 @@ def attentions(loaded: Loaded, pipelines: Mapping[Any, Pipeline]) -> dict[Any, d
     return layers
 
 
-def heard_text(experiment: Experiment, heard: dict[int, tuple[Tensor, Tensor]], layers: Mapping[Any, dict[int, LayerAttention]]) -> Text:
+def heard_text(
+    experiment: Experiment,
+    heard: dict[int, tuple[Tensor, Tensor]],
+    layers: Mapping[Any, dict[int, LayerAttention]],
+    last: bool = False,
+) -> Text:
     """A text of which every layer's raw queries and keys were heard. ``layers``: its attention under pipelines by name.
 
-    Which blocks are sampled is up to the experiment, whatever the pipelines.
+    Which blocks are sampled is up to the experiment, whatever the pipelines. ``last``: only the last stage is judged.
     """
     from hipexp.attention.recall import logits_in_place
 
@@ -291,7 +296,7 @@ def heard_text(experiment: Experiment, heard: dict[int, tuple[Tensor, Tensor]], 
             def logits(query: Tensor, keys: Tensor, layer: int = i) -> Tensor:
                 return dense(layer, keys.shape[1])
 
-            out[i] = stages_of(layers[name][i], q, 0, k, begin, size, logits, experiment.offload, shared)
+            out[i] = stages_of(layers[name][i], q, 0, k, begin, size, logits, experiment.offload, shared, last)
         return out
 
     return text
@@ -373,12 +378,12 @@ def block_of(plans: list[LayerPlan], n_tok: int, number: int, task: Task) -> int
 
 def stages_of(
     attention: LayerAttention, q: Tensor, q_begin: int, k: Tensor, begin: int, size: int, logits: Callable[[Tensor, Tensor], Tensor],
-    offload: Offload, shared: dict[Any, Any],
+    offload: Offload, shared: dict[Any, Any], last: bool = False,
 ) -> Stages:  # fmt: skip
     """What each stage holds for the block of ``size`` queries at ``begin``, over raw keys ``[K, T, D]``; one stage for methods without.
 
     ``q`` ``[H, n, D]``: queries from ``q_begin`` on. ``logits(query, keys)`` are those that count, of a query over the keys it sees. Stages
-    see keys as ``offload`` keeps them. ``shared``: what the layers of a text share.
+    see keys as ``offload`` keeps them. ``shared``: what the layers of a text share. ``last``: of the last stage alone.
     """
     import torch
 
@@ -392,7 +397,7 @@ def stages_of(
     for row in rows_of(end - begin):
         seen = begin + row + 1
         heavy = logits(q[:, seen - 1 - q_begin], k[:, :seen])
-        for i, (starts, counts, chunk_tok, decoding) in enumerate(found(row)):
+        for i, (starts, counts, chunk_tok, decoding) in enumerate(found(row)[-1:] if last else found(row)):
             part = row // (size // starts.shape[1])  # a stage may cut the block into smaller ones
             first = seen - 1 if decoding else begin + part * (size // starts.shape[1])
             part = 0 if decoding else part
