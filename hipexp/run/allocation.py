@@ -112,8 +112,7 @@ def yaml_of(pipeline: Pipeline, lines: Sequence[str]) -> str:
     """A pipeline as a file that ``+pipeline=<path>`` takes, under comment ``lines``; what it leaves as it is by default is left out."""
     import yaml
 
-    plain = _said(to_plain(pipeline), to_plain(Pipeline())) | {"method": pipeline.method}
-    del plain["name"]
+    plain = {"method": pipeline.method} | _said(to_plain(pipeline), to_plain(Pipeline(pipeline.name)))
     return "".join(f"# {line}\n" for line in lines) + yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, width=140)
 
 

@@ -32,8 +32,13 @@ if TYPE_CHECKING:
 PARTS = ("calibration", "held out")
 DEFAULTS = {"task.samples": 4}  # where the user does not say so: blocks of a text
 TEXTS = 4
+WORDS = (
+    "outside: mass outside sinks and window; diagonal, vertical: share of it that a profile over distances or keys explains beyond an even\n"
+    "spread; recall: share of it that is selected; missing: mass that is not. All held out, but for the shares; means over heads"
+)
 BASE, FIXED, CALIBRATED = "base", f"fixed layers 0-{EARLY - 1}", "calibrated"
-Held = dict[Any, dict[int, tuple[float, float]]]  # pipeline -> layer -> recall and missing mass, of one text
+# Of one text: pipeline -> layer -> recall, missing mass, mass outside sinks and window.
+Held = dict[Any, dict[int, tuple[float, float, float]]]
 
 
 @dataclasses.dataclass
@@ -104,10 +109,10 @@ class Bench:
             patterns[i] = [a + b for a, b in zip(patterns[i], found, strict=True)]
 
 
-def _means(blocks: Sequence[dict[int, recall.Stages]], layer: int) -> tuple[float, float]:
-    last = [block[layer][-1] for block in blocks]
-    recalls, missing = ([x for stage in last for x in stage[name]] for name in ("mass", "missing"))
-    return statistics.fmean(recalls), statistics.fmean(missing)
+def _means(blocks: Sequence[dict[int, recall.Stages]], layer: int) -> tuple[float, float, float]:
+    found = (statistics.fmean(x for block in blocks for x in block[layer][-1][name]) for name in ("mass", "missing", "fixed"))
+    recalled, missing, fixed = found
+    return recalled, missing, 1 - fixed
 
 
 @dataclasses.dataclass
@@ -126,7 +131,7 @@ class Calibration:
         return BASE if BASE in self.pipelines else FIXED
 
     def values(self, name: str, divisor: int, what: int, layer: int | None = None) -> list[float]:
-        """Recall (``what`` 0) or missing mass (1) of a contestant by text, of a layer or as the mean of all."""
+        """Recall (``what`` 0), missing mass (1) or mass outside (2) of a contestant by text, of a layer or as the mean of all."""
         return [statistics.fmean(x[what] for i, x in one[name, divisor].items() if layer in (None, i)) for one in self.held]
 
 
@@ -173,24 +178,12 @@ def layer_table(found: Calibration) -> str:
     for i, ((diagonal, vertical), (rope, keep)) in enumerate(zip(found.shares, found.choices, strict=True)):
         rule = PruneRope.chunk_indexed if diagonal > vertical else PruneRope.relative
         before = found.pipelines[base].plan(len(found.choices))[i].stages[-1]
-        held = [f"{statistics.fmean(found.values(name, divisor, what, i)):.4f}" for what in (0, 1) for name in (base, CALIBRATED)]
-        was = before.rope.value if before.rope else None
-        chosen = rope.value if rope else "as before"
-        rows.append(
-            [
-                i,
-                f"{diagonal:.3f}",
-                f"{vertical:.3f}",
-                rule.value,
-                "yes" if rope is rule else "no",
-                was,
-                chosen,
-                before.keep_tok,
-                keep,
-                *held,
-            ]
-        )
-    header = ["layer", "diagonal", "vertical", "paper's rule", "agrees", "strategy was", "is", "keep was", "is"]
+        outside = statistics.fmean(found.values(base, divisor, 2, i))
+        held = [statistics.fmean(found.values(name, divisor, what, i)) for what in (0, 1) for name in (base, CALIBRATED)]
+        strategies = [rule.value, before.rope.value if before.rope else None, rope.value if rope else "as before"]
+        shown = [f"{x:.3f}" for x in (outside, diagonal, vertical)]
+        rows.append([i, *shown, *strategies, before.keep_tok, keep, *(f"{x:.4f}" for x in held)])
+    header = ["layer", "outside", "diagonal", "vertical", "paper's rule", "strategy was", "is", "keep was", "is"]
     return text_table([*header, "recall was", "is", "missing was", "is"], rows)
 
 
@@ -266,8 +259,7 @@ def main(argv: list[str]) -> int:
         [
             f"{model_line(experiment.model)}; {len(found.held)} texts chose, with 1/{divisor} of the budget, as many others judge.",
             layer_table(found),
-            "diagonal, vertical: share of the attention outside sinks and window that a profile over distances or keys explains beyond an "
-            "even spread;\nrecall, missing: held out, of that attention and of all, mean over heads",
+            WORDS,
             total_table(found),
             f"the same total budget each; differences from {found.base}, 95 % interval over texts",
         ]
