@@ -33,8 +33,8 @@ PARTS = ("calibration", "held out")
 DEFAULTS = {"task.samples": 4}  # where the user does not say so: blocks of a text
 TEXTS = 4
 WORDS = (
-    "outside: mass outside sinks and window; diagonal, vertical: share of it that a profile over distances or keys explains beyond an even\n"
-    "spread; recall: share of it that is selected; missing: mass that is not. All held out, but for the shares; means over heads"
+    "outside: mass outside sinks and window; diagonal, vertical: share of it that a profile over distances or keys explains beyond an\n"
+    "even spread; recall: share of it that is selected; missing: mass that is not. All held out, but for the shares; means over heads"
 )
 BASE, FIXED, CALIBRATED = "base", f"fixed layers 0-{EARLY - 1}", "calibrated"
 # Of one text: pipeline -> layer -> recall, missing mass, mass outside sinks and window.

@@ -128,7 +128,7 @@ def test_texts_are_measured_as_task_recall_does(monkeypatch):
             statistics.fmean(x for block in blocks for x in block[layer][-1][name]) for name in ("mass", "missing", "fixed")
         )
         assert held["base"][layer] == pytest.approx((recalled, missing, 1 - fixed))
-        assert missing <= 1 - fixed
+        assert missing <= 1 - fixed + 1e-6
     assert all(left > 0 for _, _, left in patterns) and own == {}
 
 
