@@ -176,7 +176,7 @@ def layer_table(found: Calibration) -> str:
     """By layer: what its attention follows, what was chosen, and what that holds of held-out texts where the budget is least."""
     divisor, base, rows = found.divisors[-1], found.base, list[list[Any]]()
     for i, ((diagonal, vertical), (rope, keep)) in enumerate(zip(found.shares, found.choices, strict=True)):
-        rule = PruneRope.chunk_indexed if diagonal > vertical else PruneRope.relative
+        rule = PruneRope.chunk_indexed if diagonal > max(vertical, 0) else PruneRope.relative
         before = found.pipelines[base].plan(len(found.choices))[i].stages[-1]
         outside = statistics.fmean(found.values(base, divisor, 2, i))
         held = [statistics.fmean(found.values(name, divisor, what, i)) for what in (0, 1) for name in (base, CALIBRATED)]
