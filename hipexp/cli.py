@@ -20,6 +20,10 @@ COMMANDS = {
     "demo": ("hipexp.run.demo:main", "dense against 3stage on the embedded model: a table and a picture"),
     "ls": ("hipexp.report.listing:main", "the runs there are and how far they got"),
     "methods": ("hipexp.run.methods_table:main", "every method beside each other; methods --dry-run tells how long, fast=true is short"),
+    "calibrate": (
+        "hipexp.run.calibrate:main",
+        "a pipeline whose layers have measured budgets and RoPE strategies: calibrate +pipeline=3stage",
+    ),
     "table": ("hipexp.run.needle_table:main", "the long form of the demo; table --dry-run tells how long it takes here"),
     "data": ("hipexp.run.data:main", "data of the suites: data pull, verify, ls, make"),
     "score": ("hipexp.run.score:main", "official scores of predictions made elsewhere, as JSON"),
@@ -48,6 +52,7 @@ examples:
   python -m hipexp +pipeline=3stage task=infbench
   python -m hipexp +pipeline=3stage task=passkey 'task.lengths_tok=[8192,65536]' task.samples=3
   python -m hipexp +pipeline=3stage pipeline.layers.early.range='' pipeline.stages.2.keep_tok=4096
+  python -m hipexp +pipeline=my_pipeline.yaml task=infbench
   python -m hipexp -m +pipeline=dense,2stage,3stage task.length_tok=16384
 
 commands:

@@ -100,7 +100,7 @@ def test_failures_are_one_line(points, monkeypatch, capsys, error, code, message
     assert capsys.readouterr().err == message
 
 
-@pytest.mark.parametrize("words", [["demo"], ["repro", "table2"], ["table"]])
+@pytest.mark.parametrize("words", [["demo"], ["repro", "table2"], ["table"], ["calibrate"]])
 def test_what_runs_many_points_does_not_pass_over_cfg(points, capsys, words):
     assert cli.main([*words, "--cfg", "job"]) == 2
     assert "--cfg shows one point and runs nothing" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -28,8 +29,15 @@ VERSION: dict[str, Any] = {"version_base": "1.3"} if hydra.__version__.startswit
 
 
 def read_line(argv: Sequence[str]) -> CommandLine:
-    """Command line words in Hydra's form; raises ConfigError, see ``overrides.normalise``."""
-    return normalise(argv, group_options(conf_dir()))
+    """Command line words in Hydra's form; pipelines that are files are from then on known by their names.
+
+    Raises ConfigError, see ``overrides.normalise``.
+    """
+    line = normalise(argv, group_options(conf_dir()))
+    for name, path in line.files.items():
+        with _in_words():
+            ConfigStore.instance().store(f"{name}.yaml", OmegaConf.load(path), group="pipeline")
+    return line
 
 
 def compose(argv: Sequence[str]) -> Experiment:

@@ -31,9 +31,13 @@ SWEEP_FUNCTION = re.compile(r"(choice|range|interval|glob|sort|shuffle|tag)\(.*\
 
 @dataclass
 class CommandLine:
-    """``overrides`` are ready for Hydra; ``sweep``: several points (``-m``); ``show``: print the config only (``--cfg job``)."""
+    """``overrides`` are ready for Hydra; ``sweep``: several points (``-m``); ``show``: print the config only (``--cfg job``).
+
+    ``files``: pipelines that are files of the user's own, by the name that ``overrides`` call them.
+    """
 
     overrides: list[str] = field(default_factory=list)
+    files: dict[str, Path] = field(default_factory=dict)
     sweep: bool = False
     show: bool = False
 
@@ -72,7 +76,7 @@ def normalise(argv: Iterable[str], options: dict[str, list[str]]) -> CommandLine
         elif key in GROUPS:
             if key in chosen:
                 raise ConfigError(f"{key}={value} chooses {key} a second time, after {key}={chosen[key]}; leave one of them out")
-            chosen[key] = _option(key, value, options[key], line.sweep)
+            chosen[key] = _option(key, value, options[key], line)
             line.overrides.append(f"{'+' if key == 'pipeline' else ''}{key}={chosen[key]}")
         else:
             line.overrides += _assignment(key, value, line.sweep)
@@ -122,8 +126,9 @@ def _removal(key: str) -> str:
     return f"~{key}"
 
 
-def _option(group: str, value: str, options: list[str], sweep: bool) -> str:
-    """The option of a group; in a sweep several, with commas."""
+def _option(group: str, value: str, options: list[str], line: CommandLine) -> str:
+    """The option of a group; in a sweep several, with commas. A pipeline may be a file, which is noted in ``line.files``."""
+    sweep = line.sweep
     if sweep and value.startswith("glob("):
         value = ",".join(fnmatch.filter(options, _unquote(value[5:-1]))) or value
     elif sweep and SWEEP_FUNCTION.fullmatch(value):
@@ -135,10 +140,25 @@ def _option(group: str, value: str, options: list[str], sweep: bool) -> str:
         raise ConfigError(f"{group}={value} names several; add -m to run one after the other")
     nothing = {"pipeline": DENSE, "offload": "none"}.get(group)
     names = [nothing if nothing and name in (*NOTHING, "none") else name for name in names]
-    for name in names:
-        if name not in options:
+    for number, name in enumerate(names):
+        if group == "pipeline" and name.endswith(".yaml"):
+            path = _pipeline_file(name, options, line.files)
+            names[number], line.files[path.stem] = path.stem, path
+        elif name not in options:
             raise unknown(f"{group}={name}", name, options)
     return ",".join(names)
+
+
+def _pipeline_file(name: str, options: list[str], files: dict[str, Path]) -> Path:
+    """The file ``name`` of a pipeline; its name without ``.yaml`` is what the pipeline is called, so no other may have it."""
+    path = Path(name).expanduser().resolve()
+    if not path.is_file():
+        raise ConfigError(f"pipeline={name} must be a file, and there is none; check the path, or choose one of {', '.join(options)}")
+    if not re.fullmatch(r"[\w-]+", path.stem, re.ASCII):
+        raise ConfigError(f"pipeline={name} must be a file whose name is letters, digits, '_' and '-' before .yaml; rename it")
+    if path.stem in options or files.get(path.stem, path) != path:
+        raise ConfigError(f"pipeline={name} has the name of another pipeline, {path.stem}; rename the file")
+    return path
 
 
 def _need_pipeline(overrides: list[str], chosen: str, options: list[str]) -> None:

@@ -102,6 +102,30 @@ def draw_lines(
     _save(figure, heading, path)
 
 
+def draw_layers(path: Path, heading: str, panels: dict[str, dict[str, Sequence[float]]]) -> None:
+    """Write bars by layer as a picture at ``path``: a panel for each quantity, in it the values of every layer by name."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, plots = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.6), squeeze=False, layout="constrained")
+    styles = [("#8a8a8a", ""), ("#0072b2", "//"), ("#d55e00", "..")]
+    for plot, (title, bars) in zip(plots[0], panels.items(), strict=True):
+        width = 0.8 / len(bars)
+        for number, ((name, values), (color, hatch)) in enumerate(zip(bars.items(), styles, strict=False)):
+            at = [layer + (number - (len(bars) - 1) / 2) * width for layer in range(len(values))]
+            plot.bar(at, values, width, color=color, hatch=hatch, edgecolor="white", label=name)
+        layers = range(max(map(len, bars.values())))
+        plot.set_xticks(layers, [str(layer) for layer in layers], color=INK)
+        plot.set_title(title, loc="left", fontsize=11, color=INK)
+        plot.set_xlabel("layer", color=INK)
+        plot.axhline(0, color=FAINT, linewidth=0.8)
+        plot.legend(frameon=False, fontsize=9)
+        _open_frame(plot)
+    _save(figure, heading, path)
+
+
 def draw_scatter(path: Path, heading: str, points: Sequence[tuple[str, float, float]], horizontal: str, vertical: str) -> None:
     """Write named points over a logarithmic axis as a picture at ``path``; a line joins those that no other beats in both."""
     import matplotlib

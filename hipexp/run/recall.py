@@ -12,8 +12,8 @@ import copy
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from hipexp.config.check import CONTEXT_TOK, OFFLOADING, TEXTS, check_experiment
@@ -234,10 +234,10 @@ def measure(experiment: Experiment, loaded: Loaded | None, ledger: Ledger, track
     return result(ledger.rows)
 
 
-# Of each stage the values of every head: mass, oracle_ratio, top, fixed.
+# Of each stage the values of every head: mass, oracle_ratio, top, fixed, missing (mass outside sinks and window that is not selected).
 Stages = list[dict[str, list[float]]]
-# Divisor and number of the block -> layer -> stages.
-Text = Callable[[int, int], dict[int, Stages]]
+# Divisor (or name of a pipeline) and number of the block -> layer -> stages.
+Text = Callable[[Any, int], dict[int, Stages]]
 
 
 def text_of(experiment: Experiment, loaded: Loaded | None, source: str, context_tok: int) -> Text:
@@ -247,30 +247,56 @@ def text_of(experiment: Experiment, loaded: Loaded | None, source: str, context_
     if loaded is None:
         return _generated(experiment, pipelines, source, context_tok)
     from hipexp import hf
-    from hipexp.attention.recall import logits_in_place
 
     encode = LineEncoder(loaded.tokenizer)
     sample = infbench.make_sample(source, 0, 1, context_tok, encode, experiment.seed, experiment.task.wording)
-    heard = hf.activations(loaded, sample.tokens)
-    layers: dict[int, dict[int, LayerAttention]] = {}
-    for divisor, pipeline in pipelines.items():
+    return heard_text(experiment, hf.activations(loaded, sample.tokens), attentions(loaded, pipelines))
+
+
+def attentions(loaded: Loaded, pipelines: Mapping[Any, Pipeline]) -> dict[Any, dict[int, LayerAttention]]:
+    """The attention of every layer of a model under each of the ``pipelines``."""
+    from hipexp import hf
+
+    layers: dict[Any, dict[int, LayerAttention]] = {}
+    for name, pipeline in pipelines.items():
         with hf.install(loaded.model, pipeline, loaded.trained_tok) as installed:
-            layers[divisor] = dict(installed.layers)
+            layers[name] = dict(installed.layers)
+    return layers
 
-    plans = experiment.pipeline.plan(loaded.n_layers)
-    check_blocks(experiment.task, [len(sample.tokens)], plans)
 
-    def text(divisor: int, block: int) -> dict[int, Stages]:
+def heard_text(
+    experiment: Experiment,
+    heard: dict[int, tuple[Tensor, Tensor]],
+    layers: Mapping[Any, dict[int, LayerAttention]],
+    last: bool = False,
+) -> Text:
+    """A text of which every layer's raw queries and keys were heard. ``layers``: its attention under pipelines by name.
+
+    Which blocks are sampled is up to the experiment, whatever the pipelines. ``last``: only the last stage is judged.
+    """
+    from hipexp.attention.recall import logits_in_place
+
+    assert experiment.pipeline is not None
+    plans, n_tok = experiment.pipeline.plan(len(heard)), next(iter(heard.values()))[0].shape[1]
+    check_blocks(experiment.task, [n_tok], plans)
+    size = _range_of(plans, n_tok, experiment.task.divisors or list(DIVISORS))[2]
+    one = next(iter(layers.values()))
+
+    @lru_cache(ROWS * len(heard))  # pipelines are asked for the same block, one after the other
+    def dense(layer: int, seen: int) -> Tensor:
+        (q, k), tables = heard[layer], one[layer].tables
+        return logits_in_place(q[:, seen - 1], k[:, :seen], one[layer].scale, tables.upto(seen) if tables else None)
+
+    def text(name: Any, block: int) -> dict[int, Stages]:
         out: dict[int, Stages] = {}
         shared: dict[Any, Any] = {}
-        size = _range_of(plans, len(sample.tokens), experiment.task.divisors or list(DIVISORS))[2]
+        begin = block_of(plans, n_tok, block, experiment.task)
         for i, (q, k) in heard.items():
-            attention, begin = layers[divisor][i], block_of(plans, q.shape[1], block, experiment.task)
 
-            def logits(query: Tensor, keys: Tensor, tables=attention.tables, scale=attention.scale) -> Tensor:
-                return logits_in_place(query, keys, scale, tables and tables.upto(keys.shape[1]))
+            def logits(query: Tensor, keys: Tensor, layer: int = i) -> Tensor:
+                return dense(layer, keys.shape[1])
 
-            out[i] = stages_of(attention, q, 0, k, begin, size, logits, experiment.offload, shared)
+            out[i] = stages_of(layers[name][i], q, 0, k, begin, size, logits, experiment.offload, shared, last)
         return out
 
     return text
@@ -352,12 +378,12 @@ def block_of(plans: list[LayerPlan], n_tok: int, number: int, task: Task) -> int
 
 def stages_of(
     attention: LayerAttention, q: Tensor, q_begin: int, k: Tensor, begin: int, size: int, logits: Callable[[Tensor, Tensor], Tensor],
-    offload: Offload, shared: dict[Any, Any],
+    offload: Offload, shared: dict[Any, Any], last: bool = False,
 ) -> Stages:  # fmt: skip
     """What each stage holds for the block of ``size`` queries at ``begin``, over raw keys ``[K, T, D]``; one stage for methods without.
 
     ``q`` ``[H, n, D]``: queries from ``q_begin`` on. ``logits(query, keys)`` are those that count, of a query over the keys it sees. Stages
-    see keys as ``offload`` keeps them. ``shared``: what the layers of a text share.
+    see keys as ``offload`` keeps them. ``shared``: what the layers of a text share. ``last``: of the last stage alone.
     """
     import torch
 
@@ -368,20 +394,26 @@ def stages_of(
     kept = as_kept(k, offload.format, page_tok_of([plan]), plan.sink_tok)
     found = _selecting(attention, q, q_begin, kept, begin, end, shared)
     out: Stages = []
-    for row in range((end - begin) // (2 * ROWS), end - begin, max(1, (end - begin) // ROWS)):
+    for row in rows_of(end - begin):
         seen = begin + row + 1
         heavy = logits(q[:, seen - 1 - q_begin], k[:, :seen])
-        for i, (starts, counts, chunk_tok, decoding) in enumerate(found(row)):
+        for i, (starts, counts, chunk_tok, decoding) in enumerate(found(row)[-1:] if last else found(row)):
             part = row // (size // starts.shape[1])  # a stage may cut the block into smaller ones
             first = seen - 1 if decoding else begin + part * (size // starts.shape[1])
             part = 0 if decoding else part
             fixed = fixed_tokens(seen, plan.sink_tok, max(0, first - plan.window_tok + 1), k.device)
             mass = attention_mass(heavy, chosen_tokens(starts[:, part], counts[:, part], chunk_tok, seen), fixed)
             if i == len(out):
-                out.append({name: [] for name in (*VALUES, "fixed")})
-            for name, value in (("mass", mass.recall), ("oracle_ratio", mass.oracle_ratio), ("top", mass.top), ("fixed", mass.fixed)):
-                out[i][name].append(value.tolist())
+                out.append({name: [] for name in (*VALUES, "fixed", "missing")})
+            values = mass.recall, mass.oracle_ratio, mass.top, mass.fixed, mass.outside - mass.selected
+            for found_values, value in zip(out[i].values(), values, strict=True):
+                found_values.append(value.tolist())
     return [{name: torch.tensor(values).mean(0).tolist() for name, values in stage.items()} for stage in out]
+
+
+def rows_of(size: int) -> range:
+    """The queries by which a block of ``size`` queries is judged, counted from its first."""
+    return range(size // (2 * ROWS), size, max(1, size // ROWS))
 
 
 def _selecting(

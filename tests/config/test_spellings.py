@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hipexp.config.compose import compose, sweep_points
+from hipexp.config.compose import compose, compose_point, read_line, sweep_points
 from hipexp.config.overrides import normalise
 from hipexp.config.schema import ConfigError, PruneRope, Stage
 
@@ -209,3 +209,41 @@ def test_a_pipeline_key_does_not_go_with_a_dense_point():
         ConfigError, match=r"sink_tok=64 changes a pipeline, and pipeline=dense,3stage has a point without; run dense by itself"
     ):
         normalise(["-m", "+pipeline=dense,3stage", "pipeline.sink_tok=64"], {"pipeline": ["3stage", "dense"]})
+
+
+def own_pipeline(tmp_path, name="mine"):
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(
+        "stages: [{chunk_tok: 32, keep_tok: 256}]\nsink_tok: 64\nlayers: {early: {range: '0', stages: {'0': {keep_tok: 512}}}}\n"
+    )
+    return path
+
+
+def test_a_pipeline_may_be_a_file(tmp_path):
+    path = own_pipeline(tmp_path)
+    pipeline = compose([f"+pipeline={path}", "pipeline.window_tok=128", "pipeline.stages.0.keep_tok=128"]).pipeline
+    assert (pipeline.name, pipeline.sink_tok, pipeline.window_tok) == ("mine", 64, 128)
+    assert [plan.stages[0].keep_tok for plan in pipeline.plan(2)] == [512, 128]
+    path.write_text(path.read_text().replace("sink_tok: 64", "sink_tok: 32"))
+    assert compose([f"+pipeline={path}"]).pipeline.sink_tok == 32  # read anew
+
+
+def test_a_file_takes_part_in_a_sweep(tmp_path):
+    line = read_line(["-m", f"pipeline={own_pipeline(tmp_path)},3stage"])
+    names = [compose_point(point).pipeline.name for point in sweep_points(line.overrides)]
+    assert names == ["mine", "3stage"]
+
+
+def test_files_that_are_no_pipeline(tmp_path):
+    def refused(name, message):
+        with pytest.raises(ConfigError, match=message):
+            compose([f"+pipeline={tmp_path}/{name}.yaml"])
+
+    refused("mine", "must be a file, and there is none")
+    for name, message in {"3stage": "has the name of another pipeline, 3stage; rename", "a b": "letters, digits, '_' and '-'"}.items():
+        own_pipeline(tmp_path, name)
+        refused(name, message)
+    own_pipeline(tmp_path).write_text("stages: [")
+    refused("mine", "mine.yaml line 1 is no YAML")
+    own_pipeline(tmp_path).write_text("sinks_tok: 3")
+    refused("mine", r"pipeline\.sinks_tok is unknown; did you mean sink_tok\?")
