@@ -35,8 +35,9 @@ from hipexp.run.timing import describe_machine, memory_bandwidth, missing
 
 K = 1024
 NATIVE = " (native RoPE)"  # behind the name of a preset: with true positions, which lead no further than a model was trained
-PRESETS = ("3stage", "3stage_fast", "3stage_flash", "3stage_scan", "5k", f"3stage{NATIVE}")
-PREFILL_PRESETS = ("3stage", "3stage_scan", f"3stage{NATIVE}")  # the others do in prefill what 3stage does, or keep more
+PRESETS = ("3stage", "3stage_fast", "3stage_flash", "3stage_scan", "4stage_scan", "3stage_plus", "5k", f"3stage{NATIVE}")
+# the others do in prefill what 3stage does, or keep more
+PREFILL_PRESETS = ("3stage", "3stage_scan", "4stage_scan", "3stage_plus", f"3stage{NATIVE}")
 SELECTED_BY = "3stage"  # whose selection the others attend to
 MARKED = re.compile(r"pytest\.mark\.(gpu|device)\b")
 N_LAYERS = 8  # their selected keys together exceed the L2 cache

@@ -11,7 +11,10 @@ from hipexp.config.schema import AttendRope, Heads, PruneRope, Representative
 OPTIONS = group_options(conf_dir())
 PRESETS = [name for name in OPTIONS["pipeline"] if name != DENSE]
 FIRST_THREE = {0, 1, 2}
-SCANS = ("3stage_scan", "3stage_long")
+SCANS = {  # how many stages score by landmarks, before those that score by all keys
+    "3stage_scan": 2, "3stage_long": 2, "4stage_scan": 3, "3stage_plus": 1,
+}  # fmt: skip
+BLOCKS = {"3stage_long": [256, 64, 64], "3stage_plus": [64, 64, 16]}
 
 # chunk_tok, keep_tok, query_stride_tok and refresh_steps of each stage.
 THREE = [(256, 32768, 4, 16), (32, 8192, 4, 8), (8, 2048, 1, 4)]
@@ -21,6 +24,8 @@ STAGES = {
     "3stage_fast": [(256, 32768, 4, 32), (32, 8192, 4, 16), (8, 2048, 1, 8)],
     "3stage_flash": [(256, 32768, 4, 96), (32, 8192, 4, 24), (8, 2048, 1, 8)],
     "3stage_scan": THREE,
+    "3stage_plus": THREE,
+    "4stage_scan": [(256, 131072, 4, 16), *THREE],  # ours
     "3stage_long": [(256, 8192, 16, 16), (64, 2048, 4, 8), (8, 512, 1, 4)],  # ours
     "5k": FIVE,
     "3k_5k": THREE,
@@ -59,17 +64,18 @@ def test_preset_has_the_published_numbers(name):
     pipeline = compose([f"+pipeline={name}"]).pipeline
     assert pipeline.name == name
     assert numbers(pipeline.stages) == STAGES[name]
-    assert (pipeline.sink_tok, pipeline.window_tok, pipeline.heads) == (256, 1024, Heads.shared)
+    assert (pipeline.sink_tok, pipeline.window_tok, pipeline.heads) == (256, 1024, Heads.per_kv if name == "3stage_plus" else Heads.shared)
+    assert pipeline.staggered_refresh is (name == "3stage_plus")
     assert (pipeline.rope.prune, pipeline.rope.attend) == (PruneRope.relative, AttendRope.streaming)
-    blocks = [s.query_block_tok for s in pipeline.stages]
-    assert blocks == ([256, 64, 64] if name == "3stage_long" else [64] * len(blocks))
+    assert [s.query_block_tok for s in pipeline.stages] == BLOCKS.get(name, [64] * len(pipeline.stages))
+    assert [s.piece_tok for s in pipeline.stages] == ([256, None, None, None] if name == "4stage_scan" else [None] * len(pipeline.stages))
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_only_scans_have_other_scores_than_descents(name):
     for plan in compose([f"+pipeline={name}"]).pipeline.plan(5):
         for stages in (plan.stages, plan.decode):
-            others = dict.fromkeys((0, 1), Representative.bounds) if name in SCANS else {}
+            others = dict.fromkeys(range(SCANS.get(name, 0)), Representative.bounds)
             usual = Representative.exact if name in SCANS else Representative.descent
             assert [stage.representative for stage in stages] == [others.get(i, usual) for i in range(len(stages))]
 
