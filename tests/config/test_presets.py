@@ -12,7 +12,7 @@ OPTIONS = group_options(conf_dir())
 PRESETS = [name for name in OPTIONS["pipeline"] if name != DENSE]
 FIRST_THREE = {0, 1, 2}
 SCANS = {  # how many stages score by landmarks, before those that score by all keys
-    "3stage_scan": 2, "3stage_long": 2, "4stage_scan": 3, "3stage_plus": 1,
+    "3stage_scan": 2, "3stage_long": 2, "4stage_scan": 3, "3stage_plus": 2,
 }  # fmt: skip
 BLOCKS = {"3stage_long": [256, 64, 64], "3stage_plus": [64, 64, 16]}
 
