@@ -18,7 +18,7 @@ DEV := $(VENV)/.dev
 PIP := $(RUN) -m pip --disable-pip-version-check install --constraint constraints.txt --no-build-isolation
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check check-official needle needle-table needle-1m methods aot bench-cpu link-table gpu repro-table2
+.PHONY: help setup demo test test-all check check-official needle needle-table needle-1m methods ablation aot bench-cpu link-table gpu repro-table2
 
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,10 @@ needle-table: $(CORE) ## the long form of the demo: accuracy and time by length 
 methods: $(CORE) ## every method on the embedded model: score, recall, times, bytes (hours, resumable, says how long; FAST=1: minutes)
 	$(if $(FAST),,$(RUN) -m hipexp data make stand-ins out=runs/stand-ins)
 	$(RUN) -m hipexp methods $(if $(FAST),fast=true,task.data=runs/stand-ins)
+
+ablation: $(CORE) ## what each part of 3stage_plus is worth, between 3stage and the oracle (hours, resumable, says how long)
+	$(RUN) -m hipexp data make stand-ins out=runs/stand-ins
+	$(RUN) -m hipexp methods of=ablation task.data=runs/stand-ins
 
 aot: $(DEV) ## compile every kernel for five kinds of GPU, without one: registers, spills, shared memory against the record
 	$(RUN) -m hipexp_kernels.aot

@@ -49,7 +49,7 @@ TASKS = {
     "longbench2": ("samples", "truncate_tok", "protocol", "batch", "data"),
     "passkey": ("lengths_tok", "depths", *SAMPLED),
     "latency": ("length_tok", "lengths_tok", "decode_steps", "repeats", "dense_max_tok", "geometry", *ALONE, "protocol"),
-    "recall": ("subtasks", "samples", "geometry", "dtype", "contexts_tok", "layer", "divisors", "wording", "protocol"),
+    "recall": ("subtasks", "samples", "geometry", "dtype", "contexts_tok", "layer", "divisors", "phases", "wording", "protocol"),
 }
 TEXTS = ("drifting", "isolated_needles", "near_equal_needles")  # of recall with a geometry
 OFFICIAL = ("ruler", "longbench", "longbench2")  # tasks with the official prompts only
@@ -315,6 +315,8 @@ def _check_recall(task: Task) -> None:
     in_range = f"hold numbers of tokens from {LEAST_CONTEXT_TOK} to {MOST}"
     _all("task.contexts_tok", task.contexts_tok or [CONTEXT_TOK], lambda n: LEAST_CONTEXT_TOK <= n <= MOST, in_range)
     infbench.check_wording(task.wording)
+    if task.phases is not None and (len(task.phases) != 1 or task.phases[0] not in PHASES):
+        raise ConfigError(f"task.phases={task.phases} must name one of {', '.join(PHASES)} for task=recall; try [decode]")
     if task.geometry is None:
         _refuse_set(task, ("dtype", "layer"), "is for keys without a model; name a task.geometry, or leave it out")
         infbench.check_subtasks(task.subtasks or [])

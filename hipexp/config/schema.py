@@ -313,7 +313,7 @@ class Task:
     ``geometry``     latency or recall of attention alone, without a model: a name of ``GEOMETRIES``, or ``heads/key-value heads/dimension``
     ``dtype``        its number format; ``auto`` is bfloat16 on a GPU, float32 on a CPU
     ``contexts_tok`` its numbers of keys; None is 131072. Recall with a model: lengths of prompts; None is the trained length
-    ``phases``       ``decode`` and ``prefill`` (of the last ``queries_tok`` queries); None is both
+    ``phases``       ``decode`` and ``prefill`` (of the last ``queries_tok`` queries); None is both; recall: one, or ``prefill``
     ``divisors``     of the recall task: every stage keeps so many times less; None is 1, 4 and 8
     ``layer``        the layer whose groups apply, in a model of 32 or more; None is a layer without any
     ``protocol``     whose prompts: ``hipexp`` are our own words, never an official score; ``official``, or of ∞Bench one of several

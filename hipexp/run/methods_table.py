@@ -107,7 +107,7 @@ def points(comparison: Comparison, overrides: Sequence[str], data: Sequence[str]
     made = []
     for spec in sorted(comparison.specs, key=lambda spec: spec.times):
         for name, chosen in comparison.words.items():
-            words = [word.format(trained_tok=trained_tok) for word in chosen]
+            words = [word.replace("{trained_tok}", str(trained_tok)) for word in chosen]
             cuts = _cuts(words)
             if (spec.linear and (cuts or not _linear(chosen))) or (cuts and spec.task == "ruler"):
                 continue
@@ -131,7 +131,7 @@ def recall_points(comparison: Comparison, overrides: Sequence[str]) -> dict[tupl
         if method is not None and _selects(method):
             divisor = DIVISOR if method.budgets else 1
             for column, asked in comparison.recalls.items():
-                own = [word.format(divisor=divisor) for word in asked]
+                own = [word.replace("{divisor}", str(divisor)) for word in asked]
                 found[name, column] = compose_named(f"{name}, {column}", [*own, *words, *comparison.recall_words[name]], overrides)
     return found
 

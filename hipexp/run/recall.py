@@ -1,9 +1,10 @@
 """``task=recall``: which part of the attention the selection holds after each stage, against dense attention and against an oracle.
 
-On activations of a model that reads retrieval prompts of its trained length, where dense attention at true positions is known to be right,
-with the budgets of all stages divided; or, with a geometry, on structured random keys of any length, at the distance of the scoring,
-or at true positions where a method scores so. Selections are those of prefill, for sampled query blocks; each is judged by some of its
-queries. Of an offload, the format counts: stages see keys as it keeps them, and are judged by the true ones.
+On activations of a model that reads retrieval prompts of its trained length, where dense attention at true positions is right,
+with the budgets of all stages divided; or, with a geometry, on structured random keys of any length, at the distance of the scoring, or at
+true positions where a method scores so. Selections are those of prefill, for sampled query blocks, or with ``task.phases=[decode]`` those of
+the decode steps of their queries, in which every stage runs; each block is judged by some of its queries. Of an offload, the format counts:
+stages see keys as it keeps them, and are judged by the true ones.
 """
 
 from __future__ import annotations
@@ -58,14 +59,19 @@ class Point:
 
 def filled(task: Task, trained_tok: int | None) -> Task:
     """The task with everything that it leaves open said. ``trained_tok`` None: without a model, with a geometry; imports torch then."""
-    task = dataclasses.replace(task, divisors=sorted(task.divisors or DIVISORS))
+    task = dataclasses.replace(task, divisors=sorted(task.divisors or DIVISORS), phases=["decode"] if decodes(task) else None)
     if task.geometry is None:
         sources = list(infbench.check_subtasks(task.subtasks or []))
         return dataclasses.replace(task, subtasks=sources, contexts_tok=sorted(task.contexts_tok or [trained_tok or 0]))
     sources = task.subtasks or list(TEXTS)
     return dataclasses.replace(
-        attention_point.filled(task), phases=None, subtasks=sources, contexts_tok=sorted(task.contexts_tok or [CONTEXT_TOK])
+        attention_point.filled(task), phases=task.phases, subtasks=sources, contexts_tok=sorted(task.contexts_tok or [CONTEXT_TOK])
     )
+
+
+def decodes(task: Task) -> bool:
+    """Whether selections are those of decode steps."""
+    return task.phases == ["decode"]
 
 
 def points(task: Task) -> list[Point]:
@@ -190,10 +196,11 @@ def job(experiment: Experiment, loaded: Loaded | None) -> Job:
     task, pipeline = experiment.task, experiment.pipeline
     assert pipeline is not None, "refused by the checks"
     where = "dense attention at true positions" if loaded else "keys at the distance of the scoring"
+    asked = "decode steps" if decodes(task) else "queries"
     card = ProtocolCard(
         suite="recall",
         protocol="hipexp",
-        edition=f"attention mass of {task.samples} query blocks a text, {ROWS} queries each, {where}; keeps divided by {task.divisors}",
+        edition=f"attention mass of {task.samples} query blocks a text, {ROWS} {asked} each, {where}; keeps divided by {task.divisors}",
         template={name: infbench.template_id(name, task.wording) for name in task.subtasks or []} if loaded else {},
         wording=task.wording if loaded else "",
         metric={one.subtask: "mass_recall" for one in points(task)},
@@ -296,7 +303,7 @@ def heard_text(
             def logits(query: Tensor, keys: Tensor, layer: int = i) -> Tensor:
                 return dense(layer, keys.shape[1])
 
-            out[i] = stages_of(layers[name][i], q, 0, k, begin, size, logits, experiment.offload, shared, last)
+            out[i] = stages_of(layers[name][i], q, 0, k, begin, size, logits, experiment.offload, shared, last, decodes(experiment.task))
         return out
 
     return text
@@ -333,7 +340,8 @@ def _generated(experiment: Experiment, pipelines: dict[int, Pipeline], source: s
                 return logits_in_place(query, keys, attention.scale, attention.tables.upto(keys.shape[1]))
             return logits_at_one_distance(query, keys, attention.scale, attention.tables.upto(distance + 1), distance)
 
-        return {0: stages_of(attention, queries, context_tok - queries.shape[1], made.keys, begin, size, logits, experiment.offload, {})}
+        q_begin = context_tok - queries.shape[1]
+        return {0: stages_of(attention, queries, q_begin, made.keys, begin, size, logits, experiment.offload, {}, decoding=decodes(task))}
 
     return text
 
@@ -378,12 +386,13 @@ def block_of(plans: list[LayerPlan], n_tok: int, number: int, task: Task) -> int
 
 def stages_of(
     attention: LayerAttention, q: Tensor, q_begin: int, k: Tensor, begin: int, size: int, logits: Callable[[Tensor, Tensor], Tensor],
-    offload: Offload, shared: dict[Any, Any], last: bool = False,
+    offload: Offload, shared: dict[Any, Any], last: bool = False, decoding: bool = False,
 ) -> Stages:  # fmt: skip
     """What each stage holds for the block of ``size`` queries at ``begin``, over raw keys ``[K, T, D]``; one stage for methods without.
 
     ``q`` ``[H, n, D]``: queries from ``q_begin`` on. ``logits(query, keys)`` are those that count, of a query over the keys it sees. Stages
-    see keys as ``offload`` keeps them. ``shared``: what the layers of a text share. ``last``: of the last stage alone.
+    see keys as ``offload`` keeps them. ``shared``: what the layers of a text share. ``last``: of the last stage alone. ``decoding``: what a
+    decode step of each query selects.
     """
     import torch
 
@@ -392,15 +401,15 @@ def stages_of(
 
     plan, end = attention.plan, min(begin + size, q_begin + q.shape[1])
     kept = as_kept(k, offload.format, page_tok_of([plan]), plan.sink_tok)
-    found = _selecting(attention, q, q_begin, kept, begin, end, shared)
+    found = _selecting(attention, q, q_begin, kept, begin, end, shared, decoding)
     out: Stages = []
     for row in rows_of(end - begin):
         seen = begin + row + 1
         heavy = logits(q[:, seen - 1 - q_begin], k[:, :seen])
-        for i, (starts, counts, chunk_tok, decoding) in enumerate(found(row)[-1:] if last else found(row)):
+        for i, (starts, counts, chunk_tok, alone) in enumerate(found(row)[-1:] if last else found(row)):
             part = row // (size // starts.shape[1])  # a stage may cut the block into smaller ones
-            first = seen - 1 if decoding else begin + part * (size // starts.shape[1])
-            part = 0 if decoding else part
+            first = seen - 1 if alone else begin + part * (size // starts.shape[1])
+            part = 0 if alone else part
             fixed = fixed_tokens(seen, plan.sink_tok, max(0, first - plan.window_tok + 1), k.device)
             mass = attention_mass(heavy, chosen_tokens(starts[:, part], counts[:, part], chunk_tok, seen), fixed)
             if i == len(out):
@@ -417,12 +426,12 @@ def rows_of(size: int) -> range:
 
 
 def _selecting(
-    attention: LayerAttention, q: Tensor, q_begin: int, k: Tensor, begin: int, end: int, shared: dict[Any, Any]
+    attention: LayerAttention, q: Tensor, q_begin: int, k: Tensor, begin: int, end: int, shared: dict[Any, Any], decoding: bool = False
 ) -> Callable[[int], list[tuple[Tensor, Tensor, int, bool]]]:
-    """What is selected for a row of the block from ``begin`` to ``end``: by stage starts, counts, tokens of a chunk; whether in decode.
+    """What is selected for a row of the block from ``begin`` to ``end``: by stage starts, counts, tokens of a chunk; whether for it alone.
 
-    Of a method that selects in decode only, the row is a step behind a prompt that was read; of one whose later queries decide for
-    earlier ones, all that there are take part.
+    ``decoding``: the row is a decode step. So it is of a method that selects in decode only, a step behind a prompt that was read. Of one
+    whose later queries decide for earlier ones, all that there are take part.
     """
     import torch
 
@@ -439,12 +448,26 @@ def _selecting(
         blocks = QueryBlocks.cut(q[:, first - q_begin : last - q_begin], first, method.query_block_tok)
         return Call(blocks, k[:, :last], tables, scale, shared=shared, **more)
 
+    def one(row: int, memory: Memory, state: Any = None) -> Call:
+        at = begin + row
+        query = QueryBlocks.one(q[:, at - q_begin : at - q_begin + 1], at, Step.at(at, method.n_candidates(at), False, k.device))
+        return Call(query, k[:, : at + 1], tables, scale, True, memory, state, shared)
+
     if isinstance(method, Hip):
-        memory = Memory()
-        method.select(call(begin, end, memory=memory))
-        chunks = [stage.chunk_tok for stage in (*method.plan.stages[1:], method.plan.stages[-1])]
-        return lambda row: [(*memory.lists[i + 1], chunk, False) for i, chunk in enumerate(chunks)]
-    state, selects = method.new_state(), method.exact_tok(False) < EVERYTHING
+        stages = method.plan.decode if decoding else method.plan.stages
+        chunks = [stage.chunk_tok for stage in (*stages[1:], stages[-1])]
+
+        def every_stage(row: int, memory: Memory) -> list[tuple[Tensor, Tensor, int, bool]]:
+            if decoding:
+                memory = Memory()
+                method.select(one(row, memory))
+            return [(*memory.lists[i + 1], chunk, decoding) for i, chunk in enumerate(chunks)]
+
+        of_block = Memory()
+        if not decoding:
+            method.select(call(begin, end, memory=of_block))
+        return lambda row: every_stage(row, of_block)
+    state, selects = method.new_state(), not decoding and method.exact_tok(False) < EVERYTHING
     dense = not selects and method.exact_tok(True) >= EVERYTHING
     first = begin if state is None else q_begin  # what remembers nothing has to see the block only
     if dense or selects:
@@ -460,11 +483,10 @@ def _selecting(
         return lambda row: [(selection.blocks[:, :n], selection.counts[:, :n], method.block(False), False)]
 
     def step(row: int) -> list[tuple[Tensor, Tensor, int, bool]]:
-        at, own_state = begin + row, copy.deepcopy(state)
+        own_state = copy.deepcopy(state)
         if row:
-            method.observe(call(begin, at, state=own_state))
-        own = QueryBlocks.one(q[:, at - q_begin : at - q_begin + 1], at, Step.at(at, 0, False, k.device))
-        asked = Call(own, k[:, : at + 1], tables, scale, True, Memory(), own_state, shared)
+            method.observe(call(begin, begin + row, state=own_state))
+        asked = one(row, Memory(), own_state)
         method.observe(asked)
         selection = method.select(asked)
         return [(selection.blocks, selection.counts, method.block(True), True)]

@@ -209,6 +209,42 @@ def test_every_method_that_selects_has_a_recall():
     assert min(found[name] for name in ("infllm", "hip_iclr25", "h2o", "quest")) > found["random"]
 
 
+@pytest.mark.parametrize("words", [SMALL[:1], OTHERS["oracle"]])
+def test_decode_steps_select_for_one_query(words):
+    """By what the layer itself selects in a decode step; every stage of it."""
+    from hipexp.attention import Memory
+    from hipexp.attention.inputs import Geometry, drifting
+    from hipexp.attention.recall import attention_mass, chosen_tokens, fixed_tokens, logits_in_place
+    from hipexp.run.attention_latency import layer_attention
+
+    chosen = [*words, "pipeline.sink_tok=32", "pipeline.window_tok=64"] if words is OTHERS["oracle"] else SMALL
+    pipeline, geometry = compose(chosen).pipeline, Geometry(4, 2, 16)
+    attention, made = layer_attention(pipeline, geometry, torch.device("cpu")), drifting(geometry, 640)
+    q, logits = made.prefill_queries(64), partial(logits_in_place, scale=0.25, table=None)
+    stages = recall.stages_of(attention, q, 576, made.keys, 576, 64, logits, Offload(), {}, decoding=True)
+    assert len(stages) == max(1, len(attention.plan.stages))
+    expected = []
+    for row in recall.rows_of(64):
+        at, memory = 576 + row, Memory()
+        asked = recall._selecting(attention, q, 576, made.keys, 576, 640, {}, True)(row)[-1]
+        if attention.plan.stages:
+            attention(q[:, row : row + 1], made.keys[:, : at + 1], made.values[:, : at + 1], at, memory)
+            assert torch.equal(memory.lists[len(attention.plan.decode)][0], asked[0])
+        held = chosen_tokens(asked[0][:, 0], asked[1][:, 0], asked[2], at + 1)
+        fixed = fixed_tokens(at + 1, attention.plan.sink_tok, at + 1 - attention.plan.window_tok, torch.device("cpu"))
+        expected.append(attention_mass(logits(q[:, row], made.keys[:, : at + 1]), held, fixed).recall)
+    assert stages[-1]["mass"] == pytest.approx(torch.stack(expected).mean(0).tolist())
+
+
+def test_phases_of_recall():
+    with pytest.raises(
+        ConfigError, match=r"task.phases=\['decode', 'prefill'\] must name one of decode, prefill for task=recall; try \[decode\]"
+    ):
+        check_point(compose([*SMALL, "task.phases=[decode,prefill]"]))
+    usual, said, other = (compose([*SMALL, *words]) for words in ((), ["task.phases=[prefill]"], ["task.phases=[decode]"]))
+    assert recall.filled(usual.task, 6144) == recall.filled(said.task, 6144) != recall.filled(other.task, 6144)
+
+
 def test_a_block_is_judged_by_its_own_selection_where_later_queries_decide():
     """MInference selects for all that is read at once; of what it reads, the last key of every row is in its own block."""
     from hipexp.attention.inputs import Geometry, drifting
