@@ -13,6 +13,7 @@ from hipexp_kernels.rope import AttendRotation
 from torch import Tensor
 
 from hipexp.attention.blocks import QueryBlocks, Step
+from hipexp.attention.dense_rows import attend_to_all
 from hipexp.attention.method import EVERYTHING, Call, DenseMethod, Method, SelectingMethod
 from hipexp.attention.methods import make_method
 from hipexp.attention.methods.streaming import Streaming
@@ -56,6 +57,7 @@ class LayerAttention:
         step: Step | None = None,
         state: Any = None,
         shared: dict[Any, Any] | None = None,
+        prompt_tok: int | None = None,
     ) -> Tensor:
         """Return ``[H, Q, D]``: queries ``q`` ``[H, Q, D]`` at positions ``begin`` … over raw keys and values ``[K, T, D]``.
 
@@ -63,8 +65,8 @@ class LayerAttention:
         the device reads it, in place of ``begin`` (see :meth:`step_at`): in a CUDA graph that is replayed for later tokens ``begin`` is
         the last position it will serve, and ``k`` and ``v`` reach as far; call it once so before it is captured. ``state``: what the
         method's ``new_state`` made for the sequence in this layer, ``shared``: what its layers share; None: nothing is remembered between
-        calls. Raises ValueError if ``Q`` is not 1 there, for a later part of a prompt that does not start where a query block does, and for
-        tokens behind others without the state of a method that needs it.
+        calls. ``prompt_tok``: where the prompt ends; None: with these queries. Raises ValueError if ``Q`` is not 1 there, for a later part
+        of a prompt that does not start where a query block does, and for tokens behind others without the state of a method that needs it.
         """
         if memory and q.shape[1] != 1:
             raise ValueError(f"a decode step has one query, not {q.shape[1]}")
@@ -110,7 +112,22 @@ class LayerAttention:
             scale=self.scale, rotation=self._attend_rotation(method, k.shape[1], queries), softcap=self.softcap,
             held=memory.held if memory else None,
         )  # fmt: skip
-        return attended.rows(out)
+        out = attended.rows(out)
+        return out if memory else self._last_of_all(out, q, k, v, begin, attended.start + n_exact * attended.size, prompt_tok)
+
+    def _last_of_all(self, out: Tensor, q: Tensor, k: KV, v: KV, begin: int, pruned: int, prompt_tok: int | None) -> Tensor:
+        """``out`` ``[H, Q, D]``, where those of the prompt's last queries that are not before ``pruned`` attend to all keys."""
+        stop = k.shape[1] if prompt_tok is None else prompt_tok
+        at = range(max(begin, pruned, stop - self.plan.dense_last_tok), min(begin + q.shape[1], stop))
+        if at:
+            rows = slice(at.start - begin, at.stop - begin)
+            out[:, rows] = self._attend_to_all(q[:, rows], at, k, v)
+        return out
+
+    def _attend_to_all(self, q: Tensor, at: range, k: KV, v: KV) -> Tensor:
+        """Attention of queries ``[H, R, D]`` at positions ``at`` to all keys up to each."""
+        k, v = read_by(k, ATTEND), read_by(v, ATTEND)
+        return attend_to_all(q, at, k, v, self.tables, self.scale, self.softcap, self.plan.window_tok)
 
     def step_at(self, position: int, device: torch.device) -> Step:
         """The decode step of the token at ``position``, for layers whose plans have the same sinks, window and first decode stage."""

@@ -43,6 +43,15 @@ class Contract(str, Enum):
     restored = "restored"  # a model is as before once the pipeline is taken out
 
 
+# Contracts that an option of a pipeline breaks under any method, each with the reason.
+OPTION_EXCEPTIONS: Mapping[str, Mapping[Contract, str]] = {
+    "dense_last_tok": {
+        Contract.causal: "where a prompt ends decides which queries attend to all keys",
+        Contract.chunked: "who reads parts and does not say where the prompt ends gets it for every part; `hipexp.hf.generate` says it",
+    },
+}
+
+
 @dataclass(frozen=True)
 class Call:
     """One call of a layer: ``queries`` in blocks, raw ``keys`` ``[K, T, D]`` up to the last of them, and what the sequence remembers.

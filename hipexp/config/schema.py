@@ -138,6 +138,7 @@ class LayerPlan:
     method: str = "hip"
     params: dict[str, Any] = field(default_factory=dict)
     prune: PruneRope = PruneRope.relative
+    dense_last_tok: int = 0
 
 
 @dataclass
@@ -150,6 +151,7 @@ class Pipeline:
     ``decode``  other stages for decode; None uses ``stages``
     ``layers``  named groups of overrides; a later group wins over an earlier one
     ``late_refresh``  a selection that a decode step makes is used from the next step on, so that nobody has to wait for what it misses
+    ``dense_last_tok``  so many of a prompt's last queries attend to all keys, whatever is selected for them
     """
 
     name: str = ""
@@ -163,6 +165,7 @@ class Pipeline:
     layers: dict[str, LayerGroup] = field(default_factory=dict)
     late_refresh: bool = False
     params: dict[str, Any] = field(default_factory=dict)
+    dense_last_tok: int = 0
 
     def plan(self, n_layers: int) -> list[LayerPlan]:
         """Resolve the pipeline for a model of ``n_layers`` layers: one plan per layer.
@@ -202,6 +205,7 @@ class Pipeline:
             self.method,
             params,
             prune,
+            self.dense_last_tok,
         )
 
 

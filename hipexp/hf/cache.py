@@ -55,6 +55,7 @@ class SequenceLayer(CacheLayerMixin):
         self.rows: list[SequenceState] = []
         self.reserve_tok, self.decoding, self.new_store = reserve_tok, decoding, new_store
         self.holding = False
+        self.prompt_tok: int | None = None  # where the prompt that is read ends, if it is known
         self.next: SequenceLayer | None = None  # of the same sequences
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -111,6 +112,11 @@ class SequenceCache(Cache):
         super().__init__(layers=[SequenceLayer(reserve_tok, decoding, make, shared) for make in makers])
         for layer, following in itertools.pairwise(self.layers):
             layer.next = following
+
+    def begin_prompt(self, n_tok: int) -> None:
+        """Say that what is read next, in whatever parts, is a prompt of ``n_tok`` tokens."""
+        for layer in self.layers:
+            layer.prompt_tok = n_tok
 
     @classmethod
     def of(cls, caches: list[SequenceCache]) -> SequenceCache:

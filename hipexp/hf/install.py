@@ -219,6 +219,7 @@ def _attend_batch(
     ours = isinstance(key, SequenceLayer)
     states = key.rows if ours else _states_of(key, value, loose)
     decoding = key.decodes(Q) if ours else Q == 1
+    prompt_tok = key.prompt_tok if ours else None
     if mask is not None and mask.ndim != 2:
         raise ValueError(
             f"attention_mask {tuple(mask.shape)} must be [batch, tokens] and mark padding on the left; no other mask is supported"
@@ -256,7 +257,10 @@ def _attend_batch(
                 state.memory = Memory()
             if state.state is None and begin + skip == 0:
                 state.state = layer.method.new_state()
-            rows = layer(q, k, v, begin + skip, state.memory if decode_step else None, state=state.state, shared=state.shared)
+            rows = layer(
+                q, k, v, begin + skip, state.memory if decode_step else None, state=state.state, shared=state.shared,
+                prompt_tok=prompt_tok and prompt_tok - state.padding,
+            )  # fmt: skip
             state.pruned_blocks += layer.pruned_blocks - pruned
             if not decode_step:
                 state.store.settle()

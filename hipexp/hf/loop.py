@@ -135,6 +135,7 @@ def _steps(
 ) -> list[tuple[Callable[[], int], int]]:
     """The forward passes of a prompt, each a call that returns the most likely next token, and how many tokens it reads."""
     ids = torch.tensor([prompt], device=model.device)
+    cache.begin_prompt(len(prompt))
 
     def step(begin: int, end: int) -> int:
         return _step(model, cache, ids[:, begin:end], torch.arange(begin, end, device=ids.device)[None], not_first)[0]

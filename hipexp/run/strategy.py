@@ -54,7 +54,8 @@ def describe(pipeline: Pipeline | None, n_layers: int, offload: Offload | None =
     plans = pipeline.plan(n_layers)
     name, heads, rope = pipeline.name or "unnamed", plans[0].heads.value, plans[0].attend.value
     late = ", a new selection is used from the next decode step on" if pipeline.late_refresh else ""
-    lines = [f"attention: {name} ({pipeline.method}), heads {heads}, {rope} RoPE while attending{late}"]
+    last = f", the last {pipeline.dense_last_tok} queries of a prompt to all keys" if pipeline.dense_last_tok else ""
+    lines = [f"attention: {name} ({pipeline.method}), heads {heads}, {rope} RoPE while attending{late}{last}"]
 
     def same(plan: LayerPlan) -> dict[str, object]:
         return {name: value for name, value in vars(plan).items() if name != "layer"}

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from exact_tables import ExactTables
 from hipexp.attention import LayerAttention, Memory
-from hipexp.attention.method import Contract
+from hipexp.attention.method import OPTION_EXCEPTIONS, Contract
 from hipexp.attention.methods import method_class
 from hipexp.attention.rope import RopeTables
 from hipexp.config.check import METHODS
@@ -50,6 +50,8 @@ HELD = {
     "xattention": 64, "kascade": 136, "self_extend": 64, "ntk": 448, "lm_infinite": 64,
 }  # fmt: skip
 
+OPTIONS = {"dense_last_tok": 100}  # beside a small pipeline
+
 
 def cos_sin(positions):
     angle = positions[:, None] * 10_000.0 ** (-torch.arange(0, D, 2) / D)
@@ -84,10 +86,12 @@ def close(a, b):
 
 
 def causal(pipeline):
-    """Of queries up to a block's end nothing changes with the tokens behind it."""
+    """Of queries up to a block's end nothing changes with the tokens behind it, or if there are none."""
     one, other = inputs(), inputs(seed=1)
     mixed = tuple(torch.cat([x[:, :384], y[:, 384:]], 1) for x, y in zip(one, other, strict=True))
-    close(Sequence(pipeline).read(one, 0, T)[:, :384], Sequence(pipeline).read(mixed, 0, T)[:, :384])
+    out = Sequence(pipeline).read(one, 0, T)[:, :384]
+    close(out, Sequence(pipeline).read(mixed, 0, T)[:, :384])
+    close(out, Sequence(pipeline).read(one, 0, 384))
 
 
 def chunked(pipeline):
@@ -181,17 +185,27 @@ def test_every_contract_and_every_method_is_here():
     assert set(SMALL) == set(METHODS) == set(HELD)
 
 
-@pytest.mark.parametrize("contract", list(Contract))
-@pytest.mark.parametrize("method", METHODS)
-def test_contract(method, contract):
-    check = partial(CHECKS[contract.value], SMALL[method])
-    reason = method_class(method).exceptions.get(contract)
+def holds_or_says_why(contract, pipeline, reason):
+    check = partial(CHECKS[contract.value], pipeline)
     if reason is None:
         check()
         return
     assert len(reason) > 20
     with pytest.raises((AssertionError, ValueError)):
         check()
+
+
+@pytest.mark.parametrize("contract", list(Contract))
+@pytest.mark.parametrize("method", METHODS)
+def test_contract(method, contract):
+    holds_or_says_why(contract, SMALL[method], method_class(method).exceptions.get(contract))
+
+
+@pytest.mark.parametrize("contract", list(Contract))
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("method", ["hip", "streaming", "oracle", "infllm"])
+def test_contract_under_an_option(method, option, contract):
+    holds_or_says_why(contract, replace(SMALL[method], **{option: OPTIONS[option]}), OPTION_EXCEPTIONS.get(option, {}).get(contract))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -257,3 +271,6 @@ def test_the_page_names_every_exception():
     for name in METHODS:
         for contract, reason in method_class(name).exceptions.items():
             assert f"| `{name}` | {contract.value} | {reason} |" in page
+    for option, broken in OPTION_EXCEPTIONS.items():
+        for contract, reason in broken.items():
+            assert f"| `{option}` | {contract.value} | {reason} |" in page

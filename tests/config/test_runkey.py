@@ -20,6 +20,7 @@ def key(*words, revision="abc", **extra):
         "pipeline.layers.early.range='0-1'",
         "pipeline.rope.attend=native",
         "pipeline.heads=per_kv",
+        "pipeline.dense_last_tok=64",
         "task.samples=2",
         "task.lengths_tok=[4096]",
         "task.wording=heldout",
@@ -42,6 +43,7 @@ def test_what_decides_a_result_changes_the_key(word):
         "model.revision=v2",
         "pipeline.name=other",
         "pipeline.sink_tok=256",
+        "pipeline.dense_last_tok=0",
     ],
 )
 def test_trackers_paths_and_names_do_not(word):

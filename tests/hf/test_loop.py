@@ -11,7 +11,7 @@ from hipexp.attention.methods import hip
 from hipexp.config.schema import Representative
 from hipexp.hf import Generation, generate, install
 from hipexp.hf.cache import SequenceCache
-from hipexp.hf.loop import decode
+from hipexp.hf.loop import decode, prefill, prefill_layer_major
 
 
 def run(loaded, prompts, chunk, n=24, **kwargs):
@@ -33,6 +33,23 @@ def same_tokens_for_any_chunk_alone_and_in_a_batch(loaded, pipeline, tokens):
         together = [result.tokens for result in run(loaded, prompts, 128)]
     for each, batched in zip(alone, together, strict=True):
         assert each == [batched] * 3 and len(batched) == 24
+
+
+@torch.inference_mode()
+def test_the_last_queries_that_see_all_are_those_of_the_prompt(loaded, pipeline, tokens):
+    """However it is cut, and layer by layer; keys of later layers show it."""
+    prompt, keys = tokens[:1000], []
+    ways = [(prefill, 64, 100), (prefill, 8192, 100), (prefill_layer_major, 192, 100), (prefill, 8192, 0)]
+    for read, chunk, last in ways:
+        with install(loaded.model, dataclasses.replace(pipeline, dense_last_tok=last)):
+            cache = SequenceCache(loaded.n_layers, decoding=False)
+            read(loaded.model, cache, prompt, chunk)
+            keys.append(cache.layers[-1].rows[0].store.view()[0].clone())
+    for one in keys[1:3]:
+        torch.testing.assert_close(one, keys[0], atol=1e-4, rtol=0)
+    changed = (keys[3] - keys[0]).abs().amax((0, 2)) > 1e-3
+    block = 900 // 64 * 64  # its other queries select together with the first that sees all
+    assert bool(changed[900:].any()) and not bool(changed[:block].any())
 
 
 @pytest.mark.parametrize("length", [961, 1025])

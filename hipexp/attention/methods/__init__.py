@@ -31,6 +31,11 @@ def make_method(plan: LayerPlan) -> Method:
             raise ConfigError(f"{key}={value} must not be negative; try 0 or more")
     made = kind(plan, **params)
     made.check()
+    if plan.dense_last_tok and not isinstance(made, SelectingMethod):
+        raise ConfigError(
+            f"pipeline.dense_last_tok={plan.dense_last_tok} is for methods that select keys, and pipeline.method={plan.method} attends by "
+            "a rule of its own; leave it out"
+        )
     if params and isinstance(made, SelectingMethod) and not (made.block(False) and made.block(True) and made.query_block_tok):
         raise ConfigError(f"pipeline.params={params} cut keys or queries into blocks of 0 tokens; a block must have at least 1, try 64")
     return made
