@@ -113,7 +113,24 @@ class LayerAttention:
             held=memory.held if memory else None,
         )  # fmt: skip
         out = attended.rows(out)
-        return out if memory else self._last_of_all(out, q, k, v, begin, attended.start + n_exact * attended.size, prompt_tok)
+        if memory:
+            return out
+        pruned = attended.start + n_exact * attended.size
+        out = self._corrected(out, q, k, v, begin, pruned)
+        return self._last_of_all(out, q, k, v, begin, pruned, prompt_tok)
+
+    def _corrected(self, out: Tensor, q: Tensor, k: KV, v: KV, begin: int, pruned: int) -> Tensor:
+        """``out`` ``[H, Q, D]``, with what attention to all keys changes for the first of every group of queries added to all of them.
+
+        Delta Attention (arXiv 2505.11254). Groups before ``pruned``, where one begins, have nothing to correct.
+        """
+        every = self.plan.delta_every_tok
+        at = range(max(begin, pruned), begin + q.shape[1], every) if every else range(0)
+        if at:
+            rows = slice(at.start - begin, None, every)
+            delta = self._attend_to_all(q[:, rows], at, k, v) - out[:, rows]
+            out[:, at.start - begin :] += delta.repeat_interleave(every, 1)[:, : begin + q.shape[1] - at.start]
+        return out
 
     def _last_of_all(self, out: Tensor, q: Tensor, k: KV, v: KV, begin: int, pruned: int, prompt_tok: int | None) -> Tensor:
         """``out`` ``[H, Q, D]``, where those of the prompt's last queries that are not before ``pruned`` attend to all keys."""

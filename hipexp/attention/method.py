@@ -143,7 +143,7 @@ class SelectingMethod(Method):
     @property
     def aligned(self) -> bool:
         """Whether a later part of a prompt has to begin where a query block does."""
-        return self.keep(False) > 0 and self.exact_tok(False) < EVERYTHING
+        return (self.keep(False) > 0 or self.plan.delta_every_tok > 0) and self.exact_tok(False) < EVERYTHING
 
     @property
     def takes_from(self) -> int | None:

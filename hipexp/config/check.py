@@ -122,6 +122,7 @@ def _check_pipeline(pipeline: Pipeline, model: Model) -> None:
     if pipeline.name == DENSE:
         raise ConfigError(f"pipeline.name={DENSE} is what attention without a pipeline is called; choose another name")
     _at_least("pipeline.dense_last_tok", pipeline.dense_last_tok, 0)
+    _at_least("pipeline.delta_every_tok", pipeline.delta_every_tok, 0)
     _check_stage_count(pipeline)
     _check_plan(pipeline, pipeline.plan_layer(0, []), model)
     for name, group in pipeline.layers.items():

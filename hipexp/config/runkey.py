@@ -41,7 +41,7 @@ def key_fields(experiment: Experiment) -> dict[str, Any]:
     if experiment.pipeline is not None:
         del fields["pipeline"]["name"]
         for part in (fields["pipeline"], *fields["pipeline"]["layers"].values()):  # as keys were before there was a choice
-            for name in ("late_refresh", "params", "dense_last_tok"):
+            for name in ("late_refresh", "params", "dense_last_tok", "delta_every_tok"):
                 if not part.get(name):
                     part.pop(name, None)
         if experiment.pipeline.method.endswith(".py"):

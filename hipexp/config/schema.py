@@ -139,6 +139,7 @@ class LayerPlan:
     params: dict[str, Any] = field(default_factory=dict)
     prune: PruneRope = PruneRope.relative
     dense_last_tok: int = 0
+    delta_every_tok: int = 0
 
 
 @dataclass
@@ -152,6 +153,7 @@ class Pipeline:
     ``layers``  named groups of overrides; a later group wins over an earlier one
     ``late_refresh``  a selection that a decode step makes is used from the next step on, so that nobody has to wait for what it misses
     ``dense_last_tok``  so many of a prompt's last queries attend to all keys, whatever is selected for them
+    ``delta_every_tok``  of so many queries of a prompt the first attends to all keys too, and what that changes is added to all of them
     """
 
     name: str = ""
@@ -166,6 +168,7 @@ class Pipeline:
     late_refresh: bool = False
     params: dict[str, Any] = field(default_factory=dict)
     dense_last_tok: int = 0
+    delta_every_tok: int = 0
 
     def plan(self, n_layers: int) -> list[LayerPlan]:
         """Resolve the pipeline for a model of ``n_layers`` layers: one plan per layer.
@@ -206,6 +209,7 @@ class Pipeline:
             params,
             prune,
             self.dense_last_tok,
+            self.delta_every_tok,
         )
 
 

@@ -89,7 +89,7 @@ def check_point(experiment: Experiment) -> None:
 def check_method(experiment: Experiment, n_layers: int = 0) -> None:
     """Refuse parameters that break a rule of the method; ``n_layers``: of the model, 0 where that is not known. Raises ``ConfigError``."""
     pipeline, task = experiment.pipeline, experiment.task
-    if pipeline is None or pipeline.method in OFFLOADING:
+    if pipeline is None or (pipeline.method in OFFLOADING and not pipeline.delta_every_tok):
         return
     from hipexp.attention.methods import check_alone, check_methods
 

@@ -55,7 +55,8 @@ def describe(pipeline: Pipeline | None, n_layers: int, offload: Offload | None =
     name, heads, rope = pipeline.name or "unnamed", plans[0].heads.value, plans[0].attend.value
     late = ", a new selection is used from the next decode step on" if pipeline.late_refresh else ""
     last = f", the last {pipeline.dense_last_tok} queries of a prompt to all keys" if pipeline.dense_last_tok else ""
-    lines = [f"attention: {name} ({pipeline.method}), heads {heads}, {rope} RoPE while attending{late}{last}"]
+    delta = f", corrected by every {pipeline.delta_every_tok}th query of a prompt" if pipeline.delta_every_tok else ""
+    lines = [f"attention: {name} ({pipeline.method}), heads {heads}, {rope} RoPE while attending{late}{last}{delta}"]
 
     def same(plan: LayerPlan) -> dict[str, object]:
         return {name: value for name, value in vars(plan).items() if name != "layer"}

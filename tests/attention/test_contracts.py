@@ -50,7 +50,7 @@ HELD = {
     "xattention": 64, "kascade": 136, "self_extend": 64, "ntk": 448, "lm_infinite": 64,
 }  # fmt: skip
 
-OPTIONS = {"dense_last_tok": 100}  # beside a small pipeline
+OPTIONS = {"dense_last_tok": 100, "delta_every_tok": 32}  # beside a small pipeline
 
 
 def cos_sin(positions):

@@ -126,6 +126,25 @@ def test_what_is_read_behind_the_prompt_is_not_its_end():
     assert torch.equal(dense.read(320, 440, 320), plain.read(320, 440))
 
 
-def test_a_method_that_selects_nothing_is_refused():
-    with pytest.raises(ConfigError, match=r"pipeline\.dense_last_tok=64 is for methods that select keys, and pipeline\.method=ntk"):
-        make_method(Pipeline(method="ntk", dense_last_tok=64).plan_layer(0, []))
+@pytest.mark.parametrize("every", [1, 16, 64])
+@pytest.mark.parametrize("parts", [[0, 440], [0, 128, 440], [0, 64, 320, 440]])
+def test_the_first_of_a_group_corrects_it(every, parts):
+    plain, corrected = Sequence(SMALL), Sequence(replace(SMALL, delta_every_tok=every))
+    out = torch.cat([corrected.read(begin, end) for begin, end in pairwise(parts)], 1).numpy()
+    sparse, pruned = plain.read(0, 440).numpy(), 64  # the first block sees all: 8 sinks, 32 selected, a window of 64
+    dense = expected(plain.q, plain.k, plain.v, range(440), TRAINED, 64)
+    np.testing.assert_allclose(out[:, :pruned], sparse[:, :pruned], atol=2e-5)
+    for p in range(pruned, 440):
+        first = p // every * every
+        np.testing.assert_allclose(out[:, p], sparse[:, p] + dense[:, first] - sparse[:, first], atol=5e-5)
+
+
+def test_groups_that_are_no_part_of_a_block_are_refused():
+    with pytest.raises(ConfigError, match=r"pipeline\.delta_every_tok=48 must divide 64, .* try 16"):
+        make_method(replace(SMALL, delta_every_tok=48).plan_layer(0, []))
+
+
+@pytest.mark.parametrize("option", ["dense_last_tok", "delta_every_tok"])
+def test_a_method_that_selects_nothing_is_refused(option):
+    with pytest.raises(ConfigError, match=f"pipeline.{option}=64 is for methods that select keys, and pipeline.method=ntk"):
+        make_method(Pipeline(method="ntk", **{option: 64}).plan_layer(0, []))

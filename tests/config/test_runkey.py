@@ -21,6 +21,7 @@ def key(*words, revision="abc", **extra):
         "pipeline.rope.attend=native",
         "pipeline.heads=per_kv",
         "pipeline.dense_last_tok=64",
+        "pipeline.delta_every_tok=64",
         "task.samples=2",
         "task.lengths_tok=[4096]",
         "task.wording=heldout",
@@ -44,6 +45,7 @@ def test_what_decides_a_result_changes_the_key(word):
         "pipeline.name=other",
         "pipeline.sink_tok=256",
         "pipeline.dense_last_tok=0",
+        "pipeline.delta_every_tok=0",
     ],
 )
 def test_trackers_paths_and_names_do_not(word):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import sys
 from dataclasses import MISSING, fields
 from functools import cache
@@ -31,10 +32,16 @@ def make_method(plan: LayerPlan) -> Method:
             raise ConfigError(f"{key}={value} must not be negative; try 0 or more")
     made = kind(plan, **params)
     made.check()
-    if plan.dense_last_tok and not isinstance(made, SelectingMethod):
+    for option in ("dense_last_tok", "delta_every_tok"):
+        if getattr(plan, option) and not isinstance(made, SelectingMethod):
+            raise ConfigError(
+                f"pipeline.{option}={getattr(plan, option)} is for methods that select keys, and pipeline.method={plan.method} attends by "
+                "a rule of its own; leave it out"
+            )
+    if plan.delta_every_tok and isinstance(made, SelectingMethod) and made.attended_block_tok % plan.delta_every_tok:
         raise ConfigError(
-            f"pipeline.dense_last_tok={plan.dense_last_tok} is for methods that select keys, and pipeline.method={plan.method} attends by "
-            "a rule of its own; leave it out"
+            f"pipeline.delta_every_tok={plan.delta_every_tok} must divide {made.attended_block_tok}, the queries of a block that attend to "
+            f"the same; try {math.gcd(plan.delta_every_tok, made.attended_block_tok)}"
         )
     if params and isinstance(made, SelectingMethod) and not (made.block(False) and made.block(True) and made.query_block_tok):
         raise ConfigError(f"pipeline.params={params} cut keys or queries into blocks of 0 tokens; a block must have at least 1, try 64")
