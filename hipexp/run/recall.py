@@ -1,9 +1,9 @@
 """``task=recall``: which part of the attention the selection holds after each stage, against dense attention and against an oracle.
 
-On activations of a model that reads retrieval prompts of its trained length, where dense attention at true positions is right,
-with the budgets of all stages divided; or, with a geometry, on structured random keys of any length, at the distance of the scoring, or at
-true positions where a method scores so. Selections are those of prefill, for sampled query blocks, or with ``task.phases=[decode]`` those of
-the decode steps of their queries, in which every stage runs; each block is judged by some of its queries. Of an offload, the format counts:
+On activations of a model that reads retrieval prompts of its trained length, where dense attention at true positions is right, with the
+budgets of all stages divided; or, with a geometry, on structured random keys of any length, at the distance of the scoring, or at true
+positions where a method scores so. Selections are those of prefill, for sampled query blocks, or with ``task.phases=[decode]`` those of the
+decode steps of their queries, in which every stage runs; each block is judged by some of its queries. Of an offload, the format counts:
 stages see keys as it keeps them, and are judged by the true ones.
 """
 
