@@ -37,6 +37,7 @@ def test_recall_is_of_what_selects():
     assert set(ALL.words) - measured == {"dense", "dense, middle cut out", "ntk", "self_extend", "lm_infinite"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(path.stem for path in (conf_dir() / "comparison").glob("*.yaml")))
 def test_every_run_and_every_recall_can_run(name, tmp_path):
     assert data_command.main(["make", "stand-ins", f"out={tmp_path / 'data'}"]) == 0
