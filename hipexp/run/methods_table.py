@@ -212,7 +212,8 @@ def tell_expected_time(todo: Sequence[Point], loaded: Loaded) -> None:
         growth = float(times) if method and method.linear else times**2 / 4 + times
         left = task.samples * len(task.subtasks or range(13)) - len(point.run.rows())
         total[point.name] = total.get(point.name, 0.0) + left * growth * seconds[point.name]
-    print(f"expected time: {duration(sum(total.values()))}, at most; interrupt it as you like, the same command continues")
+    expected_time = duration(sum(total.values()))
+    print(f"expected time of the scores: {expected_time}, at most, without recall; interrupt it as you like, the same command continues")
     for name, expected in total.items():
         print(f"  {duration(expected):>7}  {name}")
 
