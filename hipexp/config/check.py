@@ -388,6 +388,9 @@ def _check_stage_count(pipeline: Pipeline) -> None:
     if pipeline.method != "hip" and (stages or decode):
         count = stages or len(decode or [])
         raise ConfigError(f"pipeline.method={pipeline.method} must have no stages, but there are {count}; try pipeline.method=hip")
+    for name in ("late_refresh", "staggered_refresh"):
+        if pipeline.method != "hip" and getattr(pipeline, name):
+            raise ConfigError(f"pipeline.{name}=true is for pipeline.method=hip; {pipeline.method} has no stages to refresh; leave it out")
     if pipeline.method in OFFLOADING and (pipeline.params or any(group.params for group in pipeline.layers.values())):
         raise ConfigError(
             f"pipeline.params must be empty for pipeline.method={pipeline.method}, which has no such parameters; leave it out"

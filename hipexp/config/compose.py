@@ -36,8 +36,15 @@ def read_line(argv: Sequence[str]) -> CommandLine:
     line = normalise(argv, group_options(conf_dir()))
     for name, path in line.files.items():
         with _in_words():
-            ConfigStore.instance().store(f"{name}.yaml", OmegaConf.load(path), group="pipeline")
+            ConfigStore.instance().store(f"{name}.yaml", _read_pipeline(path), group="pipeline")
     return line
+
+
+def _read_pipeline(path: Path) -> Any:
+    try:
+        return OmegaConf.load(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"pipeline={path} cannot be read ({error}); it must be a YAML file") from error
 
 
 def compose(argv: Sequence[str]) -> Experiment:

@@ -24,6 +24,7 @@ GROUPS = ("model", "pipeline", "offload", "task", "track")
 ANY_MODEL = ("hf", "openai")  # the model options that leave the model to the user
 DENSE = "dense"  # the pipeline option that leaves the pipeline out
 NOTHING = ("None", "null")
+NO_NAMES = ("null", "true", "false", "nan", "inf")  # beside numbers: words that Hydra does not take for text
 LAYER_GROUP = re.compile(r"pipeline\.layers\.\w+")
 # Values that Hydra's grammar computes in a sweep, such as range(1,5); they are checked after composition.
 SWEEP_FUNCTION = re.compile(r"(choice|range|interval|glob|sort|shuffle|tag)\(.*\)", re.DOTALL)
@@ -154,11 +155,20 @@ def _pipeline_file(name: str, options: list[str], files: dict[str, Path]) -> Pat
     path = Path(name).expanduser().resolve()
     if not path.is_file():
         raise ConfigError(f"pipeline={name} must be a file, and there is none; check the path, or choose one of {', '.join(options)}")
-    if not re.fullmatch(r"[\w-]+", path.stem, re.ASCII):
-        raise ConfigError(f"pipeline={name} must be a file whose name is letters, digits, '_' and '-' before .yaml; rename it")
-    if path.stem in options or files.get(path.stem, path) != path:
+    check_pipeline_name(f"pipeline={name}", path.stem, options)
+    if files.get(path.stem, path) != path:
         raise ConfigError(f"pipeline={name} has the name of another pipeline, {path.stem}; rename the file")
     return path
+
+
+def check_pipeline_name(word: str, name: str, options: list[str]) -> None:
+    """Refuse what a file of a pipeline cannot be called, without ``.yaml``; ``word`` names it so. Raises ConfigError."""
+    if not re.fullmatch(r"[\w-]+", name, re.ASCII):
+        raise ConfigError(f"{word} must be called by letters, digits, '_' and '-', before .yaml in a file's name; rename it")
+    if not isinstance(_parse_literal(name), str) or name.lstrip("-").lower() in NO_NAMES:
+        raise ConfigError(f"{word} must be called by a word, and {name} is a value; rename it, as in my_{name.lstrip('-')}")
+    if name in options:
+        raise ConfigError(f"{word} has the name of another pipeline, {name}; rename it")
 
 
 def _need_pipeline(overrides: list[str], chosen: str, options: list[str]) -> None:

@@ -116,7 +116,8 @@ def draw_layers(path: Path, heading: str, panels: dict[str, dict[str, Sequence[f
         for number, ((name, values), (color, hatch)) in enumerate(zip(bars.items(), styles, strict=False)):
             at = [layer + (number - (len(bars) - 1) / 2) * width for layer in range(len(values))]
             plot.bar(at, values, width, color=color, hatch=hatch, edgecolor="white", label=name)
-        layers = range(max(map(len, bars.values())))
+        n_layers = max(map(len, bars.values()))
+        layers = range(0, n_layers, 1 + (n_layers - 1) // 12)  # as many as there is room for
         plot.set_xticks(layers, [str(layer) for layer in layers], color=INK)
         plot.set_title(title, loc="left", fontsize=11, color=INK)
         plot.set_xlabel("layer", color=INK)

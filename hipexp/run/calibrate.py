@@ -8,12 +8,14 @@ judge, at all divisors. Whatever is chosen, the last stages of all layers togeth
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hipexp.config.compose import compose
+from hipexp.config.overrides import check_pipeline_name, conf_dir, group_options
 from hipexp.config.schema import ConfigError, Experiment, Pipeline, PruneRope
 from hipexp.report.figures import draw_layers
 from hipexp.report.tables import text_table
@@ -232,8 +234,10 @@ def read_words(argv: Sequence[str]) -> tuple[Experiment, dict[str, str]]:
         raise ConfigError(f"{what} cannot be calibrated: there must be stages that prefill and decode share; try +pipeline=3stage")
     if task.samples < 2:
         raise ConfigError(f"task.samples={task.samples} must be at least 2: every second block judges the patterns of the others; try 4")
-    if not own.get("texts", "1").isdecimal() or own.get("texts") == "0":
+    if not own.get("texts", "1").isdecimal() or int(own.get("texts", "1")) < 1:
         raise ConfigError(f"texts={own['texts']} must be a whole number from 1: prompts of a subtask that choose, and as many that judge")
+    own["name"] = own.get("name") or f"{pipeline.name or 'pipeline'}_calibrated"
+    check_pipeline_name(f"name={own['name']}", own["name"], group_options(conf_dir())["pipeline"])
     check_point(experiment)
     return dataclasses.replace(experiment, task=recall.filled(task, trained_length(experiment.model))), own
 
@@ -242,17 +246,18 @@ def main(argv: list[str]) -> int:
     """Calibrate, and write the pipeline, the tables and a picture; ``argv`` are overrides, and ``name=``, ``out=<folder>``, ``texts=``."""
     experiment, own = read_words(argv)
     assert experiment.pipeline is not None
-    name = own.get("name") or f"{experiment.pipeline.name}_calibrated"
+    name = own["name"]
     model = experiment.model.name or experiment.model.path
     folder = Path(own["out"]).expanduser() if "out" in own else runs_root() / "calibrate" / f"{file_name(model)}_{name}"
     make_folder(folder)
     loaded = load_model(experiment.model)
     recall.check_lengths(experiment, LineEncoder(loaded.tokenizer), loaded.trained_tok)
     found = calibrate(Bench(experiment, loaded, int(own.get("texts", TEXTS))), name)
-    path = folder / f"{file_name(name)}.yaml"
-    lines = [f"python -m hipexp +pipeline={path}", f"made by: python -m hipexp calibrate {' '.join(argv)}", model_line(experiment.model)]
+    path = folder / f"{name}.yaml"
+    commands = [shlex.join(["python", "-m", "hipexp", *words]) for words in ([f"+pipeline={path}"], ["calibrate", *argv])]
+    lines = [commands[0], f"made by: {commands[1]}", model_line(experiment.model)]
     write_text(path, allocation.yaml_of(found.pipelines[CALIBRATED], lines))
-    made = compose([f"+pipeline={path}"]).pipeline  # what was written is what was measured
+    made = compose([f"+pipeline='{path}'"]).pipeline  # what was written is what was measured
     assert made is not None and rules(made, loaded.n_layers) == rules(found.pipelines[CALIBRATED], loaded.n_layers)
     divisor = found.divisors[-1]
     text = "\n\n".join(

@@ -77,15 +77,33 @@ def read_comparison(name: str, fast: bool) -> Comparison:
         chosen = made["fast"]["contestants"] if fast else list(made["contestants"])
         entries = {key: made["contestants"][key] for key in chosen}
         entries = {key: {"words": entry} if isinstance(entry, list) else entry for key, entry in entries.items()}
-        specs = tuple(Spec(**{**run, "subtasks": tuple(run.get("subtasks", ()))}) for run in (made["fast"] if fast else made)["runs"])
+        runs = (made["fast"] if fast else made)["runs"]
+        specs = tuple(Spec(**{**run, "subtasks": tuple(list[str]() + run.get("subtasks", []))}) for run in runs)
         recalls = {key: [_one_sample(word) if fast else word for word in words] for key, words in made["recall"].items()}
-        words, more = ({key: entry.get(kind, []) for key, entry in entries.items()} for kind in ("words", "recall"))
+        words = {key: entry["words"] for key, entry in entries.items()}
+        more = {key: entry.get("recall", []) for key, entry in entries.items()}
+        _check_comparison(entries, specs, [*words.values(), *more.values(), *made["recall"].values()])
         return Comparison(path.stem, made["title"], words, more, specs, recalls)
-    except (KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OSError, yaml.YAMLError) as error:
         raise ConfigError(
             f"of={name}: {path} is no comparison ({type(error).__name__}: {error}); it needs title, contestants, runs, recall and fast, "
             f"as conf/comparison/{known[0]}.yaml has them"
         ) from error
+
+
+def _check_comparison(entries: dict[str, dict[str, Any]], specs: Sequence[Spec], texts: Sequence[Any]) -> None:
+    """Refuse what would only be noticed when hours are spent, or be taken for something else. Raises ``ValueError``."""
+    for name, entry in entries.items():
+        if unknown := entry.keys() - {"words", "recall"}:
+            raise ValueError(f"contestant {name} has {', '.join(map(str, unknown))}, not words and recall")
+    if not entries or all(spec.linear for spec in specs):
+        raise ValueError("there must be a contestant, and a run that is not for linear ones only")
+    for spec in specs:
+        if not isinstance(spec.times, int) or spec.times < 1:
+            raise ValueError(f"times={spec.times} must be a whole number from 1")
+    for words in texts:
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise ValueError(f"{words} must be a list of words")
 
 
 def _one_sample(word: str) -> str:
@@ -194,7 +212,8 @@ def tell_expected_time(todo: Sequence[Point], loaded: Loaded) -> None:
         growth = float(times) if method and method.linear else times**2 / 4 + times
         left = task.samples * len(task.subtasks or range(13)) - len(point.run.rows())
         total[point.name] = total.get(point.name, 0.0) + left * growth * seconds[point.name]
-    print(f"expected time: {duration(sum(total.values()))}, at most; interrupt it as you like, the same command continues")
+    expected_time = duration(sum(total.values()))
+    print(f"expected time of the scores: {expected_time}, at most, without recall; interrupt it as you like, the same command continues")
     for name, expected in total.items():
         print(f"  {duration(expected):>7}  {name}")
 
@@ -258,8 +277,8 @@ def write_table(comparison: Comparison, todo: Sequence[Point], recalls: dict[tup
         f"# {comparison.title}: {model.name or model.path}",
         f"{model_line(model)}. Trained length {trained_tok} tokens; scores 0 to 100, own prompts and generated samples (not official). "
         f"Bytes: of a mean decode step behind {longest * trained_tok} tokens, all layers, in the model's number format, by each rule. "
-        "Recall: of the attention outside a contestant's own sinks and window, the share that is selected in the end; in prompts of the "
-        f"trained length with 1/{DIVISOR} of its budget (all of it where it has none); layers that a method keeps dense count as 1.",
+        "Recall: of the attention outside a contestant's own sinks and window, the share that is selected in the end; layers that a method "
+        f"keeps dense count as 1. {_told(comparison)}",
         table(results, {key: run.summary() for key, run in recalls.items()}, costs),
         "![accuracy against bytes](picture.png)",
     ]
@@ -270,6 +289,14 @@ def write_table(comparison: Comparison, todo: Sequence[Point], recalls: dict[tup
         draw_scatter(folder / "picture.png", f"Accuracy at {longest} × the trained length", at, "MB read by a decode step", "mean score")
     write_text(folder / "table.md", "\n\n".join(parts) + "\n")
     return folder
+
+
+def _told(comparison: Comparison) -> str:
+    """The words by which recall of each column was measured."""
+    if not comparison.recalls:
+        return "None was asked for."
+    told = "; ".join(f"{column}: `{' '.join(words)}`" for column, words in comparison.recalls.items())
+    return told.replace("{divisor}", str(DIVISOR)) + f". Budgets are divided by {DIVISOR} where it says so, and where there is one."
 
 
 def _long_scores(results: Results, name: str, longest: int) -> list[float]:

@@ -451,7 +451,8 @@ def _selecting(
     def one(row: int, memory: Memory, state: Any = None) -> Call:
         at = begin + row
         query = QueryBlocks.one(q[:, at - q_begin : at - q_begin + 1], at, Step.at(at, method.n_candidates(at), False, k.device))
-        return Call(query, k[:, : at + 1], tables, scale, True, memory, state, shared)
+        of_row = shared.setdefault(("row", row), {}) if decoding else shared  # every row is a step of its own, in all layers
+        return Call(query, k[:, : at + 1], tables, scale, True, memory, state, of_row)
 
     if isinstance(method, Hip):
         stages = method.plan.decode if decoding else method.plan.stages
@@ -476,6 +477,9 @@ def _selecting(
         method.observe(call(first, begin, state=state))
     if dense:
         everything = torch.arange(end, device=k.device)[None, None], torch.full((1, 1), end, device=k.device)
+        if decoding and state is None:  # later layers may take over what each step chose
+            for row in rows_of(end - begin):
+                method.observe(one(row, Memory()))
         return lambda row: [(*everything, 1, False)]
     if selects:
         last = q_begin + q.shape[1] if Contract.causal in method.exceptions else end

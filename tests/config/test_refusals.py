@@ -149,6 +149,10 @@ CASES = {
         ["+pipeline=3stage_scan", "pipeline.stages.2.piece_tok=8"],
         "pipeline.stages[2].piece_tok=8 is for stages[2].representative=bounds, here it is exact; leave it out",
     ),
+    "refreshes where there are no stages": (
+        ["+pipeline=quest", "pipeline.staggered_refresh=true"],
+        "pipeline.staggered_refresh=true is for pipeline.method=hip; quest has no stages to refresh; leave it out",
+    ),
     "an unknown RoPE": ([S3, "pipeline.rope.prune=relatve"], "pipeline.rope.prune=relatve is unknown; did you mean relative?"),
     "prefill in query blocks": (
         [S3, "model.prefill_chunk_tok=1000"],

@@ -240,9 +240,13 @@ def test_files_that_are_no_pipeline(tmp_path):
             compose([f"+pipeline={tmp_path}/{name}.yaml"])
 
     refused("mine", "must be a file, and there is none")
-    for name, message in {"3stage": "has the name of another pipeline, 3stage; rename", "a b": "letters, digits, '_' and '-'"}.items():
+    named = {"3stage": "has the name of another pipeline, 3stage; rename", "a b": "letters, digits, '_' and '-'"}
+    named |= dict.fromkeys(["12", "1e3", "null", "true", "nan"], "must be called by a word")
+    for name, message in named.items():
         own_pipeline(tmp_path, name)
         refused(name, message)
+    own_pipeline(tmp_path).write_bytes(b"\xff\xfe")
+    refused("mine", "mine.yaml cannot be read .*; it must be a YAML file")
     own_pipeline(tmp_path).write_text("stages: [")
     refused("mine", "mine.yaml line 1 is no YAML")
     own_pipeline(tmp_path).write_text("sinks_tok: 3")

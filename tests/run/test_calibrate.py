@@ -129,21 +129,21 @@ def test_texts_are_measured_as_task_recall_does(monkeypatch):
         )
         assert held["base"][layer] == pytest.approx((recalled, missing, 1 - fixed))
         assert missing <= 1 - fixed + 1e-6
-    assert all(left > 0 for _, _, left in patterns) and own == {}
+    assert all(left > 0 for _, _, left in patterns) and own == {"name": "2stage_calibrated"}
 
 
 def test_a_calibration(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(allocation, "BUDGETS", (1 / 2, 1, 2))
     monkeypatch.setattr(calibrate, "STRATEGIES", (CHUNKS, RELATIVE))
-    words = [*SMALL, *TEXT, "texts=1", "name=mine", f"out={tmp_path}/here"]
+    words = [*SMALL, *TEXT, "texts=1", "name=mine", f"out={tmp_path}/he, re"]
     assert calibrate.main(words) == 0
-    made = compose([f"+pipeline={tmp_path}/here/mine.yaml"]).pipeline
+    made = compose([f"+pipeline='{tmp_path}/he, re/mine.yaml'"]).pipeline
     keeps = [plan.stages[-1].keep_tok for plan in made.plan(5)]
     assert sum(keeps) == 5 * 128 and all(keep % 16 == 0 and 64 <= keep <= 256 for keep in keeps)
     out = capsys.readouterr().out
     assert out.count("fixed layers 0-2") == 2 and "calibrated" in out
-    assert out.startswith((tmp_path / "here" / "table.txt").read_text().rstrip())
-    assert matplotlib.image.imread(tmp_path / "here" / "layers.png").std() > 0.05
+    assert out.startswith((tmp_path / "he, re" / "table.txt").read_text().rstrip())
+    assert matplotlib.image.imread(tmp_path / "he, re" / "layers.png").std() > 0.05
 
 
 @pytest.mark.parametrize(
@@ -153,6 +153,10 @@ def test_a_calibration(tmp_path, monkeypatch, capsys):
         (["+pipeline=3k_5k"], r"pipeline\.decode cannot be calibrated"),
         (["task.samples=1"], r"task\.samples=1 must be at least 2"),
         (["texts=0"], "texts=0 must be a whole number from 1"),
+        (["texts=00"], "texts=00 must be a whole number from 1"),
+        (["name=3stage"], "name=3stage has the name of another pipeline"),
+        (["name=v1.2"], "name=v1.2 must be called by letters"),
+        (["name=12"], "name=12 must be called by a word"),
         (["task=passkey"], "second time|measures recall"),
         (["task.divisors=[7]"], r"task\.divisors: 7 does not divide"),
     ],

@@ -236,6 +236,30 @@ def test_decode_steps_select_for_one_query(words):
     assert stages[-1]["mass"] == pytest.approx(torch.stack(expected).mean(0).tolist())
 
 
+def test_a_decode_step_takes_over_what_its_own_query_chose_in_an_earlier_layer():
+    """Not what another row did: of Kascade, whose first layer is dense and an anchor."""
+    from hipexp.attention import Memory
+    from hipexp.attention.blocks import QueryBlocks, Step
+    from hipexp.attention.inputs import Geometry, drifting
+    from hipexp.attention.method import Call
+    from hipexp.run.attention_latency import layer_attention
+
+    words = ["+pipeline=kascade", "pipeline.params.keep_tok=32", "pipeline.sink_tok=32", "pipeline.window_tok=64"]
+    pipeline, geometry, cpu = compose(words).pipeline, Geometry(4, 2, 16), torch.device("cpu")
+    anchor, other = (layer_attention(pipeline, geometry, cpu, layer) for layer in (0, 1))
+    made, shared = drifting(geometry, 640), {}
+    q = made.prefill_queries(64)
+    everything, found = (recall._selecting(one, q, 576, made.keys, 576, 640, shared, True) for one in (anchor, other))
+    for row in recall.rows_of(64):
+        at = 576 + row
+        query = QueryBlocks.one(q[:, row : row + 1], at, Step.at(at, 0, False, cpu))
+        asked = Call(query, made.keys[:, : at + 1], anchor.tables, anchor.scale, True, Memory(), None, {})
+        anchor.method.observe(asked)
+        ((blocks, counts, _, _),), expected = found(row), other.method.select(asked)
+        assert torch.equal(blocks, expected.blocks) and torch.equal(counts, expected.counts)
+        assert everything(row)[0][1].item() == 640
+
+
 def test_phases_of_recall():
     with pytest.raises(
         ConfigError, match=r"task.phases=\['decode', 'prefill'\] must name one of decode, prefill for task=recall; try \[decode\]"
