@@ -51,7 +51,7 @@ methods: $(CORE) ## every method on the embedded model: score, recall, times, by
 	$(if $(FAST),,$(RUN) -m hipexp data make stand-ins out=runs/stand-ins)
 	$(RUN) -m hipexp methods $(if $(FAST),fast=true,task.data=runs/stand-ins)
 
-ablation: $(CORE) ## what each part of 3stage_plus is worth, between 3stage and the oracle (hours, resumable, says how long)
+ablation: $(CORE) ## what each part of 3stage_plus is worth, between 3stage and the oracle (hours, resumable)
 	$(RUN) -m hipexp data make stand-ins out=runs/stand-ins
 	$(RUN) -m hipexp methods of=ablation task.data=runs/stand-ins
 

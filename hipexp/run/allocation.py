@@ -101,10 +101,11 @@ def _slope(a: tuple[int, float], b: tuple[int, float]) -> float:
 
 
 def strategy_of(curves: Mapping[PruneRope | None, Sequence[float]], own: PruneRope | None) -> PruneRope | None:
-    """The strategy of the best mean recall; ``curves``: recall by text. The base's ``own`` stays unless another is surely better."""
+    """The strategy of the best mean recall; ``curves``: recall by text. The base's ``own`` stays unless another is surely better,
+    which one text alone cannot tell."""
     best = max(curves, key=lambda one: statistics.fmean(curves[one]))
     gains = [a - b for a, b in zip(curves[best], curves[own], strict=True)]
-    error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
+    error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("inf")
     return best if statistics.fmean(gains) > SURE * error else own
 
 

@@ -458,16 +458,19 @@ def _selecting(
         stages = method.plan.decode if decoding else method.plan.stages
         chunks = [stage.chunk_tok for stage in (*stages[1:], stages[-1])]
 
-        def every_stage(row: int, memory: Memory) -> list[tuple[Tensor, Tensor, int, bool]]:
-            if decoding:
-                memory = Memory()
-                method.select(one(row, memory))
+        def lists_of(memory: Memory) -> list[tuple[Tensor, Tensor, int, bool]]:
             return [(*memory.lists[i + 1], chunk, decoding) for i, chunk in enumerate(chunks)]
 
+        def decode_step(row: int) -> list[tuple[Tensor, Tensor, int, bool]]:
+            memory = Memory()
+            method.select(one(row, memory))
+            return lists_of(memory)
+
+        if decoding:
+            return decode_step
         of_block = Memory()
-        if not decoding:
-            method.select(call(begin, end, memory=of_block))
-        return lambda row: every_stage(row, of_block)
+        method.select(call(begin, end, memory=of_block))
+        return lambda row: lists_of(of_block)
     state, selects = method.new_state(), not decoding and method.exact_tok(False) < EVERYTHING
     dense = not selects and method.exact_tok(True) >= EVERYTHING
     first = begin if state is None else q_begin  # what remembers nothing has to see the block only

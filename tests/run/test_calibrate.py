@@ -68,6 +68,7 @@ def test_a_strategy_gives_way_to_a_surely_better_one_only():
     assert strategy_of(sure, RELATIVE) is CHUNKS
     assert strategy_of(doubtful, RELATIVE) is RELATIVE
     assert strategy_of(doubtful, CHUNKS) is CHUNKS
+    assert strategy_of({CHUNKS: [0.9], RELATIVE: [0.1]}, RELATIVE) is RELATIVE
 
 
 def test_ranges():
