@@ -151,7 +151,7 @@ def test_an_unknown_part_of_hydra_is_one_line(points, capsys, word):
 
 def test_a_pattern_in_a_sweep(points):
     assert cli.main(["-m", "pipeline=glob(3stage_*)", *MODEL]) == 0
-    assert [experiment.pipeline.name for experiment, _ in points] == ["3stage_fast", "3stage_flash", "3stage_long", "3stage_scan"]
+    assert [experiment.pipeline.name for experiment, _ in points] == ["3stage_fast", "3stage_flash", "3stage_long", "3stage_plus", "3stage_scan"]
 
 
 def test_a_terminal_without_a_character_gets_another(tmp_path):

@@ -72,8 +72,8 @@ def contents(cache):
         for row in layer.rows:
             yield from row.store.view()
             yield torch.tensor([row.padding, row.pruned_blocks, row.memory.step, row.store.bytes, row.state.bytes if row.state else 0])
-            if row.state is not None and row.state._rows is not None:
-                yield row.state._rows[:, : row.state._n_pieces]
+            if row.state is not None:
+                yield from (level.upto(level.n_pieces) for level in row.state._levels.values())
 
 
 @torch.inference_mode()

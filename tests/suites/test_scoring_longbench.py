@@ -1,4 +1,5 @@
 import math
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -133,6 +134,12 @@ def test_trap_rouge_of_a_very_long_sentence_is_0():
     sentence = " ".join(map(str, range(1100)))
     assert score_longbench("gov_report", sentence, [sentence]) == 0
     assert score_longbench("gov_report", sentence.replace(" 500 ", ". 500 "), [sentence.replace(" 500 ", ". 500 ")]) > 99
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(50_000)  # as libraries do
+    try:
+        assert score_longbench("gov_report", sentence, [sentence]) == 0 and sys.getrecursionlimit() == 50_000
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 @needs_lm_eval

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from difflib import SequenceMatcher
@@ -39,6 +40,7 @@ METRICS = {
     "passage_retrieval_zh": "paragraph_zh",
     **dict.fromkeys(("lcc", "repobench-p"), "edit_similarity"),
 }
+RECURSION = 1000  # calls within each other, as Python has it
 FUNCTIONS = {  # in lm_eval.tasks.longbench.metrics; its code_sim_score skips empty lines, which the official one does not
     "f1": "qa_f1_score",
     "f1_zh": "qa_f1_zh_score",
@@ -86,9 +88,21 @@ def score_longbench(subtask: str, prediction: str, references: Sequence[str], al
 
 
 def on_an_empty_stack(call: Callable[[], float]) -> float:
-    """What ``call`` returns in a thread of its own: ``rouge`` recurses word by word, and gives up at a depth counted from the thread."""
+    """What ``call`` returns in a thread of its own: ``rouge`` recurses word by word, and gives up at a depth counted from the thread.
+
+    That is Python's own limit, under which the official scorer ran; libraries raise it (``torch`` does, once something is compiled).
+    """
+
+    def limited() -> float:
+        limit = sys.getrecursionlimit()
+        sys.setrecursionlimit(RECURSION)
+        try:
+            return call()
+        finally:
+            sys.setrecursionlimit(limit)
+
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(call).result()
+        return pool.submit(limited).result()
 
 
 def code_similarity(prediction: str, reference: str) -> float:
