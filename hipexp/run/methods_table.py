@@ -127,7 +127,7 @@ def points(comparison: Comparison, overrides: Sequence[str], data: Sequence[str]
         for name, chosen in comparison.words.items():
             words = [word.replace("{trained_tok}", str(trained_tok)) for word in chosen]
             cuts = _cuts(words)
-            if (spec.linear and (cuts or not _linear(chosen))) or (cuts and spec.task == "ruler"):
+            if (spec.linear and (cuts or not _linear(_pipeline(tuple(chosen))))) or (cuts and spec.task == "ruler"):
                 continue
             own = [
                 f"task={spec.task}",
@@ -145,7 +145,7 @@ def recall_points(comparison: Comparison, overrides: Sequence[str]) -> dict[tupl
     """Recall of every contestant that selects, by contestant and column; at a part of its budget where it has one."""
     found = {}
     for name, words in comparison.words.items():
-        method = _method(tuple(words))
+        method = _method(_pipeline(tuple(words)))
         if method is not None and _selects(method):
             divisor = DIVISOR if method.budgets else 1
             for column, asked in comparison.recalls.items():
@@ -155,11 +155,15 @@ def recall_points(comparison: Comparison, overrides: Sequence[str]) -> dict[tupl
 
 
 @cache
-def _method(words: tuple[str, ...]) -> Any:
-    """The method that words choose, in a layer to which no group applies; None for dense attention."""
+def _pipeline(words: tuple[str, ...]) -> Pipeline | None:
+    """The pipeline that words choose."""
+    return compose(["task=infbench", *(word for word in words if word.lstrip("+").startswith("pipeline"))]).pipeline
+
+
+def _method(pipeline: Pipeline | None) -> Any:
+    """The method in a layer to which no group applies; None for dense attention."""
     from hipexp.attention.methods import make_method
 
-    pipeline = compose(["task=infbench", *(word for word in words if word.lstrip("+").startswith("pipeline"))]).pipeline
     return None if pipeline is None else make_method(pipeline.plan_alone(None))
 
 
@@ -169,8 +173,8 @@ def _selects(method: Any) -> bool:
     return isinstance(method, SelectingMethod)
 
 
-def _linear(words: Sequence[str]) -> bool:
-    method = _method(tuple(words))
+def _linear(pipeline: Pipeline | None) -> bool:
+    method = _method(pipeline)
     return method is not None and method.linear
 
 
@@ -193,8 +197,6 @@ def decode_bytes(pipeline: Pipeline | None, facts: ModelFacts, heads: int, n_tok
 
 def tell_expected_time(todo: Sequence[Point], loaded: Loaded) -> None:
     """Print what the runs will take on this machine, from one prompt of the trained length for each method."""
-    from hipexp.attention.methods import make_method
-
     print("measuring this machine ...", flush=True)
     seconds: dict[str, float] = {}
     for point in todo:
@@ -208,8 +210,7 @@ def tell_expected_time(todo: Sequence[Point], loaded: Loaded) -> None:
     for point in todo:
         task = point.run.experiment.task
         times = point.spec.times if task.truncate_tok is None else 1
-        method = point.run.experiment.pipeline and make_method(point.run.experiment.pipeline.plan_alone(None))
-        growth = float(times) if method and method.linear else times**2 / 4 + times
+        growth = float(times) if _linear(point.run.experiment.pipeline) else times**2 / 4 + times
         left = task.samples * len(task.subtasks or range(13)) - len(point.run.rows())
         total[point.name] = total.get(point.name, 0.0) + left * growth * seconds[point.name]
     expected_time = duration(sum(total.values()))
