@@ -49,11 +49,11 @@ needle-table: $(CORE) ## the long form of the demo: accuracy and time by length 
 
 methods: $(CORE) ## every method on the embedded model: score, recall, times, bytes (hours, resumable, says how long; FAST=1: minutes)
 	$(if $(FAST),,$(RUN) -m hipexp data make stand-ins out=runs/stand-ins)
-	$(RUN) -m hipexp methods $(if $(FAST),fast=true,task.data=runs/stand-ins)
+	$(RUN) -m hipexp methods jobs=$(JOBS) $(if $(FAST),fast=true,task.data=runs/stand-ins)
 
 ablation: $(CORE) ## what each part of 3stage_plus is worth, between 3stage and the oracle (hours, resumable)
 	$(RUN) -m hipexp data make stand-ins out=runs/stand-ins
-	$(RUN) -m hipexp methods of=ablation task.data=runs/stand-ins
+	$(RUN) -m hipexp methods jobs=$(JOBS) of=ablation task.data=runs/stand-ins
 
 aot: $(DEV) ## compile every kernel for five kinds of GPU, without one: registers, spills, shared memory against the record
 	$(RUN) -m hipexp_kernels.aot
@@ -73,7 +73,7 @@ gpu: $(CORE) ## a GPU: its tests, what it can do, attention alone against every 
 	$(RUN) -m hipexp.run.gpu
 
 repro-table2: $(CORE) ## the paper's table 2 beside ours: make repro-table2 SIZE=needle
-	$(RUN) -m hipexp repro table2 size=$(SIZE)
+	$(RUN) -m hipexp repro table2 jobs=$(JOBS) size=$(SIZE)
 
 $(CORE): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -45,6 +45,11 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]], left
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def score_text(score: float, interval: Sequence[float] | None) -> str:
+    """A score with its 95 % interval in brackets, where it has one."""
+    return f"{score:.1f}" + (f" ({interval[0]:.0f} to {interval[1]:.0f})" if interval else "")
+
+
 def duration(seconds: float) -> str:
     """A time span in the unit one would say it in."""
     if seconds < 90:

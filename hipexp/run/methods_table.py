@@ -6,7 +6,6 @@ that each of them makes, and how recall is measured.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -18,12 +17,23 @@ from hipexp.config.compose import compose, conf_dir
 from hipexp.config.model import ModelFacts, model_folder, read_facts
 from hipexp.config.schema import ConfigError, Pipeline
 from hipexp.report.figures import draw_scatter
-from hipexp.report.tables import duration, markdown_table
-from hipexp.run import latency
+from hipexp.report.tables import duration, markdown_table, score_text
+from hipexp.run.forecast import Rate
 from hipexp.run.ledger import file_name, make_folder, read_json, runs_root, write_text
 from hipexp.run.point import check_point, stored
-from hipexp.run.several import Named, compose_named, load_once, model_line, refuse_own, resident, run_all, trained_length
-from hipexp.suites.sample import LineEncoder
+from hipexp.run.several import (
+    Named,
+    compose_named,
+    helpers,
+    load_once,
+    model_line,
+    refuse_own,
+    resident,
+    run_all,
+    split_jobs,
+    trained_length,
+)
+from hipexp.suites.data.registry import SUBTASKS
 
 if TYPE_CHECKING:
     from hipexp.hf import Loaded
@@ -195,28 +205,22 @@ def decode_bytes(pipeline: Pipeline | None, facts: ModelFacts, heads: int, n_tok
     return sum(attended for attended, _ in rows) * size, sum(attended + scanned for attended, scanned in rows) * size
 
 
-def tell_expected_time(todo: Sequence[Point], loaded: Loaded) -> None:
-    """Print what the runs will take on this machine, from one prompt of the trained length for each method."""
+def tell_expected_time(todo: Sequence[Point], loaded: Loaded, jobs: int) -> None:
+    """Print what the runs will take on this machine, by two prompts of each contestant; ``jobs`` processes share them."""
     print("measuring this machine ...", flush=True)
-    seconds: dict[str, float] = {}
-    for point in todo:
-        if point.name not in seconds:
-            sample = latency.prompt(LineEncoder(loaded.tokenizer), loaded.trained_tok, 8, 0)
-            kind = "dense" if point.run.experiment.pipeline is None else "pruned"
-            started = time.monotonic()
-            latency.timed(point.run.experiment, loaded, kind, sample, 8)
-            seconds[point.name] = time.monotonic() - started
+    rates: dict[str, Rate] = {}
     total: dict[str, float] = {}
     for point in todo:
         task = point.run.experiment.task
-        times = point.spec.times if task.truncate_tok is None else 1
-        growth = float(times) if _linear(point.run.experiment.pipeline) else times**2 / 4 + times
-        left = task.samples * len(task.subtasks or range(13)) - len(point.run.rows())
-        total[point.name] = total.get(point.name, 0.0) + left * growth * seconds[point.name]
-    expected_time = duration(sum(total.values()))
-    print(f"expected time of the scores: {expected_time}, at most, without recall; interrupt it as you like, the same command continues")
+        if point.name not in rates:
+            rates[point.name] = Rate.of(point.run, loaded, times=2)
+        length_tok = loaded.trained_tok * (point.spec.times if task.truncate_tok is None else 1)
+        left = task.samples * len(task.subtasks or SUBTASKS[task.name]) - len(point.run.rows())
+        total[point.name] = total.get(point.name, 0.0) + left * rates[point.name].seconds(length_tok)
+    text = duration(sum(total.values()) / jobs)
+    print(f"expected time of the scores: {text}, at most, without recall; interrupt it as you like, the same command continues")
     for name, expected in total.items():
-        print(f"  {duration(expected):>7}  {name}")
+        print(f"  {duration(expected / jobs):>7}  {name}")
 
 
 Results = dict[tuple[str, Spec], dict[str, Any]]
@@ -245,9 +249,8 @@ def table(results: Results, recalls: Recalls, costs: dict[str, tuple[float, floa
 def _score(summary: dict[str, Any]) -> str | None:
     if not summary:
         return None
-    text, scores = f"{summary['average']:.1f}", list(summary["scores"].values())
-    interval = scores[0].get("interval") if len(scores) == 1 else None
-    return f"{text} ({interval[0]:.0f} to {interval[1]:.0f})" if interval else text
+    scores = list(summary["scores"].values())
+    return score_text(summary["average"], scores[0].get("interval") if len(scores) == 1 else None)
 
 
 def _mass(summary: dict[str, Any]) -> str | None:
@@ -283,13 +286,19 @@ def write_table(comparison: Comparison, todo: Sequence[Point], recalls: dict[tup
         table(results, {key: run.summary() for key, run in recalls.items()}, costs),
         "![accuracy against bytes](picture.png)",
     ]
-    folder = runs_root() / f"{file_name(model.name or model.path)}-{comparison.name}"
+    folder = table_folder(comparison, todo)
     make_folder(folder)
     at = [(name, costs[name][1] / 1e6, fmean(scores)) for name in pipelines if (scores := _long_scores(results, name, longest))]
     if at:
         draw_scatter(folder / "picture.png", f"Accuracy at {longest} × the trained length", at, "MB read by a decode step", "mean score")
     write_text(folder / "table.md", "\n\n".join(parts) + "\n")
     return folder
+
+
+def table_folder(comparison: Comparison, todo: Sequence[Point]) -> Path:
+    """Where the table of a comparison is."""
+    model = todo[0].run.experiment.model
+    return runs_root() / f"{file_name(model.name or model.path)}-{comparison.name}"
 
 
 def _told(comparison: Comparison) -> str:
@@ -305,25 +314,29 @@ def _long_scores(results: Results, name: str, longest: int) -> list[float]:
 
 
 def main(argv: list[str]) -> int:
-    """Measure every contestant; ``fast=true``: few of them with one sample; ``--dry-run`` only tells the expected time."""
-    data = [word for word in argv if word.startswith("task.data=")]
-    of = [word.removeprefix("of=") for word in argv if word.startswith("of=")]
-    overrides = [word for word in argv if word not in ("--dry-run", "fast=true", *data) and not word.startswith("of=")]
+    """Measure every contestant; ``fast=true``: few of them with one sample; ``--dry-run`` only tells the expected time.
+
+    ``jobs=``: so many processes share the runs. The same command in another terminal shares them too.
+    """
+    jobs, words = split_jobs(argv)
+    data = [word for word in words if word.startswith("task.data=")]
+    of = [word.removeprefix("of=") for word in words if word.startswith("of=")]
+    overrides = [word for word in words if word not in ("--dry-run", "fast=true", *data) and not word.startswith("of=")]
     refuse_own("methods", overrides, ("task.data",))
     comparison = read_comparison((of or ["methods"])[-1], "fast=true" in argv)
     todo, recalls = points(comparison, overrides, data), recall_points(comparison, overrides)
     trained_tok, load = trained_length(todo[0].run.experiment.model), load_once()
-    left = [point for point in todo if not stored(point.run.experiment)]
-    if left:
-        tell_expected_time(left, load(todo[0].run.experiment.model))
-    if "--dry-run" in argv:
-        return 0
-    runs = [run for run in [*recalls.values(), *(point.run for point in todo)] if not stored(run.experiment)]
-    for run in runs:  # a refusal is told before hours are spent
+    runs = [*recalls.values(), *(point.run for point in todo)]
+    for run in runs:  # a refusal is told before anything takes long
         check_point(run.experiment)
-    for run in runs:
-        run_all([run], load)
-        write_table(comparison, todo, recalls, trained_tok)
+    left = [point for point in todo if not stored(point.run.experiment)]
+    dry = "--dry-run" in argv
+    with helpers([] if dry else runs, jobs, table_folder(comparison, todo)):
+        if left:
+            tell_expected_time(left, load(todo[0].run.experiment.model), jobs)
+        if dry:
+            return 0
+        run_all(runs, load, after=lambda: write_table(comparison, todo, recalls, trained_tok))
     folder = write_table(comparison, todo, recalls, trained_tok)
     print((folder / "table.md").read_text(encoding="utf-8"))
     print(f"table:   {folder / 'table.md'}\npicture: {folder / 'picture.png'}")

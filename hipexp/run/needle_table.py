@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -13,15 +12,14 @@ from hipexp.config.compose import compose
 from hipexp.report.figures import Axis, HeatMap, draw_heat_maps
 from hipexp.report.tables import duration, markdown_table
 from hipexp.run import latency
+from hipexp.run.forecast import Rate
 from hipexp.run.identity import model_revision
 from hipexp.run.ledger import file_name, make_folder, runs_root, write_text
 from hipexp.run.point import stored
 from hipexp.run.several import Named, compose_named, load_once, model_line, refuse_own, resident, run_all, trained_length
 from hipexp.suites.infbench import SUBTASKS
-from hipexp.suites.sample import LineEncoder
 
 if TYPE_CHECKING:
-    from hipexp.hf import Loaded
     from hipexp.run.point import Load
 
 DIGITS, PAIRS = ("passkey", "number_string"), ("kv_retrieval",)
@@ -92,43 +90,6 @@ def latency_points(overrides: Sequence[str]) -> list[Named]:
     return made
 
 
-@dataclass(frozen=True)
-class Rate:
-    """Seconds of one sample of ``T`` tokens on this machine: ``linear · T + square · T²``."""
-
-    linear: float
-    square: float
-
-    def seconds(self, length_tok: int) -> float:
-        """What one sample of this length should take."""
-        return self.linear * length_tok + self.square * length_tok**2
-
-    @classmethod
-    def through(cls, first: tuple[int, float], second: tuple[int, float]) -> Rate:
-        """The rate that gives two measured ``(tokens, seconds)``; neither part is negative."""
-        (n, s), (m, t) = first, second
-        square = max(0.0, (t / m - s / n) / (m - n))
-        return cls(max(0.0, t / m - square * m), square)
-
-
-def probe(loaded: Loaded, dense: Named, pruned: Named) -> dict[bool, Rate]:
-    """Time a short and a longer prompt, dense (``False``) and pruned (``True``); half a minute."""
-    rates = {}
-    for kind, point in ((False, dense), (True, pruned)):
-        seconds_of(point, loaded, latency.WARM_TOK)
-        measured = [(n, seconds_of(point, loaded, n)) for n in (loaded.trained_tok, 3 * loaded.trained_tok)]
-        rates[kind] = Rate.through(*measured)
-    return rates
-
-
-def seconds_of(point: Named, loaded: Loaded, length_tok: int) -> float:
-    """Seconds for a prompt of ``length_tok`` tokens and a few decode steps."""
-    sample = latency.prompt(LineEncoder(loaded.tokenizer), length_tok, 8, point.experiment.seed)
-    started = time.monotonic()
-    latency.timed(point.experiment, loaded, "dense" if point.experiment.pipeline is None else "pruned", sample, 8)
-    return time.monotonic() - started
-
-
 def expected_seconds(point: Named, trained_tok: int, rates: dict[bool, Rate]) -> float:
     """What is left to do of a point, by the rates; 0 if it is done."""
     if stored(point.experiment):
@@ -145,7 +106,8 @@ def tell_expected_time(points: Sequence[Named], load: Load, trained_tok: int) ->
     """Print what the table will take on this machine, and which part of it."""
     loaded = load(points[0].experiment.model)
     print("measuring this machine ...", flush=True)
-    rates = probe(loaded, next(p for p in points if p.experiment.pipeline is None), next(p for p in points if p.experiment.pipeline))
+    kinds = {pruned: next(p for p in points if (p.experiment.pipeline is not None) == pruned) for pruned in (False, True)}
+    rates = {pruned: Rate.of(point, loaded, times=3) for pruned, point in kinds.items()}
     each = [(expected_seconds(point, trained_tok, rates), point.name) for point in points]
     print(f"expected time: {duration(sum(seconds for seconds, _ in each))}; interrupt it as you like, the same command continues")
     for seconds, name in each:
@@ -261,10 +223,7 @@ def main(argv: list[str]) -> int:
         tell_expected_time(points, load, trained_tok)
         if "--dry-run" in argv:
             return 0
-    for point in points:
-        if not stored(point.experiment):
-            run_all([point], load)
-            write_table(runs, times, trained_tok)
+    run_all(points, load, after=lambda: write_table(runs, times, trained_tok))
     folder = write_table(runs, times, trained_tok)
     print((folder / "table.md").read_text(encoding="utf-8"))
     print(f"table:   {folder / 'table.md'}\npicture: {folder / 'accuracy.png'}")

@@ -7,9 +7,9 @@ from typing import Any
 
 from hipexp.config.compose import compose, conf_dir
 from hipexp.config.schema import ConfigError
-from hipexp.report.tables import MISSING, text_table
+from hipexp.report.tables import MISSING, score_text, text_table
 from hipexp.run.ledger import make_folder, runs_root, write_text
-from hipexp.run.several import Named, compose_named, model_line, refuse_own, resident, run_all, trained_length
+from hipexp.run.several import Named, compose_named, helpers, model_line, refuse_own, resident, run_all, split_jobs, trained_length
 
 
 def read_table(name: str) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def page(table: dict[str, Any], runs: dict[tuple[str, int], Named], trained_tok:
     rows = []
     for row in table["rows"]:
         published = [triple(row["published"].get(model)) for model in table["models"]]
-        rows.append([row["method"], *published, *(triple(ours(table, runs[row["method"], times])) for times in multiples)])
+        rows.append([row["method"], *published, *(ours(table, runs[row["method"], times]) for times in multiples)])
     return "\n".join(
         [
             f"{table['title']} ({table['source']}); scores {' / '.join(table['columns'])}",
@@ -71,6 +71,7 @@ def page(table: dict[str, Any], runs: dict[tuple[str, int], Named], trained_tok:
             "",
             model_line(next(iter(runs.values())).experiment.model),
             "",
+            "In brackets: 95 % interval of the mean of our samples.",
             "The published and the hipexp columns are NOT comparable number by number:",
             *(f"  - {line.format(samples=samples, points=f'{100 / samples:g}')}" for line in table["differs"]),
             f"Left out: {table['left_out']}.",
@@ -78,19 +79,23 @@ def page(table: dict[str, Any], runs: dict[tuple[str, int], Named], trained_tok:
     )
 
 
-def ours(table: dict[str, Any], run: Named) -> list[float] | None:
-    """Our scores in the order of the table's columns."""
+def ours(table: dict[str, Any], run: Named) -> str:
+    """Our scores in one cell, each with its interval, in the order of the table's columns."""
     scores = run.summary().get("scores")
-    return [scores[name]["score"] for name in table["columns"].values()] if scores else None
+    if not scores:
+        return MISSING
+    return " / ".join(score_text(cell["score"], cell.get("interval")) for cell in (scores[name] for name in table["columns"].values()))
 
 
 def main(argv: list[str]) -> int:
-    """Run what is missing of a table and print it beside the published one; resumable like every run."""
-    name, size, overrides = read_arguments(argv)
+    """Run what is missing of a table and print it beside the published one; resumable. ``jobs=``: processes that share it."""
+    jobs, words = split_jobs(argv)
+    name, size, overrides = read_arguments(words)
     refuse_own("repro", overrides, free=("task.samples",))
     table = read_table(name)
     runs = points(table, size, overrides)
-    run_all(list(runs.values()))
+    with helpers(list(runs.values()), jobs, runs_root() / "repro"):
+        run_all(list(runs.values()))
     text = page(table, runs, trained_length(next(iter(runs.values())).experiment.model))
     path: Path = runs_root() / "repro" / f"{name}_{size}.txt"
     make_folder(path.parent)

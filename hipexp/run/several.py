@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hipexp.config.check import OFFLOADING
@@ -11,7 +16,7 @@ from hipexp.config.compose import compose
 from hipexp.config.model import read_facts
 from hipexp.config.schema import ConfigError, Experiment, Model
 from hipexp.run.identity import model_revision
-from hipexp.run.ledger import read_json, read_rows
+from hipexp.run.ledger import is_held, make_folder, read_json, read_rows
 from hipexp.run.point import check_point, execute, folder_of, load_model, stored
 
 if TYPE_CHECKING:
@@ -96,15 +101,72 @@ def load_once() -> Load:
     return load
 
 
-def run_all(points: Sequence[Named], load: Load | None = None) -> None:
-    """Run what is not done yet, in order, telling what comes next. Raises what a run raises; finished points are kept.
+def run_all(points: Sequence[Named], load: Load | None = None, after: Callable[[], object] = lambda: None) -> None:
+    """Run what is not done yet, in order, telling what comes next, and ``after`` each of them.
 
-    All are checked before the first one runs.
+    Raises what a run raises; finished points are kept. What another process is running comes last: processes with the same points
+    share them. All are checked before the first one runs.
     """
-    todo = [point for point in points if not stored(point.experiment)]
-    for point in todo:
+    left = [point for point in points if not stored(point.experiment)]
+    for point in left:
         check_point(point.experiment)
-    load = load or load_once()
-    for number, point in enumerate(todo, 1):
-        print(f"[{number}/{len(todo)}] {point.name}", flush=True)
+    load, total = load or load_once(), len(left)
+    while left:
+        point = next((point for point in left if not is_held(folder_of(point.experiment))), left[0])
+        print(f"[{total - len(left) + 1}/{total}] {point.name}", flush=True)
         execute(point.experiment, load)
+        after()
+        left = [other for other in left if other is not point and not stored(other.experiment)]
+
+
+def split_jobs(words: Sequence[str]) -> tuple[int, list[str]]:
+    """The number of processes that ``jobs=`` asks for, 1 without it, and the other words. Raises ``ConfigError`` for no such number."""
+    asked = [word.removeprefix("jobs=") for word in words if word.startswith("jobs=")]
+    jobs = (asked or ["1"])[-1]
+    if not jobs.isascii() or not jobs.isdecimal() or int(jobs) < 1:
+        raise ConfigError(f"jobs={jobs} must be a whole number from 1, of processes that share the runs; try jobs={os.cpu_count()}")
+    return int(jobs), [word for word in words if not word.startswith("jobs=")]
+
+
+@contextmanager
+def helpers(points: Sequence[Named], jobs: int, folder: Path) -> Iterator[None]:
+    """``jobs - 1`` more processes at the same ``points`` while the block lasts, which runs them too.
+
+    Every process has its part of the threads. What they print goes to ``job-2.log`` and so on in
+    ``folder``. One that fails leaves its points to the others; all end with the block.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before // jobs))
+    make_folder(folder)
+    logs = [folder / f"job-{number}.log" for number in range(2, jobs + 1) if points]
+    make = get_context("spawn").Process
+    started = [make(target=_help, args=(list(points), torch.get_num_threads(), log), daemon=True) for log in logs]
+    try:
+        for process in started:
+            process.start()
+        yield
+        for process, log in zip(started, logs, strict=True):
+            process.join()
+            if process.exitcode:
+                print(f"a process failed, the others did its work; why: {log}")
+    finally:
+        for process in started:
+            if process.is_alive():
+                process.terminate()
+                process.join()
+        torch.set_num_threads(before)
+
+
+def _help(points: Sequence[Named], threads: int, log: Path) -> None:
+    """What such a process does."""
+    import torch
+
+    torch.set_num_threads(threads)
+    with open(log, "w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
+        try:
+            run_all(points)
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}", flush=True)
+            sys.exit(1)

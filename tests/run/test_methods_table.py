@@ -25,7 +25,7 @@ def test_every_method_is_run_and_the_longest_prompts_only_where_reading_is_linea
     assert {point.name for point in made} == set(ALL.words)
     assert set(METHODS) - {"hip", "hip_tree"} < set(ALL.words)
     longest = {point.name for point in made if point.spec.linear}
-    assert longest == {"streaming", "lm_infinite", "infllm", "hip_iclr25", "random", "3stage", "3stage_scan"}
+    assert longest == {"streaming", "lm_infinite", "infllm", "hip_iclr25", "random", "3stage", "3stage_scan", "4stage_scan", "3stage_plus"}
     assert [point.spec.times for point in made] == sorted(point.spec.times for point in made)
     assert {point.spec for point in made} == set(ALL.specs)
 
