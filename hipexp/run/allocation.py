@@ -67,6 +67,11 @@ def budgets_of(base: Pipeline, n_layers: int, step_tok: int) -> list[int]:
     return sorted(own | {keep for keep in tried if keep <= limit})
 
 
+def fits(pipeline: Pipeline, n_layers: int) -> bool:
+    """Whether no last stage is to keep more than the one before it."""
+    return all(plan.stages[-1].keep_tok <= plan.stages[-2].keep_tok for plan in pipeline.plan(n_layers) if len(plan.stages) > 1)
+
+
 def shared_out(total_tok: int, weights: Sequence[int], step_tok: int) -> list[int]:
     """Keeps in proportion to ``weights``, in whole ``step_tok``, whose sum is ``total_tok``; what is left over goes to the first layers."""
     units = total_tok // step_tok

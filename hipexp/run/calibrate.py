@@ -3,34 +3,43 @@
 On prompts as ``task=recall`` reads, of the trained length, with what stages keep divided by the largest of ``task.divisors``: so they stand
 for prompts so many times as long. Of the prompts, every second one chooses; the others, which differ in text and place of what is asked,
 judge, at all divisors. Whatever is chosen, the last stages of all layers together keep as much as those of the pipeline it began with.
+What a text holds is stored at once, so that the same command continues.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hipexp.config.compose import compose
+from hipexp.config.model import read_facts
 from hipexp.config.overrides import check_pipeline_name, conf_dir, group_options
 from hipexp.config.schema import ConfigError, Experiment, Pipeline, PruneRope
 from hipexp.report.figures import draw_layers
 from hipexp.report.tables import text_table
 from hipexp.run import allocation, recall
 from hipexp.run.allocation import EARLY, STRATEGIES, Choice, planned, rules
-from hipexp.run.ledger import file_name, make_folder, runs_root, write_text
-from hipexp.run.point import check_point, load_model, token_bar
+from hipexp.run.environment import to_yaml
+from hipexp.run.identity import key_of, model_revision
+from hipexp.run.ledger import Ledger, file_name, open_ledger, runs_root
+from hipexp.run.point import check_point, load_model, resolved, token_bar
 from hipexp.run.several import model_line, trained_length
+from hipexp.run.strategy import describe
 from hipexp.suites import infbench
 from hipexp.suites.sample import LineEncoder
+from hipexp.suites.scoring.statistics import describe as describe_scores
 from hipexp.suites.scoring.statistics import paired_difference
 
 if TYPE_CHECKING:
     from hipexp.hf import Loaded
 
+VERSION = 1  # raise it when the same prompts can be measured otherwise
 PARTS = ("calibration", "held out")
 DEFAULTS = {"task.samples": 4}  # where the user does not say so: blocks of a text
 TEXTS = 4
@@ -45,70 +54,97 @@ Held = dict[Any, dict[int, tuple[float, float, float]]]
 
 @dataclasses.dataclass
 class Bench:
-    """The model and the prompts on which pipelines are measured; ``texts``: prompts of a subtask and length in each part."""
+    """Prompts on which pipelines are measured: ``texts`` of a subtask and length in each part. What the ledger has stays."""
 
     experiment: Experiment
-    loaded: Loaded
     texts: int
+    ledger: Ledger
 
-    def measure(self, part: int, pipelines: Mapping[Any, tuple[Pipeline, int]], patterns: list[list[float]] | None = None) -> list[Held]:
+    @cached_property
+    def loaded(self) -> Loaded:
+        """The model. Raises ``ConfigError`` for prompts that are too long or too short for it."""
+        found = load_model(self.experiment.model)
+        recall.check_lengths(self.experiment, LineEncoder(found.tokenizer), found.trained_tok)
+        return found
+
+    def measure(
+        self, part: int, pipelines: Mapping[Any, tuple[Pipeline, int]], patterns: bool = False
+    ) -> tuple[list[Held], list[list[float]]]:
         """What each pipeline, its stages divided by the number beside it, holds of every text of a part; means over heads and blocks.
 
-        ``patterns``: the three sums of ``pattern_mass`` of every layer, to which those of the texts are added.
+        And, if ``patterns`` are asked for, the three sums of ``pattern_mass`` of every layer, added over the texts.
         """
         import torch
 
-        from hipexp import hf
-
-        task, out = self.experiment.task, list[Held]()
-        encode = LineEncoder(self.loaded.tokenizer)
-        layers = recall.attentions(self.loaded, {name: recall.divided(*found) for name, found in pipelines.items()})
-        todo = [
-            (source, length, 2 * i + part)
+        task = self.experiment.task
+        texts = [
+            (f"{PARTS[part]} {source}@{length}", 2 * i + part, source, length)
             for source in task.subtasks or []
             for length in task.contexts_tok or []
             for i in range(self.texts)
         ]
-        with torch.inference_mode(), token_bar(sum(length for _, length, _ in todo)) as bar:
-            for source, length, index in todo:
-                bar.set_description(f"{PARTS[part]}: {source} {index}")
-                prompt = infbench.make_sample(source, index, 2 * self.texts, length, encode, self.experiment.seed, task.wording)
-                heard, held = hf.activations(self.loaded, prompt.tokens), Held()
-                for divisor in sorted({divisor for _, divisor in pipelines.values()}):
-                    own = self._dividing(divisor)
-                    text = recall.heard_text(own, heard, layers, last=True)
-                    names = [name for name, found in pipelines.items() if found[1] == divisor]
-                    found = {name: list[Any]() for name in names}
-                    for block in range(task.samples):
-                        for name in names:
-                            found[name].append(text(name, block))
-                    held |= {name: {i: _means(blocks, i) for i in heard} for name, blocks in found.items()}
-                    if patterns is not None:
-                        self._add_patterns(own, heard, next(iter(layers.values())), patterns)
-                out.append(held)
-                bar.advance_to(length)
-        return out
+        todo = [text for text in texts if not self.ledger.has(*text[:2])]
+        if todo:
+            layers = recall.attentions(self.loaded, {name: recall.divided(*found) for name, found in pipelines.items()})
+            with torch.inference_mode(), token_bar(sum(length for *_, length in todo)) as bar:
+                for subtask, number, source, length in todo:
+                    bar.set_description(f"{subtask} {number}")
+                    held, sums = self._text(source, number, length, pipelines, layers, patterns)
+                    told = {_word(name): {str(i): values for i, values in found.items()} for name, found in held.items()}
+                    score = 100 * statistics.fmean(values[0] for found in held.values() for values in found.values())
+                    self.ledger.append(recall.row_of(subtask, number, length, score) | {"held": told, "patterns": sums})
+                    bar.advance_to(length)
+        rows = {(row["subtask"], row["sample"]): row for row in self.ledger.rows}
+        mine = [rows[text[:2]] for text in texts]
+        held_of = [{name: {int(i): tuple(x) for i, x in row["held"][_word(name)].items()} for name in pipelines} for row in mine]
+        return held_of, [[sum(x) for x in zip(*parts, strict=True)] for parts in zip(*(row["patterns"] for row in mine), strict=True)]
 
-    def _dividing(self, divisor: int) -> Experiment:
-        return dataclasses.replace(self.experiment, task=dataclasses.replace(self.experiment.task, divisors=[divisor]))
+    def _text(
+        self, source: str, number: int, length_tok: int, pipelines: Mapping[Any, tuple[Pipeline, int]], layers: Any, patterns: bool
+    ) -> tuple[Held, list[list[float]]]:
+        from hipexp import hf
 
-    def _add_patterns(self, experiment: Experiment, heard: Any, layers: Any, patterns: list[list[float]]) -> None:
-        from hipexp.attention.patterns import pattern_mass
-        from hipexp.attention.recall import logits_in_place
+        task = self.experiment.task
+        encode = LineEncoder(self.loaded.tokenizer)
+        prompt = infbench.make_sample(source, number, 2 * self.texts, length_tok, encode, self.experiment.seed, task.wording)
+        heard, held, sums = hf.activations(self.loaded, prompt.tokens), Held(), list[list[float]]()
+        for divisor in sorted({divisor for _, divisor in pipelines.values()}):
+            own = dataclasses.replace(self.experiment, task=dataclasses.replace(task, divisors=[divisor]))
+            text = recall.heard_text(own, heard, layers, last=True)
+            names = [name for name, found in pipelines.items() if found[1] == divisor]
+            found = {name: list[Any]() for name in names}
+            for block in range(task.samples):
+                for name in names:
+                    found[name].append(text(name, block))
+            held |= {name: {i: _means(blocks, i) for i in heard} for name, blocks in found.items()}
+            if patterns:
+                sums = _patterns(own, heard, next(iter(layers.values())))
+        return held, sums
 
-        assert experiment.pipeline is not None
-        plans = experiment.pipeline.plan(len(heard))
-        for i, (q, k) in heard.items():
-            logits, folds, attention = [], [], layers[i]
-            for block in range(experiment.task.samples):
-                begin = recall.block_of(plans, q.shape[1], block, experiment.task)
-                for row in recall.rows_of(min(plans[i].stages[0].query_block_tok, q.shape[1] - begin)):
-                    n = begin + row + 1
-                    table = attention.tables and attention.tables.upto(n)
-                    logits.append(logits_in_place(q[:, n - 1], k[:, :n], attention.scale, table))
-                    folds.append(block % 2)
-            found = pattern_mass(logits, folds, plans[i].sink_tok, plans[i].window_tok)
-            patterns[i] = [a + b for a, b in zip(patterns[i], found, strict=True)]
+
+def _word(name: Any) -> str:
+    """What a pipeline is called in the ledger."""
+    parts = name if isinstance(name, tuple) else (name,)
+    return " ".join(part.value if isinstance(part, PruneRope) else str(part) for part in parts)
+
+
+def _patterns(experiment: Experiment, heard: Any, layers: Any) -> list[list[float]]:
+    from hipexp.attention.patterns import pattern_mass
+    from hipexp.attention.recall import logits_in_place
+
+    assert experiment.pipeline is not None
+    plans, sums = experiment.pipeline.plan(len(heard)), list[list[float]]()
+    for i, (q, k) in heard.items():
+        logits, folds, attention = [], [], layers[i]
+        for block in range(experiment.task.samples):
+            begin = recall.block_of(plans, q.shape[1], block, experiment.task)
+            for row in recall.rows_of(min(plans[i].stages[0].query_block_tok, q.shape[1] - begin)):
+                n = begin + row + 1
+                table = attention.tables and attention.tables.upto(n)
+                logits.append(logits_in_place(q[:, n - 1], k[:, :n], attention.scale, table))
+                folds.append(block % 2)
+        sums.append(list(pattern_mass(logits, folds, plans[i].sink_tok, plans[i].window_tok)))
+    return sums
 
 
 def _means(blocks: Sequence[dict[int, recall.Stages]], layer: int) -> tuple[float, float, float]:
@@ -139,15 +175,15 @@ class Calibration:
 
 def calibrate(bench: Bench, name: str) -> Calibration:
     """Choose on one part of the prompts, judge on the other."""
-    base, n_layers, divisors = bench.experiment.pipeline, bench.loaded.n_layers, bench.experiment.task.divisors
-    assert base is not None and divisors is not None
+    base, facts, divisors = bench.experiment.pipeline, read_facts(bench.experiment.model), bench.experiment.task.divisors
+    assert base is not None and facts is not None and divisors is not None
+    n_layers = facts.layers
     step_tok = divisors[-1] * base.stages[-1].chunk_tok
     own, before = allocation.strategies_of(base, n_layers), [plan.stages[-1].keep_tok for plan in base.plan(n_layers)]
     budgets = allocation.budgets_of(base, n_layers, step_tok)
     tried = [*STRATEGIES, *([None] if None in own else [])]
     grid = {(rope, keep): (planned(base, [(rope, keep)] * n_layers), divisors[-1]) for rope in tried for keep in budgets}
-    sums = [[0.0, 0.0, 0.0] for _ in range(n_layers)]
-    seen = bench.measure(0, grid, sums)
+    seen, sums = bench.measure(0, grid, patterns=True)
     ropes = [
         allocation.strategy_of(
             {rope: [statistics.fmean(one[rope, keep][i][0] for keep in budgets) for one in seen] for rope in tried}, own[i]
@@ -169,7 +205,8 @@ def calibrate(bench: Bench, name: str) -> Calibration:
     if rules(base, n_layers) == rules(pipelines[FIXED], n_layers):
         del pipelines[FIXED]
         pipelines = {FIXED if name == BASE else name: one for name, one in pipelines.items()}
-    held = bench.measure(1, {(name, divisor): (one, divisor) for name, one in pipelines.items() for divisor in divisors})
+    pipelines = {key: one for key, one in pipelines.items() if allocation.fits(one, n_layers)}
+    held, _ = bench.measure(1, {(name, divisor): (one, divisor) for name, one in pipelines.items() for divisor in divisors})
     shares = [(x / max(left, 1e-12), y / max(left, 1e-12)) for x, y, left in sums]
     return Calibration(shares, list(zip(ropes, keeps, strict=True)), divisors, pipelines, held)
 
@@ -202,6 +239,25 @@ def total_table(found: Calibration) -> str:
                 row += [f"{statistics.fmean(ours):.4f}", None if name == found.base else f"{told['mean']:+.4f}{around}"]
             rows.append(row)
     return text_table(["budget", "pipeline", "recall", "difference", "missing mass", "difference"], rows, left=2)
+
+
+def report(found: Calibration, experiment: Experiment) -> str:
+    """Both tables and what they mean."""
+    divisor = found.divisors[-1]
+    chose = f"{model_line(experiment.model)}; {len(found.held)} texts chose, with 1/{divisor} of the budget, as many others judge."
+    told = f"the same total budget each; differences from {found.base}, 95 % interval over texts"
+    return "\n\n".join([chose, layer_table(found), WORDS, total_table(found), told])
+
+
+def summary(found: Calibration, run_key: str) -> dict[str, Any]:
+    """Recall of every contestant where the budget is least, in the form of a run's summary."""
+    divisor = found.divisors[-1]
+    held = {name: [100 * x for x in found.values(name, divisor, 0)] for name in found.pipelines}
+    scores = {f"{name}/{divisor}": {"metric": "mass_recall"} | describe_scores(values) for name, values in held.items()}
+    return {
+        "run_key": run_key, "task": "calibrate", "status": "done", "scores": scores, "average": statistics.fmean(held[CALIBRATED]),
+        "protocol": "hipexp", "note": "", "exact": False, "latency": {},
+    }  # fmt: skip
 
 
 def picture(path: Path, heading: str, found: Calibration) -> None:
@@ -249,28 +305,24 @@ def main(argv: list[str]) -> int:
     name = own["name"]
     model = experiment.model.name or experiment.model.path
     folder = Path(own["out"]).expanduser() if "out" in own else runs_root() / "calibrate" / f"{file_name(model)}_{name}"
-    make_folder(folder)
-    loaded = load_model(experiment.model)
-    recall.check_lengths(experiment, LineEncoder(loaded.tokenizer), loaded.trained_tok)
-    found = calibrate(Bench(experiment, loaded, int(own.get("texts", TEXTS))), name)
+    texts = int(own.get("texts", TEXTS))
     path = folder / f"{name}.yaml"
-    commands = [shlex.join(["python", "-m", "hipexp", *words]) for words in ([f"+pipeline={path}"], ["calibrate", *argv])]
-    lines = [commands[0], f"made by: {commands[1]}", model_line(experiment.model)]
-    write_text(path, allocation.yaml_of(found.pipelines[CALIBRATED], lines))
-    made = compose([f"+pipeline='{path}'"]).pipeline  # what was written is what was measured
-    assert made is not None and rules(made, loaded.n_layers) == rules(found.pipelines[CALIBRATED], loaded.n_layers)
-    divisor = found.divisors[-1]
-    text = "\n\n".join(
-        [
-            f"{model_line(experiment.model)}; {len(found.held)} texts chose, with 1/{divisor} of the budget, as many others judge.",
-            layer_table(found),
-            WORDS,
-            total_table(found),
-            f"the same total budget each; differences from {found.base}, 95 % interval over texts",
-        ]
-    )
-    write_text(folder / "table.txt", text + "\n")
-    picture(folder / "layers.png", f"{name} on {model}", found)
+    with open_ledger(folder, hashlib.sha256(f"{VERSION} {key_of(experiment)} {texts}".encode()).hexdigest()) as ledger:
+        ledger.status("running")
+        ledger.write("config.yaml", to_yaml(resolved(experiment)))
+        found = calibrate(Bench(experiment, texts, ledger), name)
+        n_layers, best = len(found.choices), found.pipelines[CALIBRATED]
+        commands = [shlex.join(["python", "-m", "hipexp", *words]) for words in ([f"+pipeline={path}"], ["calibrate", *argv])]
+        ledger.write(path.name, allocation.yaml_of(best, [commands[0], f"made by: {commands[1]}", model_line(experiment.model)]))
+        made = compose([f"+pipeline='{path}'"]).pipeline  # what was written is what was measured
+        assert made is not None and rules(made, n_layers) == rules(best, n_layers)
+        text = report(found, experiment)
+        ledger.write("table.txt", text + "\n")
+        picture(folder / "layers.png", f"{name} on {model}", found)
+        of = {"name": model, "revision": model_revision(experiment.model)}
+        ledger.write("card.json", {"model": of, "strategy": describe(best, n_layers)})
+        ledger.write("summary.json", summary(found, ledger.key))
+        ledger.status("done")
     print(text)
     print(f"pipeline: {path}\ntable:    {folder / 'table.txt'}\npicture:  {folder / 'layers.png'}")
     return 0

@@ -508,10 +508,15 @@ def line_of(one: Point, layers: dict[int, Stages]) -> dict[str, Any]:
         str(i): [{name: [round(value, 5) for value in values] for name, values in stage.items()} for stage in stages]
         for i, stages in layers.items()
     }
+    return row_of(one.subtask, one.block, one.context_tok, score) | {"recall": round(score / 100, 5), "layers": rounded}
+
+
+def row_of(subtask: str, number: int, context_tok: int, score: float) -> dict[str, Any]:
+    """What every line of a ledger holds, where nothing is answered."""
     return {
-        "subtask": one.subtask, "sample": one.block, "prediction": "", "references": [], "score": round(score, 3),
-        "context_tok": one.context_tok, "new_tok": 0, "removed_tok": 0, "prefill_ms": 0.0, "decode_ms": None, "status": "done",
-        "length_tok": one.context_tok, "peak_bytes": 0, "exact": False, "traffic": {}, "recall": round(score / 100, 5), "layers": rounded,
+        "subtask": subtask, "sample": number, "prediction": "", "references": [], "score": round(score, 3), "context_tok": context_tok,
+        "new_tok": 0, "removed_tok": 0, "prefill_ms": 0.0, "decode_ms": None, "status": "done", "length_tok": context_tok, "peak_bytes": 0,
+        "exact": False, "traffic": {},
     }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import random
 import statistics
 
@@ -10,8 +11,10 @@ import pytest
 
 from hipexp.config.compose import compose
 from hipexp.config.schema import ConfigError, LayerGroup, PruneRope, RopeOverride, Stage, StageOverride
+from hipexp.report.listing import state_of
 from hipexp.run import allocation, calibrate, recall
 from hipexp.run.allocation import allocate, budgets_of, planned, rules, shared_out, spans, strategies_of, strategy_of, yaml_of
+from hipexp.run.ledger import RunFailed, open_ledger
 from hipexp.run.point import load_model
 
 STAGES = (
@@ -112,15 +115,15 @@ def test_the_file_is_the_pipeline(name, tmp_path):
     assert read.name == "mine" and rules(read, 5) == rules(made, 5)
 
 
-def test_texts_are_measured_as_task_recall_does(monkeypatch):
+def test_texts_are_measured_as_task_recall_does(monkeypatch, tmp_path):
     """By the mean over blocks and heads of what ``task=recall`` makes of the same prompt."""
     make_sample = recall.infbench.make_sample
     monkeypatch.setattr(recall.infbench, "make_sample", lambda source, index, count, *more: make_sample(source, 0, 1, *more))
     experiment, own = calibrate.read_words([*SMALL, *TEXT])
     loaded = load_model(experiment.model)
-    bench = calibrate.Bench(experiment, loaded, 1)
-    patterns = [[0.0] * 3 for _ in range(5)]
-    (held,) = bench.measure(0, {"base": (experiment.pipeline, 2)}, patterns)
+    with open_ledger(tmp_path / "calibration", "key") as ledger:
+        bench = calibrate.Bench(experiment, 1, ledger)
+        (held,), patterns = bench.measure(0, {"base": (experiment.pipeline, 2)}, patterns=True)
     alone = dataclasses.replace(experiment, task=dataclasses.replace(experiment.task, divisors=[2]))
     text = recall.text_of(alone, loaded, "passkey", 600)
     blocks = [text(2, block) for block in range(2)]
@@ -145,6 +148,37 @@ def test_a_calibration(tmp_path, monkeypatch, capsys):
     assert out.count("fixed layers 0-2") == 2 and "calibrated" in out
     assert out.startswith((tmp_path / "he, re" / "table.txt").read_text().rstrip())
     assert matplotlib.image.imread(tmp_path / "he, re" / "layers.png").std() > 0.05
+    folder = tmp_path / "he, re"
+    assert state_of(folder) == "done"
+    lines = (folder / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["subtask"].split(" passkey")[0] for line in lines] == ["calibration", "held out"]
+
+    written = {file.name: file.read_bytes() for file in folder.iterdir()}
+    monkeypatch.setattr(calibrate, "load_model", lambda model: pytest.fail("there is nothing to measure"))
+    assert calibrate.main(words) == 0
+    assert capsys.readouterr().out == out
+    same = ("mine.yaml", "table.txt", "samples.jsonl", "summary.json")
+    assert all((folder / name).read_bytes() == written[name] for name in same)
+    with pytest.raises(RunFailed, match="belongs to another run"):
+        calibrate.main([*words, "seed=7"])
+
+
+def test_a_killed_calibration_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(allocation, "BUDGETS", (1, 2))
+    monkeypatch.setattr(calibrate, "STRATEGIES", (CHUNKS, RELATIVE))
+    words = [*SMALL, *TEXT, "texts=1", f"out={tmp_path}/here"]
+    assert calibrate.main(words) == 0
+    whole, out = (tmp_path / "here" / "samples.jsonl").read_bytes(), capsys.readouterr().out
+    (tmp_path / "here" / "samples.jsonl").write_bytes(whole[: whole.index(b"\n") + 30])
+    assert calibrate.main(words) == 0
+    assert capsys.readouterr().out == out
+    assert (tmp_path / "here" / "samples.jsonl").read_bytes() == whole
+
+
+def test_contestants_that_fit(tmp_path):
+    one = base()
+    assert allocation.fits(one, 5)
+    assert not allocation.fits(planned(one, [(RELATIVE, 16384)] * 5), 5)
 
 
 @pytest.mark.parametrize(
