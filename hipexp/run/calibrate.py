@@ -23,8 +23,9 @@ from hipexp.config.overrides import check_pipeline_name, conf_dir, group_options
 from hipexp.config.schema import ConfigError, Experiment, Pipeline, PruneRope
 from hipexp.report.figures import draw_layers
 from hipexp.report.tables import text_table
-from hipexp.run import allocation, recall
+from hipexp.run import allocation, judged, recall
 from hipexp.run.allocation import EARLY, STRATEGIES, Choice, planned, rules
+from hipexp.run.budgets import divided
 from hipexp.run.environment import to_yaml
 from hipexp.run.identity import key_of, model_revision
 from hipexp.run.ledger import Ledger, file_name, open_ledger, runs_root
@@ -85,7 +86,7 @@ class Bench:
         ]
         todo = [text for text in texts if not self.ledger.has(*text[:2])]
         if todo:
-            layers = recall.attentions(self.loaded, {name: recall.divided(*found) for name, found in pipelines.items()})
+            layers = judged.attentions(self.loaded, {name: divided(*found) for name, found in pipelines.items()})
             with torch.inference_mode(), token_bar(sum(length for *_, length in todo)) as bar:
                 for subtask, number, source, length in todo:
                     bar.set_description(f"{subtask} {number}")
@@ -110,7 +111,7 @@ class Bench:
         heard, held, sums = hf.activations(self.loaded, prompt.tokens), Held(), list[list[float]]()
         for divisor in sorted({divisor for _, divisor in pipelines.values()}):
             own = dataclasses.replace(self.experiment, task=dataclasses.replace(task, divisors=[divisor]))
-            text = recall.heard_text(own, heard, layers, last=True)
+            text = judged.heard_text(own, heard, layers, last=True)
             names = [name for name, found in pipelines.items() if found[1] == divisor]
             found = {name: list[Any]() for name in names}
             for block in range(task.samples):
@@ -137,8 +138,8 @@ def _patterns(experiment: Experiment, heard: Any, layers: Any) -> list[list[floa
     for i, (q, k) in heard.items():
         logits, folds, attention = [], [], layers[i]
         for block in range(experiment.task.samples):
-            begin = recall.block_of(plans, q.shape[1], block, experiment.task)
-            for row in recall.rows_of(min(plans[i].stages[0].query_block_tok, q.shape[1] - begin)):
+            begin = judged.block_of(plans, q.shape[1], block, experiment.task)
+            for row in judged.rows_of(min(plans[i].stages[0].query_block_tok, q.shape[1] - begin)):
                 n = begin + row + 1
                 table = attention.tables and attention.tables.upto(n)
                 logits.append(logits_in_place(q[:, n - 1], k[:, :n], attention.scale, table))
@@ -147,7 +148,7 @@ def _patterns(experiment: Experiment, heard: Any, layers: Any) -> list[list[floa
     return sums
 
 
-def _means(blocks: Sequence[dict[int, recall.Stages]], layer: int) -> tuple[float, float, float]:
+def _means(blocks: Sequence[dict[int, judged.Stages]], layer: int) -> tuple[float, float, float]:
     found = (statistics.fmean(x for block in blocks for x in block[layer][-1][name]) for name in ("mass", "missing", "fixed"))
     recalled, missing, fixed = found
     return recalled, missing, 1 - fixed

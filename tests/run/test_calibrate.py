@@ -12,7 +12,7 @@ import pytest
 from hipexp.config.compose import compose
 from hipexp.config.schema import ConfigError, LayerGroup, PruneRope, RopeOverride, Stage, StageOverride
 from hipexp.report.listing import state_of
-from hipexp.run import allocation, calibrate, recall
+from hipexp.run import allocation, calibrate, judged
 from hipexp.run.allocation import allocate, budgets_of, planned, rules, shared_out, spans, strategies_of, strategy_of, yaml_of
 from hipexp.run.ledger import RunFailed, open_ledger
 from hipexp.run.point import load_model
@@ -117,15 +117,15 @@ def test_the_file_is_the_pipeline(name, tmp_path):
 
 def test_texts_are_measured_as_task_recall_does(monkeypatch, tmp_path):
     """By the mean over blocks and heads of what ``task=recall`` makes of the same prompt."""
-    make_sample = recall.infbench.make_sample
-    monkeypatch.setattr(recall.infbench, "make_sample", lambda source, index, count, *more: make_sample(source, 0, 1, *more))
+    make_sample = judged.infbench.make_sample
+    monkeypatch.setattr(judged.infbench, "make_sample", lambda source, index, count, *more: make_sample(source, 0, 1, *more))
     experiment, own = calibrate.read_words([*SMALL, *TEXT])
     loaded = load_model(experiment.model)
     with open_ledger(tmp_path / "calibration", "key") as ledger:
         bench = calibrate.Bench(experiment, 1, ledger)
         (held,), patterns = bench.measure(0, {"base": (experiment.pipeline, 2)}, patterns=True)
     alone = dataclasses.replace(experiment, task=dataclasses.replace(experiment.task, divisors=[2]))
-    text = recall.text_of(alone, loaded, "passkey", 600)
+    text = judged.text_of(alone, loaded, "passkey", 600)
     blocks = [text(2, block) for block in range(2)]
     for layer in range(5):
         recalled, missing, fixed = (

@@ -7,7 +7,8 @@ import torch
 
 from hipexp.config.compose import compose
 from hipexp.config.schema import ConfigError, LayerGroup, Offload, PruneRope, StageOverride
-from hipexp.run import recall
+from hipexp.run import judged, recall
+from hipexp.run.budgets import divided
 from hipexp.run.identity import key_of
 from hipexp.run.ledger import read_json, read_rows
 from hipexp.run.point import check_point, execute, report
@@ -94,7 +95,7 @@ def test_against_a_sum_over_tokens(format):
     own = made.prefill_queries(64)
     offload = Offload("host", format=format)
     logits = partial(logits_at_one_distance, scale=0.25, table=None, distance_tok=0)
-    stages = recall.stages_of(attention, own, begin, made.keys, begin, 64, logits, offload, {})
+    stages = judged.stages_of(attention, own, begin, made.keys, begin, 64, logits, offload, {})
     kept = as_kept(made.keys, format, 64, sink_tok=32)
     chosen, of_true = (
         Hip(attention.plan).select(Call(QueryBlocks.cut(own, begin, 64), keys, attention.tables, scale=1.0)) for keys in (kept, made.keys)
@@ -129,7 +130,7 @@ def test_refusals(words, message):
 def test_budgets_that_cannot_be_divided():
     with pytest.raises(ConfigError, match=r"task.divisors: 3 does not divide pipeline.stages\[0\].keep_tok=256 into chunks of 32"):
         check_point(compose([*SMALL, "task.divisors=[3]"]))
-    early = recall.divided(compose(["+pipeline=3stage"]).pipeline, 8)
+    early = divided(compose(["+pipeline=3stage"]).pipeline, 8)
     assert [stage.keep_tok for stage in early.stages] == [4096, 1024, 256] and early.layers["early"].stages["2"].keep_tok == 512
 
 
@@ -165,11 +166,11 @@ def test_a_layer_without_rope_and_blocks_of_several_sizes():
         stage.rope = PruneRope.none
     attention.tables = None
     logits = partial(logits_in_place, scale=0.25, table=None)
-    stages = recall.stages_of(attention, made.prefill_queries(64), 576, made.keys, 576, 64, logits, Offload(), {})
+    stages = judged.stages_of(attention, made.prefill_queries(64), 576, made.keys, 576, 64, logits, Offload(), {})
     assert 0 < stages[-1]["mass"][0] <= 1
     wide = compose(SMALL).pipeline
     wide.layers["early"] = LayerGroup("0", stages={"0": StageOverride(query_block_tok=128)})
-    begins = [recall.block_of(wide.plan(5), 1024, number, compose([*SMALL, "task.samples=4"]).task) for number in range(4)]
+    begins = [judged.block_of(wide.plan(5), 1024, number, compose([*SMALL, "task.samples=4"]).task) for number in range(4)]
     assert begins == [512, 640, 768, 896]
 
 
@@ -221,12 +222,12 @@ def test_decode_steps_select_for_one_query(words):
     pipeline, geometry = compose(chosen).pipeline, Geometry(4, 2, 16)
     attention, made = layer_attention(pipeline, geometry, torch.device("cpu")), drifting(geometry, 640)
     q, logits = made.prefill_queries(64), partial(logits_in_place, scale=0.25, table=None)
-    stages = recall.stages_of(attention, q, 576, made.keys, 576, 64, logits, Offload(), {}, decoding=True)
+    stages = judged.stages_of(attention, q, 576, made.keys, 576, 64, logits, Offload(), {}, decoding=True)
     assert len(stages) == max(1, len(attention.plan.stages))
     expected = []
-    for row in recall.rows_of(64):
+    for row in judged.rows_of(64):
         at, memory = 576 + row, Memory()
-        asked = recall._selecting(attention, q, 576, made.keys, 576, 640, {}, True)(row)[-1]
+        asked = judged.selecting(attention, q, 576, made.keys, 576, 640, {}, True)(row)[-1]
         if attention.plan.stages:
             attention(q[:, row : row + 1], made.keys[:, : at + 1], made.values[:, : at + 1], at, memory)
             assert torch.equal(memory.lists[len(attention.plan.decode)][0], asked[0])
@@ -249,8 +250,8 @@ def test_a_decode_step_takes_over_what_its_own_query_chose_in_an_earlier_layer()
     anchor, other = (layer_attention(pipeline, geometry, cpu, layer) for layer in (0, 1))
     made, shared = drifting(geometry, 640), {}
     q = made.prefill_queries(64)
-    everything, found = (recall._selecting(one, q, 576, made.keys, 576, 640, shared, True) for one in (anchor, other))
-    for row in recall.rows_of(64):
+    everything, found = (judged.selecting(one, q, 576, made.keys, 576, 640, shared, True) for one in (anchor, other))
+    for row in judged.rows_of(64):
         at = 576 + row
         query = QueryBlocks.one(q[:, row : row + 1], at, Step.at(at, 0, False, cpu))
         asked = Call(query, made.keys[:, : at + 1], anchor.tables, anchor.scale, True, Memory(), None, {})
@@ -278,8 +279,8 @@ def test_a_block_is_judged_by_its_own_selection_where_later_queries_decide():
     pipeline, geometry = compose(OTHERS["minference"]).pipeline, Geometry(2, 2, 16)
     attention, made = layer_attention(pipeline, geometry, torch.device("cpu")), drifting(geometry, 2048)
     q, logits = made.prefill_queries(2048), partial(logits_in_place, scale=0.25, table=None)
-    whole = recall.stages_of(attention, q, 0, made.keys, 1024, 64, logits, Offload(), {})
-    found = recall._selecting(attention, q, 0, made.keys, 1024, 1088, {})
+    whole = judged.stages_of(attention, q, 0, made.keys, 1024, 64, logits, Offload(), {})
+    found = judged.selecting(attention, q, 0, made.keys, 1024, 1088, {})
     ((starts, counts, chunk_tok, decoding),) = found(0)
     assert starts.shape[1] == counts.shape[1] == 1 and chunk_tok == 1 and not decoding
     assert int(starts.max()) < 1024 and 0 < min(whole[0]["mass"]) <= max(whole[0]["mass"]) <= 1
@@ -287,12 +288,12 @@ def test_a_block_is_judged_by_its_own_selection_where_later_queries_decide():
 
 def test_divided_params_in_groups_and_what_they_hold():
     words = ["+pipeline=oracle", "+pipeline.layers.low.range=0", "+pipeline.layers.low.params.keep_tok=1024"]
-    less = recall.divided(compose(words).pipeline, 8)
+    less = divided(compose(words).pipeline, 8)
     assert less.params["keep_tok"] == 256 and less.layers["low"].params == {"keep_tok": 128}
     with pytest.raises(ConfigError, match=r"8 does not divide pipeline\.layers\.low\.params\.keep_tok=12"):
-        recall.divided(compose([*words, "pipeline.layers.low.params.keep_tok=12"]).pipeline, 8)
+        divided(compose([*words, "pipeline.layers.low.params.keep_tok=12"]).pipeline, 8)
     plan = compose(words).pipeline.plan_alone(None)
-    assert recall._sizes(plan, 8) == (64, 256 + 1024 + 256)
+    assert judged._sizes(plan, 8) == (64, 256 + 1024 + 256)
 
 
 def test_what_remembers_is_told_the_whole_prompt(monkeypatch):
