@@ -94,7 +94,8 @@ class LayerAttention:
         exact_tok = self._exact_tok(method, memory is not None)
         n_exact = 0 if step and exact_tok < EVERYTHING else attended.within(exact_tok)  # a selection that is not needed costs little
         tables = self.tables or no_rope(q.device)
-        call = Call(queries, k, tables, self.scale, memory is not None, memory, state, {} if shared is None else shared, self.listener)
+        own = {} if shared is None else shared
+        call = Call(queries, k, tables, self.scale, memory is not None, memory, state, own, self.listener, self.softcap)
         method.observe(call)
         selection = self._select(method, call, attended, n_exact)
         if self.listener:

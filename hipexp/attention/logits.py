@@ -45,15 +45,21 @@ def at_distance(q: Tensor, distance_tok: int, tables: RopeTables) -> Tensor:
     return rotate(q.float(), table.cos[distance_tok] * table.cos[0], table.sin[distance_tok] * table.cos[0])
 
 
-def query_logits(q: Tensor, keys: Tensor, begin: int, tables: RopeTables, scale: float, distance_tok: int | None) -> Tensor:
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Logits bent to stay within ``softcap``, as Gemma-2 does; None: as they are."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def query_logits(call: Call, q: Tensor, keys: Tensor, begin: int, distance_tok: int | None) -> Tensor:
     """Logits ``[H, R, T]`` (fp32) of raw queries ``[H, R, D]`` at ``begin`` … over ``keys`` ``[K, T, D]``, -inf for keys behind a query.
 
-    ``distance_tok`` None: ``keys`` are rotated already, and queries get their true positions. Else keys are raw and all count as lying so
-    far before the query, which is known to a model at any length.
+    Scale, soft cap and RoPE are those of the ``call``. ``distance_tok`` None: ``keys`` are rotated already, and queries get their true
+    positions. Else keys are raw and all count as lying so far before the query, which is known to a model at any length.
     """
     R, T = q.shape[1], keys.shape[1]
-    q = at_positions(q, begin, tables) if distance_tok is None else at_distance(q, distance_tok, tables)
-    out = torch.einsum("kgrd,ktd->kgrt", scale * q.unflatten(0, (len(keys), -1)), keys.float()).flatten(0, 1)
+    q = at_positions(q, begin, call.tables) if distance_tok is None else at_distance(q, distance_tok, call.tables)
+    out = torch.einsum("kgrd,ktd->kgrt", call.scale * q.unflatten(0, (len(keys), -1)), keys.float()).flatten(0, 1)
+    out = capped(out, call.softcap)
     behind = torch.arange(begin, T, device=q.device) > begin + torch.arange(R, device=q.device)[:, None]
     out[..., begin:].masked_fill_(behind, -torch.inf)
     return out
@@ -69,7 +75,7 @@ def block_mass(call: Call, prune: PruneRope, distance_tok: int) -> Iterator[tupl
     keys = at_positions(keys, 0, call.tables) if native else keys
     for n in range(len(queries)):
         begin, q = queries.existing(n)
-        logits = query_logits(q, keys[:, : begin + q.shape[1]], begin, call.tables, call.scale, None if native else distance_tok)
+        logits = query_logits(call, q, keys[:, : begin + q.shape[1]], begin, None if native else distance_tok)
         yield queries.start + n * queries.size, torch.softmax(logits, -1).sum(1)
 
 

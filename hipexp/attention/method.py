@@ -49,7 +49,8 @@ class Call:
 
     ``decoding``: a decode step, one block of one query. ``memory``: what decode steps before it selected; in prefill None, or where lists
     of every stage are left for who wants them. ``state``: what :meth:`Method.new_state` made for this sequence and layer, or for this call
-    alone. ``shared``: a dictionary that all layers of the sequence share.
+    alone. ``shared``: a dictionary that all layers of the sequence share. ``softcap``: bound of the model's logits, for methods that sum
+    attention; it changes no order of one head's keys.
     """
 
     queries: QueryBlocks
@@ -61,6 +62,7 @@ class Call:
     state: Any = None
     shared: dict[Any, Any] = field(default_factory=dict)
     listener: Listener | None = None
+    softcap: float | None = None
 
 
 @dataclass

@@ -8,6 +8,8 @@ import torch
 from hipexp_kernels.rope import RopeTable, rotate
 from torch import Tensor
 
+from hipexp.attention.logits import capped
+
 TOP = 64  # heaviest tokens of each head
 NOTHING = 1e-4  # a head that puts less than this outside sinks and window has nothing to lose
 
@@ -70,18 +72,21 @@ def fixed_tokens(n_tok: int, sink_tok: int, window_begin: int, device: torch.dev
     return (at < sink_tok) | (at >= window_begin)
 
 
-def logits_at_one_distance(q: Tensor, k: Tensor, scale: float, table: RopeTable | None, distance_tok: int) -> Tensor:
+def logits_at_one_distance(
+    q: Tensor, k: Tensor, scale: float, table: RopeTable | None, distance_tok: int, softcap: float | None = None
+) -> Tensor:
     """Logits ``[H, T]`` of a query ``[H, D]`` over raw keys ``[K, T, D]`` that all count as ``distance_tok`` tokens before it.
 
     So the scoring strategies that leave keys raw see them; no length is beyond what the model knows. ``table`` None: no rotation.
+    ``softcap``: bound of the model's logits.
     """
     query = q.float() if table is None else rotate(q.float(), table.cos[distance_tok], table.sin[distance_tok])
-    return torch.einsum("kgd,ktd->kgt", query.view(len(k), -1, q.shape[-1]), k.float()).flatten(0, 1) * scale
+    return capped(torch.einsum("kgd,ktd->kgt", query.view(len(k), -1, q.shape[-1]), k.float()).flatten(0, 1) * scale, softcap)
 
 
-def logits_in_place(q: Tensor, k: Tensor, scale: float, table: RopeTable | None) -> Tensor:
+def logits_in_place(q: Tensor, k: Tensor, scale: float, table: RopeTable | None, softcap: float | None = None) -> Tensor:
     """Logits ``[H, T]`` of dense attention: of a query ``[H, D]`` at position ``T - 1`` over raw keys ``[K, T, D]`` at true positions."""
     if table is not None:
         T = k.shape[1]
         q, k = rotate(q.float(), table.cos[T - 1], table.sin[T - 1]), rotate(k.float(), table.cos[:T], table.sin[:T])
-    return logits_at_one_distance(q, k, scale, None, 0)
+    return logits_at_one_distance(q, k, scale, None, 0, softcap)

@@ -142,7 +142,7 @@ def _patterns(experiment: Experiment, heard: Any, layers: Any) -> list[list[floa
             for row in judged.rows_of(min(plans[i].stages[0].query_block_tok, q.shape[1] - begin)):
                 n = begin + row + 1
                 table = attention.tables and attention.tables.upto(n)
-                logits.append(logits_in_place(q[:, n - 1], k[:, :n], attention.scale, table))
+                logits.append(logits_in_place(q[:, n - 1], k[:, :n], attention.scale, table, attention.softcap))
                 folds.append(block % 2)
         sums.append(list(pattern_mass(logits, folds, plans[i].sink_tok, plans[i].window_tok)))
     return sums

@@ -79,7 +79,7 @@ def heard_text(
     @lru_cache(ROWS * len(heard))  # pipelines are asked for the same block, one after the other
     def dense(layer: int, seen: int) -> Tensor:
         (q, k), tables = heard[layer], one[layer].tables
-        return logits_in_place(q[:, seen - 1], k[:, :seen], one[layer].scale, tables.upto(seen) if tables else None)
+        return logits_in_place(q[:, seen - 1], k[:, :seen], one[layer].scale, tables.upto(seen) if tables else None, one[layer].softcap)
 
     def text(name: Any, block: int) -> dict[int, Stages]:
         out: dict[int, Stages] = {}
@@ -224,13 +224,13 @@ def selecting(
 
     def call(first: int, last: int, **more: Any) -> Call:
         blocks = QueryBlocks.cut(q[:, first - q_begin : last - q_begin], first, method.query_block_tok)
-        return Call(blocks, k[:, :last], tables, scale, shared=shared, **more)
+        return Call(blocks, k[:, :last], tables, scale, shared=shared, softcap=attention.softcap, **more)
 
     def one(row: int, memory: Memory, state: Any = None) -> Call:
         at = begin + row
         query = QueryBlocks.one(q[:, at - q_begin : at - q_begin + 1], at, Step.at(at, method.n_candidates(at), False, k.device))
         of_row = shared.setdefault(("row", row), {}) if decoding else shared  # every row is a step of its own, in all layers
-        return Call(query, k[:, : at + 1], tables, scale, True, memory, state, of_row)
+        return Call(query, k[:, : at + 1], tables, scale, True, memory, state, of_row, softcap=attention.softcap)
 
     if isinstance(method, Hip):
         stages = method.plan.decode if decoding else method.plan.stages

@@ -14,15 +14,15 @@ from watched import CLOSE, PLANS, SCALE, Layer, plan, softmax, texts, turned
 class Cache:
     """Sums of attention of the keys of one head that are still there, by token."""
 
-    def __init__(self, plan, queries, keys):
+    def __init__(self, plan, queries, keys, softcap):
         """``queries`` ``[G, T, D]`` of the heads that share ``keys`` ``[T, D]``, rotated."""
-        self.plan, self.queries, self.keys, self.sums = plan, queries, keys, {}
+        self.plan, self.queries, self.keys, self.softcap, self.sums = plan, queries, keys, softcap, {}
 
     def attend(self, at):
         """The queries of token ``at`` see the keys that are there, and their own."""
         self.sums[at] = 0.0
         there = sorted(self.sums)
-        shares = softmax(self.queries[:, at] @ self.keys[there].T * SCALE).sum(0)
+        shares = softmax(self.queries[:, at] @ self.keys[there].T * SCALE, self.softcap).sum(0)
         for i, share in zip(there, shares.tolist(), strict=True):
             self.sums[i] += share
 
@@ -42,13 +42,13 @@ PLAN = st.builds(
 )  # fmt: skip
 
 
-@given(plan=PLAN, text=texts(90, 160, steps=80))
+@given(plan=PLAN, text=texts(90, 160, steps=80), softcap=st.sampled_from([None, 1.0]))
 @settings(max_examples=20)
-def test_decode_keeps_the_heavy_hitters(plan, text):
+def test_decode_keeps_the_heavy_hitters(plan, text, softcap):
     """A prompt is read densely, in whatever parts."""
-    one, keep_tok = Layer(plan, text).read_all(), plan.params["keep_tok"]
+    one, keep_tok = Layer(plan, text, softcap).read_all(), plan.params["keep_tok"]
     q, k = (turned(x, np.arange(x.shape[1]), text.rotary) for x in (text.q, text.k))
-    caches = [Cache(plan, queries, keys) for queries, keys in zip(q.reshape(len(k), -1, *q.shape[1:]), k, strict=True)]
+    caches = [Cache(plan, queries, keys, softcap) for queries, keys in zip(q.reshape(len(k), -1, *q.shape[1:]), k, strict=True)]
     for first, _, end, decoding in one.blocks():
         lists = None
         if decoding:

@@ -44,11 +44,11 @@ class Rule:
         return rest.union(*chosen)
 
 
-@given(data=st.data(), plan=PLAN)
+@given(data=st.data(), plan=PLAN, softcap=st.sampled_from([None, 1.0]))
 @settings(max_examples=30)
-def test_it_looks_blocks_up_by_their_representatives(data, plan):
+def test_it_looks_blocks_up_by_their_representatives(data, plan, softcap):
     text = data.draw(texts(90, 160, grain=plan.params["query_tok"]))
-    one, rule = Layer(plan, text).read_all(), Rule(plan, text)
+    one, rule = Layer(plan, text, softcap).read_all(), Rule(plan, text)
     budget = plan.sink_tok + plan.window_tok + (rule.keep_blocks + 1) * rule.block_tok
     for first, grid_end, end, _ in one.blocks():
         lists = None if grid_end <= budget else [rule.tokens(kv_heads, first, end) for kv_heads in one.lists()]

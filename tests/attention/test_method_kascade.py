@@ -13,7 +13,7 @@ from hipexp.config.schema import AttendRope, ConfigError
 from watched import SCALE, Layer, Text, best, plan, softmax, texts, turned
 
 
-def strongest(queries, keys, at, sink_tok, last, n_kept):
+def strongest(queries, keys, at, sink_tok, last, n_kept, softcap):
     """The keys from ``sink_tok`` to ``last`` with most attention.
 
     ``queries`` ``[G, n, D]`` of all heads of a key/value head, rotated, at positions ``at`` …; ``keys`` ``[T, D]``, rotated.
@@ -21,7 +21,7 @@ def strongest(queries, keys, at, sink_tok, last, n_kept):
     pooled = defaultdict(float)
     for head in queries:
         for position, query in enumerate(head, at):
-            weights = softmax(keys[: position + 1] @ query * SCALE)
+            weights = softmax(keys[: position + 1] @ query * SCALE, softcap)
             for j in range(sink_tok, last + 1):
                 pooled[j] += weights[j]
     return set(best({j: np.log(mass) for j, mass in pooled.items()}, n_kept))
@@ -31,14 +31,15 @@ def strongest(queries, keys, at, sink_tok, last, n_kept):
 @given(
     data=st.data(), keep=st.integers(1, 20), sink=st.integers(0, 9), window=st.integers(1, 20), size=st.integers(1, 16),
     anchors=st.sets(st.integers(0, 4), min_size=1).map(sorted), attend=st.sampled_from([AttendRope.native, AttendRope.streaming]),
+    softcap=st.sampled_from([None, 1.0]),
 )  # fmt: skip
-def test_anchors_choose_for_the_layers_behind_them(data, keep, sink, window, size, anchors, attend):
+def test_anchors_choose_for_the_layers_behind_them(data, keep, sink, window, size, anchors, attend, softcap):
     text = data.draw(texts(1, 90, grain=size))
     shared, layers = {}, {}
     for layer in range(5):  # each with queries and keys of its own
         p = plan("kascade", layer, sink_tok=sink, window_tok=window, anchors=anchors, keep_tok=keep, query_tok=size, attend=attend)
         q, k, v = (np.roll(x, 7 * layer, 1) for x in (text.q, text.k, text.v))
-        layers[layer] = Layer(p, replace(text, q=q, k=k, v=v), shared=shared)
+        layers[layer] = Layer(p, replace(text, q=q, k=k, v=v), softcap, shared)
     for begin, end in text.calls():
         for layer in layers.values():
             layer.read(begin, end)
@@ -52,7 +53,7 @@ def test_anchors_choose_for_the_layers_behind_them(data, keep, sink, window, siz
             lists = None
             if not dense and grid_end > sink + window + keep:
                 heads = zip(q.reshape(len(k), -1, *q.shape[1:]), k, strict=True)
-                lists = [strongest(own[:, first:end], keys, first, sink, first - window, keep) for own, keys in heads]
+                lists = [strongest(own[:, first:end], keys, first, sink, first - window, keep, softcap) for own, keys in heads]
             assert layer.seen[first] == lists
         layer.check_outputs()
 

@@ -18,14 +18,14 @@ def strongest(sums, n, forced):
     return {*range(min(forced, len(sums))), *others}
 
 
-def lines(q, k, begin, end, sizes):
+def lines(q, k, begin, end, sizes, softcap):
     """Columns and distances that one head keeps, by rotated queries and keys, for a part of a prompt that ends before ``end``: its last queries decide.
 
     Queries before ``begin`` see everything and have no say.
     """
     column, distance = np.zeros(end), np.zeros(end)
     for p in range(max(begin, end - sizes["last_tok"]), end):
-        for j, weight in enumerate(softmax(k[: p + 1] @ q[p] * SCALE)):
+        for j, weight in enumerate(softmax(k[: p + 1] @ q[p] * SCALE, softcap)):
             column[j] += weight
             distance[p - j] += weight
     return strongest(column, sizes["verticals"], sizes["first_tok"]), strongest(distance, sizes["slashes"], sizes["near_tok"])
@@ -54,7 +54,7 @@ def test_vertical_slash_and_dense_decode(plan, text, softcap):
     q, k = (turned(x, np.arange(x.shape[1]), text.rotary) for x in (text.q, text.k))
     for begin, end in text.parts:
         whole = next((first for first in range(begin, end, BLOCK) if first + BLOCK > budget), end)  # blocks before see everything
-        kept = [lines(q[h], k[h // text.group], whole, end, plan.params) for h in range(len(q) if whole < end else 0)]
+        kept = [lines(q[h], k[h // text.group], whole, end, plan.params, softcap) for h in range(len(q) if whole < end else 0)]
         for first in range(begin, end, BLOCK):
             far = {*range(plan.sink_tok, first - plan.window_tok + 1)}
             assert one.seen[first] == (None if first < whole else [read_by_block(first, *own) & far for own in kept])

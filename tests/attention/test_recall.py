@@ -55,6 +55,7 @@ def test_positions():
         turned = rotate(k[0, t], table.cos[t], table.sin[t])
         torch.testing.assert_close(in_place[:, t], rotate(q, table.cos[19], table.sin[19]) @ turned * 0.5)
         torch.testing.assert_close(apart[:, t], rotate(q, table.cos[7], table.sin[7]) @ k[0, t] * 0.5)
+    torch.testing.assert_close(logits_in_place(q, k, 0.5, table, softcap=1.5), 1.5 * torch.tanh(in_place / 1.5))
 
 
 def test_a_head_with_nothing_outside_loses_nothing():

@@ -51,7 +51,7 @@ class H2O(SelectingMethod):
         for n in range(len(call.queries)):
             begin, q = call.queries.existing(n)
             end = begin + q.shape[1]
-            logits = query_logits(q, keys[:, :end], begin, call.tables, call.scale, None).unflatten(0, (len(keys), -1))
+            logits = query_logits(call, q, keys[:, :end], begin, None).unflatten(0, (len(keys), -1))
             if call.decoding:
                 logits.masked_fill_(sums[:, None, None, :end] == -torch.inf, -torch.inf)
             sums[:, :end] += logits.softmax(-1).sum((1, 2))

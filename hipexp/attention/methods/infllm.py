@@ -12,7 +12,7 @@ begin.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from hipexp_kernels.paged import whole
@@ -39,7 +39,7 @@ class Likings(KeySums):
         """Queries ``q`` ``[H, R, D]`` at ``begin`` … have come."""
         end, low = begin + q.shape[1], max(0, begin - window_tok + 1)
         near = at_positions(keys[:, low:end], 0, call.tables)
-        logits = query_logits(q, near, begin - low, call.tables, call.scale, None)
+        logits = query_logits(replace(call, softcap=None), q, near, begin - low, None)  # the paper's rule is of plain products
         distance = torch.arange(begin, end, device=q.device)[:, None] - torch.arange(low, end, device=q.device)
         logits = logits.masked_fill((distance < 1) | (distance >= window_tok), 0)
         self.sums[:, low:end] += logits.sum(1).unflatten(0, (len(keys), -1)).sum(1)

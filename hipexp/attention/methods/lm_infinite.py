@@ -13,6 +13,7 @@ import torch
 from hipexp_kernels.rope import rotate
 from torch import Tensor
 
+from hipexp.attention.logits import capped
 from hipexp.attention.method import DenseMethod
 from hipexp.attention.rope import RopeTables
 
@@ -53,8 +54,7 @@ class LmInfinite(DenseMethod):
                 logits(q[:, rows], torch.full_like(own, w), k[:, : len(sinks)], torch.zeros_like(sinks)),
                 logits(q[:, rows], own - origin, k[:, low:end], near - origin),
             ], -1)  # fmt: skip
-            x = x if softcap is None else softcap * torch.tanh(x / softcap)
-            weight = x.masked_fill(~seen, -torch.inf).softmax(-1).flatten(1, 2)
+            weight = capped(x, softcap).masked_fill(~seen, -torch.inf).softmax(-1).flatten(1, 2)
             values = torch.cat([v[:, : len(sinks)], v[:, low:end]], 1)
             out[:, rows] = (weight.to(v.dtype) @ values).view(q[:, rows].shape)
         return out

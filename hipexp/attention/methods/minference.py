@@ -74,7 +74,7 @@ class MInference(SelectingMethod):
         end = queries.end
         begin = max(queries.begin, end - self.last_tok)
         q = queries.q.flatten(1, 2)[:, begin - queries.start : end - queries.start]
-        logits = query_logits(q, at_positions(keys[:, :end], 0, call.tables), begin, call.tables, call.scale, None)
+        logits = query_logits(call, q, at_positions(keys[:, :end], 0, call.tables), begin, None)
         mass = logits.softmax(-1)
         column = mass.sum(1)
         column[:, : self.first_tok] = torch.inf

@@ -14,6 +14,7 @@ from hipexp_kernels.attend_blocks.dense import attend_all
 from hipexp_kernels.rope import rotate
 from torch import Tensor
 
+from hipexp.attention.logits import capped
 from hipexp.attention.method import EVERYTHING, DenseMethod
 from hipexp.attention.rope import RopeTables
 from hipexp.config.schema import ConfigError
@@ -55,8 +56,7 @@ class SelfExtend(DenseMethod):
             distance = own[:, None] - position[near:end]
             logits = torch.where(distance < w, *(torch.einsum("kgrd,ktd->kgrt", x, y[:, near:end]).float() * scale
                                                  for x, y in ((true_q, true_k), (grouped_q, grouped_k))))  # fmt: skip
-            logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-            logits = logits.masked_fill(distance < 0, -torch.inf).flatten(1, 2)
+            logits = capped(logits, softcap).masked_fill(distance < 0, -torch.inf).flatten(1, 2)
             part = (logits.softmax(-1) @ v[:, near:end].float()).to(q.dtype), logits.logsumexp(-1)
             if near:
                 far = attend_all(grouped_q.flatten(1, 2), grouped_k[:, :near], v[:, :near], scale, softcap)
