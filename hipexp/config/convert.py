@@ -52,6 +52,12 @@ def is_list(kind: Any) -> bool:
     return typing.get_origin(required(kind)) is list
 
 
+def is_plain(kind: Any) -> bool:
+    """Whether a type is a number, text, truth value, or a list of such, perhaps an optional one."""
+    kind = required(kind)
+    return (typing.get_args(kind)[0] if is_list(kind) else kind) in EXAMPLES
+
+
 def field_type(key: str) -> Any:
     """The type of a dotted key such as ``pipeline.stages.0.chunk_tok``; raises ConfigError for an unknown one."""
     kind: Any = Experiment

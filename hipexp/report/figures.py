@@ -122,9 +122,20 @@ def draw_layers(path: Path, heading: str, panels: dict[str, dict[str, Sequence[f
         plot.set_title(title, loc="left", fontsize=11, color=INK)
         plot.set_xlabel("layer", color=INK)
         plot.axhline(0, color=FAINT, linewidth=0.8)
-        plot.legend(frameon=False, fontsize=9)
+        plot.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
         _open_frame(plot)
     _save(figure, heading, path)
+
+
+def _apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Falling ``heights``, moved so that two are ``gap`` apart at least: down from the first, then up from the ground."""
+    placed = list[float]()
+    for height in heights:
+        placed.append(min(height, placed[-1] - gap) if placed else height)
+    for i in range(len(placed) - 1, -1, -1):
+        least = placed[i + 1] + gap if i + 1 < len(placed) else 0.0
+        placed[i] = max(placed[i], least)
+    return placed
 
 
 def draw_scatter(path: Path, heading: str, points: Sequence[tuple[str, float, float]], horizontal: str, vertical: str) -> None:
@@ -137,9 +148,12 @@ def draw_scatter(path: Path, heading: str, points: Sequence[tuple[str, float, fl
     figure, plot = plt.subplots(figsize=(7.6, 4.8), layout="constrained")
     front = sorted((x, y) for _, x, y in points if not any(a <= x and b >= y and (a, b) != (x, y) for _, a, b in points))
     plot.step(*zip(*front, strict=True), where="post", color=FAINT, linestyle="--", linewidth=1)
-    for name, x, y in points:
+    ordered = sorted(points, key=lambda point: (-point[2], -point[1]))
+    line = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.6, "shrinkB": 4, "relpos": (0.0, 0.5)}
+    for (name, x, y), height in zip(ordered, _apart([y for *_, y in ordered], gap=4.6), strict=True):
         plot.plot(x, y, marker="o", color="#0072b2" if (x, y) in front else INK)
-        plot.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8, color=INK)
+        beside = dict(xytext=(1.03, height), textcoords=("axes fraction", "data"), annotation_clip=False, va="center")
+        plot.annotate(name, (x, y), **beside, fontsize=8, color=INK, arrowprops=line)  # a column, since points lie close together
     plot.set_xscale("log")
     for formatter in (plot.xaxis.set_major_formatter, plot.xaxis.set_minor_formatter):
         formatter(lambda size, _: f"{size:g}")

@@ -77,6 +77,8 @@ def read_comparison(name: str, fast: bool) -> Comparison:
     folder = conf_dir() / "comparison"
     known = sorted(path.stem for path in folder.glob("*.yaml"))
     path = folder / f"{name}.yaml" if name in known else Path(name).expanduser()
+    if path.stem in known and path.resolve().parent != folder.resolve():
+        raise ConfigError(f"of={name} has the name of another comparison, whose table it would replace; call the file otherwise")
     if not path.is_file():
         others = ", ".join(known)
         raise ConfigError(

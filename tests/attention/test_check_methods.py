@@ -76,6 +76,11 @@ def test_whole_numbers_as_sweep_agents_print_them_are_the_same_run():
             "    size: int\n    block = keep = lambda self, decoding: 1\n    def select(self, call): ...\n",
             "must give every parameter a default; Own gives none for size",
         ),
+        (
+            "    sizes: tuple[int, ...] = (1,)\n    near: list[int] | None = None\n    block = keep = lambda self, decoding: 1\n"
+            "    def select(self, call): ...\n",
+            "must have parameters of int, float, str or bool, .* of another type is sizes$",
+        ),
     ],
 )
 def test_half_a_method_is_refused(tmp_path: Path, body, message):

@@ -85,6 +85,9 @@ def test_what_is_no_comparison(tmp_path, text, told):
         read_comparison(str(tmp_path / "mine.yaml"), fast=False)
     with pytest.raises(ConfigError, match=r"of=nothing: there is no such comparison; use .*methods"):
         read_comparison("nothing", fast=False)
+    (tmp_path / "ablation.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"ablation.yaml has the name of another comparison"):
+        read_comparison(str(tmp_path / "ablation.yaml"), fast=False)
 
 
 def test_a_dry_run_runs_nothing(monkeypatch):

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 from hipexp.attention.method import Method, SelectingMethod
-from hipexp.config.convert import convert, fields_of, unknown
+from hipexp.config.convert import convert, fields_of, is_plain, unknown
 from hipexp.config.schema import ALONE, ConfigError, LayerPlan, Pipeline
 
 
@@ -95,6 +95,12 @@ def method_class(name: str) -> type[Method]:
     if bare:
         raise ConfigError(
             f"pipeline.method={name} must give every parameter a default; {made[0].__name__} gives none for {', '.join(bare)}"
+        )
+    strange = [item for item, kind in fields_of(made[0]).items() if item != "plan" and not is_plain(kind)]
+    if strange:
+        raise ConfigError(
+            f"pipeline.method={name} must have parameters of int, float, str or bool, lists of them, or None; of another type is "
+            f"{', '.join(strange)}"
         )
     return made[0]
 
