@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -401,6 +402,17 @@ def read_geometry(text: str, key: str = "task.geometry") -> tuple[int, int, int]
 
 
 _RANGE = re.compile(r"(-?\d+)(?:(-)(-?\d+)?)?")
+
+
+def spans(layers: Sequence[int]) -> str:
+    """Ascending layers as a range that :func:`select_layers` reads, such as ``0-2,5``."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and runs[-1][-1] == layer - 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def select_layers(text: str, n_layers: int, key: str = "range") -> set[int]:

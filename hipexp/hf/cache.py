@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
 
 from hipexp.attention import Memory
 from hipexp.cache.offloaded import OffloadedStore
@@ -73,6 +74,10 @@ class SequenceLayer(CacheLayerMixin):
             row.store.append(key, value)
         return self, self
 
+    def to(self, *args: Any, **kwargs: Any) -> SequenceLayer:
+        """Itself: models whose layers share keys move them to their own device. Here every layer takes what it needs."""
+        return self
+
     def hold(self, holding: bool) -> None:
         """Whether everything that is appended stays on the device for now, however much is offloaded."""
         self.holding = holding
@@ -103,33 +108,66 @@ class SequenceLayer(CacheLayerMixin):
 
 
 class SequenceCache(Cache):
-    """A cache of :class:`SequenceLayer`; ``reserve_tok``: how many tokens will come. ``new_store``: makes that of a layer."""
+    """A cache of :class:`SequenceLayer`; ``reserve_tok``: how many tokens will come. ``new_store``: makes that of a layer.
 
-    def __init__(self, n_layers: int, reserve_tok: int = 0, decoding: bool | None = None, new_store: NewStore | None = None):
+    ``without_keys``: layers of linear attention and the like, whose state transformers keeps.
+    """
+
+    def __init__(
+        self,
+        n_layers: int,
+        reserve_tok: int = 0,
+        decoding: bool | None = None,
+        new_store: NewStore | None = None,
+        without_keys: Collection[int] = (),
+    ):
         makers = [partial(new_store, layer) if new_store else ResidentStore for layer in range(n_layers)]
         shared: dict[int, dict] = defaultdict(dict)
-        super().__init__(layers=[SequenceLayer(reserve_tok, decoding, make, shared) for make in makers])
+        super().__init__(
+            layers=[
+                LinearAttentionLayer() if i in without_keys else SequenceLayer(reserve_tok, decoding, make, shared)
+                for i, make in enumerate(makers)
+            ]
+        )
         for layer, following in itertools.pairwise(self.layers):
-            layer.next = following
+            if isinstance(layer, SequenceLayer) and isinstance(following, SequenceLayer):
+                layer.next = following
 
     @classmethod
-    def of(cls, caches: list[SequenceCache]) -> SequenceCache:
-        """One cache for decode steps whose batch rows are the sequences of ``caches``, sharing their state."""
-        merged = cls(len(caches[0].layers), decoding=True)
+    @contextmanager
+    def of(cls, caches: list[SequenceCache]) -> Iterator[SequenceCache]:
+        """One cache for a decode step whose batch rows are the sequences of ``caches``, sharing their state."""
+        without = [i for i, layer in enumerate(caches[0].layers) if not isinstance(layer, SequenceLayer)]
+        merged = cls(len(caches[0].layers), decoding=True, without_keys=without)
         for i, layer in enumerate(merged.layers):
-            layer.rows = [row for cache in caches for row in cache.layers[i].rows]
-            layer.is_initialized = True
-        return merged
+            if isinstance(layer, SequenceLayer):
+                layer.rows = [row for cache in caches for row in cache.layers[i].rows]
+                layer.is_initialized = True
+        for i in without:
+            merged.layers[i] = caches[0].layers[i] if len(caches) == 1 else _stacked([cache.layers[i] for cache in caches])
+        yield merged
+        for i in without if len(caches) > 1 else ():
+            _hand_back(merged.layers[i], [cache.layers[i] for cache in caches])
+
+    @property
+    def own_layers(self) -> list[SequenceLayer]:
+        """The layers that keep keys and values here."""
+        return [layer for layer in self.layers if isinstance(layer, SequenceLayer)]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens so far, the same in every layer."""
+        return self.own_layers[0].get_seq_length()
 
     @property
     def pruned_blocks(self) -> int:
         """Query blocks, over all layers and rows, that did not see all their keys."""
-        return sum(row.pruned_blocks for layer in self.layers for row in layer.rows)
+        return sum(row.pruned_blocks for layer in self.own_layers for row in layer.rows)
 
     @property
     def traffic(self) -> dict[str, Any]:
         """Tidy rows of what offload moved (see :mod:`hipexp.cache.traffic`), and bytes off the device; empty if nothing is offloaded."""
-        stores = [(i, row.store) for i, layer in enumerate(self.layers) for row in layer.rows if isinstance(row.store, OffloadedStore)]
+        layers = [(i, layer) for i, layer in enumerate(self.layers) if isinstance(layer, SequenceLayer)]
+        stores = [(i, row.store) for i, layer in layers for row in layer.rows if isinstance(row.store, OffloadedStore)]
         if not stores:
             return {}
         for _, store in stores:
@@ -140,7 +178,7 @@ class SequenceCache(Cache):
     def close(self) -> None:
         """The sequences are finished: give back what they hold."""
         with ExitStack() as closing:  # every one, whatever one of them raises
-            for layer in self.layers:
+            for layer in self.own_layers:
                 for row in layer.rows:
                     closing.callback(row.store.close)
 
@@ -149,6 +187,27 @@ class SequenceCache(Cache):
         """Bytes on the device of keys and values, of what the method notes of them, and of what decode steps hold ready."""
         return sum(
             row.store.bytes + (row.state.bytes if row.state else 0) + (row.memory.held.bytes if row.memory.held else 0)
-            for layer in self.layers
+            for layer in self.own_layers
             for row in layer.rows
         )
+
+
+def _stacked(layers: list[LinearAttentionLayer]) -> LinearAttentionLayer:
+    """The states of sequences as rows of one layer."""
+    made, first = LinearAttentionLayer(layers[0].number_of_states), layers[0]
+    for name in ("is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state", "conv_kernel_size"):
+        setattr(made, name, dict(getattr(first, name)))
+    made.dtype, made.device = first.dtype, first.device
+    for states in ("conv_states", "recurrent_states"):
+        for i, state in getattr(first, states).items():
+            rows = [getattr(layer, states)[i] for layer in layers]
+            getattr(made, states)[i] = None if state is None else torch.cat(rows)
+    return made
+
+
+def _hand_back(stacked: LinearAttentionLayer, layers: list[LinearAttentionLayer]) -> None:
+    """The rows of ``stacked`` to the sequences that they are of."""
+    for states in ("conv_states", "recurrent_states"):
+        for i, state in getattr(stacked, states).items():
+            for layer, row in zip(layers, () if state is None else state.split(1), strict=state is not None):
+                getattr(layer, states)[i] = row.clone()

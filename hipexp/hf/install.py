@@ -17,43 +17,53 @@ from transformers.masking_utils import flash_attention_mask
 
 from hipexp.attention import LayerAttention, Memory
 from hipexp.attention.reads import unit_tok_of
-from hipexp.attention.rope import RopeTables
 from hipexp.cache.offloaded import OffloadedStore
 from hipexp.cache.placement import Placement
+from hipexp.cache.recent import RecentStore
 from hipexp.cache.resident import ResidentStore
+from hipexp.cache.store import KVStore
 from hipexp.cache.tiers import Disk
 from hipexp.config.model import ModelFacts, head_sizes
 from hipexp.config.offload import Sizes, check_sizes, disk_folder, sizes
 from hipexp.config.schema import ConfigError, Heads, LayerPlan, Offload, Pipeline, PruneRope
 from hipexp.hf.cache import NewStore, SequenceLayer, SequenceState
 from hipexp.hf.dense import attend_dense
+from hipexp.hf.kinds import LayerKind, check_some_attached, decoder_of, layer_kinds
+from hipexp.hf.own import OwnAttention, left_padding
+from hipexp.hf.rotary import Rotary, check_fixed, turn_by_nothing, turned_layers
 from hipexp.hf.selfcheck import same_as_before
 from hipexp.hf.window import check_transformers
 
 NAME = "hipexp_{}"  # in transformers' registries; every installation has its own
 _NUMBERS = itertools.count()
-BY_LENGTH = ("dynamic", "longrope")  # rotary modules whose angles depend on how many positions they are asked for
 
 
 @dataclass
 class Installed:
-    """What :func:`install` put into a model: the attention of each attached layer (dense if the pipeline is None)."""
+    """What :func:`install` put into a model: the attention of attached layers (none if the pipeline is None), every layer's kind."""
 
     pipeline: Pipeline | None
     layers: dict[int, LayerAttention]
+    kinds: list[LayerKind]
+    rotary: Rotary
     offload: Offload
     sizes: Sizes | None
     placements: dict[int, Placement]
 
     def new_sequence(self) -> NewStore:
-        """What makes the stores of a new sequence, layer by layer."""
+        """What makes the stores of a new sequence, layer by layer; those of a sliding window keep what it sees."""
+
+        def resident(layer: int) -> KVStore:
+            window_tok = self.kinds[layer].window_tok
+            return RecentStore(window_tok - 1) if window_tok else ResidentStore()
+
         if self.sizes is None:
-            return lambda layer: ResidentStore()
+            return resident
         folder, limit_tok = disk_folder(self.offload), self.sizes.disk_tok
         limit_bytes = None if limit_tok is None else self.sizes.bytes_of(limit_tok)
         disk = Disk(folder, limit_bytes) if folder else None
         ahead = ThreadPoolExecutor(1, "hipexp-ahead") if self.offload.prefetch else None
-        return lambda layer: OffloadedStore(self.placements[layer], disk, ahead)
+        return lambda layer: OffloadedStore(self.placements[layer], disk, ahead) if layer in self.placements else resident(layer)
 
     def reads_by_layer(self, n_tok: int) -> bool:
         """Whether a prompt of ``n_tok`` tokens is read layer by layer, as keys and values of one layer fit ``offload.prefill_bytes``."""
@@ -78,16 +88,20 @@ def install(
     not compute the same under hipexp's attention where it should, or that has an installation already.
     """
     check_transformers()
-    decoder = _decoder(model)
-    if pipeline is None and _softcap(model):
-        raise ConfigError(
-            f"model type {model.config.model_type!r} caps its attention logits; without a pipeline that is not supported so far"
-        )
+    before = str(model.config._attn_implementation)
+    if before.startswith(NAME.format("")):
+        raise ConfigError(f"model type {model.config.model_type!r}: this model has a pipeline installed already; leave that context first")
+    decoder, kinds = decoder_of(model), layer_kinds(model)
+    if pipeline is not None:
+        check_some_attached(model, kinds)
     trained_tok = trained_tok or model.config.get_text_config().max_position_embeddings
-    layers = {} if pipeline is None else _layer_attentions(model, decoder, pipeline, trained_tok)
+    rotary = Rotary(model, decoder, trained_tok)
+    layers = {} if pipeline is None else _layer_attentions(model, decoder, kinds, pipeline, rotary)
+    softcap, own = _softcap(model), OwnAttention(before)
+    first = next(i for i, kind in enumerate(kinds) if kind.attends)
     offload = offload or Offload()
     told, placements = _places(model, layers, offload)
-    installed = Installed(pipeline, layers, offload, told, placements)
+    installed = Installed(pipeline, layers, kinds, rotary, offload, told, placements)
     loose: dict[int, dict] = defaultdict(dict)  # by row, what layers share in a pass without our cache
 
     def attend(
@@ -99,72 +113,48 @@ def install(
         *,
         scaling: float,
         position_ids: Tensor | None = None,
-        **_,
+        **more,
     ):
-        positions = position_ids if module.layer_idx == 0 else None
-        if module.layer_idx == 0:
+        i = module.layer_idx
+        if i == first:
             loose.clear()
-        if offload.prefetch and isinstance(key, SequenceLayer) and key.next and key.decodes(query.shape[2]):
-            _read_ahead(key.next, layers[module.layer_idx + 1].plan)
-        return _attend_batch(layers.get(module.layer_idx), query, key, value, attention_mask, positions, scaling, loose), None
+            for layer in layers.values() if rotary.original_tok else ():
+                layer.tables = rotary.tables if layer.tables else None
+        if i not in layers and (kinds[i].keeps or softcap):
+            return own.attend(module, query, key, value, attention_mask, kinds[i].window_tok, scaling, **more), None
+        if offload.prefetch and isinstance(key, SequenceLayer) and key.next and key.decodes(query.shape[2]) and i + 1 in layers:
+            _read_ahead(key.next, layers[i + 1].plan)
+        positions = position_ids if i == first else None
+        return _attend_batch(layers.get(i), query, key, value, attention_mask, positions, scaling, loose), None
 
-    name, before = NAME.format(next(_NUMBERS)), model.config._attn_implementation
-    with same_as_before(model, layers.values()) as check, ExitStack() as stack:
+    name = NAME.format(next(_NUMBERS))
+    with same_as_before(model, decoder, layers.values()) as check, ExitStack() as stack:
         AttentionInterface.register(name, attend)
         AttentionMaskInterface.register(name, flash_attention_mask)
         stack.callback(_unregister, name)
+        stack.enter_context(rotary.in_charge())
         stack.callback(model.set_attn_implementation, before)
         model.set_attn_implementation(name)
         for i in layers:
-            hook = decoder.layers[i].self_attn.register_forward_pre_hook(_rotate_by_nothing, with_kwargs=True)
+            hook = decoder.layers[i].self_attn.register_forward_pre_hook(turn_by_nothing, with_kwargs=True)
             stack.callback(hook.remove)
         check()
         yield installed
-
-
-def _decoder(model: PreTrainedModel) -> nn.Module:
-    config, kind = model.config.get_text_config(), f"model type {model.config.model_type!r}"
-    if str(model.config._attn_implementation).startswith(NAME.format("")):
-        raise ConfigError(f"{kind}: this model has a pipeline installed already; leave that context first")
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    if not (hasattr(decoder, "layers") and hasattr(decoder, "rotary_emb") and hasattr(decoder.layers[0], "self_attn")):
-        raise ConfigError(f"{kind} cannot be attached: it needs decoder.layers[i].self_attn and decoder.rotary_emb")
-    if not hasattr(decoder.layers[0].self_attn, "scaling"):
-        raise ConfigError(f"{kind} cannot be attached: its attention has no scaling, so it does not use transformers' attention interface")
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        raise ConfigError(f"{kind} has layers of kind {', '.join(sorted(kinds))}; only full_attention is supported so far")
-    window = getattr(config, "sliding_window", None)
-    if window is not None and not getattr(config, "layer_types", None):
-        raise ConfigError(f"{kind} attends in a sliding window of {window} tokens; only full attention is supported so far")
-    return decoder
 
 
 def _softcap(model: PreTrainedModel) -> float | None:
     return getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
 
 
-def _layer_attentions(model: PreTrainedModel, decoder: nn.Module, pipeline: Pipeline, trained_tok: int) -> dict[int, LayerAttention]:
-    config = model.config.get_text_config()
-    rope_type = getattr(decoder.rotary_emb, "rope_type", None)
-    if rope_type in BY_LENGTH:
-        raise ConfigError(
-            f"model type {model.config.model_type!r} has RoPE of type {rope_type!r}, whose angles depend on the length; "
-            "a pipeline needs fixed ones: default, linear, llama3 or yarn"
-        )
-
-    def cos_sin(positions: Tensor) -> tuple[Tensor, Tensor]:
-        like = torch.zeros(1, 1, 1, device=model.device)
-        cos, sin = decoder.rotary_emb(like, positions[None].to(model.device))
-        return cos[0, :, : cos.shape[-1] // 2], sin[0, :, : sin.shape[-1] // 2]
-
-    tables = RopeTables(cos_sin, trained_tok)
-    rotated = getattr(config, "no_rope_layers", None) or [1] * len(decoder.layers)
-    layers = {}
+def _layer_attentions(
+    model: PreTrainedModel, decoder: nn.Module, kinds: list[LayerKind], pipeline: Pipeline, rotary: Rotary
+) -> dict[int, LayerAttention]:
+    check_fixed(model, decoder)
+    turned, layers = turned_layers(model, decoder), {}
     for plan in pipeline.plan(len(decoder.layers)):
-        module = decoder.layers[plan.layer].self_attn
-        own = tables if rotated[plan.layer] else None
-        layers[plan.layer] = LayerAttention(plan if own else _without_rope(plan), own, module.scaling, _softcap(model))
+        if not kinds[plan.layer].keeps:
+            own, scaling = rotary.tables if plan.layer in turned else None, decoder.layers[plan.layer].self_attn.scaling
+            layers[plan.layer] = LayerAttention(plan if own else _without_rope(plan), own, scaling, _softcap(model))
     return layers
 
 
@@ -188,11 +178,6 @@ def _places(model: PreTrainedModel, layers: dict[int, LayerAttention], offload: 
 def _without_rope(plan: LayerPlan) -> LayerPlan:
     stages, decode = ([dataclasses.replace(s, rope=PruneRope.none) for s in part] for part in (plan.stages, plan.decode))
     return dataclasses.replace(plan, stages=stages, decode=decode)
-
-
-def _rotate_by_nothing(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    cos, sin = kwargs["position_embeddings"]
-    return args, {**kwargs, "position_embeddings": (torch.ones_like(cos[:1, :1]), torch.zeros_like(sin[:1, :1]))}
 
 
 def _unregister(name: str) -> None:
@@ -219,18 +204,12 @@ def _attend_batch(
     ours = isinstance(key, SequenceLayer)
     states = key.rows if ours else _states_of(key, value, loose)
     decoding = key.decodes(Q) if ours else Q == 1
-    if mask is not None and mask.ndim != 2:
-        raise ValueError(
-            f"attention_mask {tuple(mask.shape)} must be [batch, tokens] and mark padding on the left; no other mask is supported"
-        )
     out = query.new_zeros(B, Q, H, D)
     for b, state in enumerate(states):
         if mask is not None:
-            padding = int((mask[b].long().cumsum(0) == 0).sum())
+            padding = left_padding(mask, b, mask.shape[-1])
             if padding != state.padding:  # the sequence begins elsewhere
                 state.padding, state.state, state.memory = padding, None, Memory()
-            if not bool(mask[b, state.padding :].all()):
-                raise ValueError(f"attention_mask[{b}] masks tokens after the first real one; only padding on the left is supported")
         k, v = state.store.view()
         if state.padding:
             if not isinstance(k, Tensor) or not isinstance(v, Tensor):

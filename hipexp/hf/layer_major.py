@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from hipexp.config.schema import ConfigError
 from hipexp.hf.install import NAME
+from hipexp.hf.kinds import decoder_of
 
 T = TypeVar("T")
 REPAIR = "so prompts cannot be read layer by layer: set offload.prefill_bytes=0"
@@ -127,7 +128,7 @@ def _layers(model: PreTrainedModel) -> list[nn.Module]:
         raise ValueError(
             "prompts are read layer by layer inside hipexp.hf.install(model, …) only: other attentions' masks depend on the cache's length"
         )
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    decoder = decoder_of(model)
     kinds = decoder.rotary_emb.rope_type  # Gemma 3 has one per kind of layer
     by_history = "dynamic" in (kinds.values() if isinstance(kinds, dict) else [kinds])
     _check(not by_history, "angles of RoPE of type 'dynamic' depend on the lengths asked for before")

@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hipexp.config.offload import check_chunks
-from hipexp.hf.cache import SequenceCache
+from hipexp.hf.cache import SequenceCache, SequenceLayer
 from hipexp.hf.install import Installed
+from hipexp.hf.kinds import layer_kinds
 from hipexp.hf.layer_major import run_layer_major
 from hipexp.hf.load import Loaded
 from hipexp.hf.memory import PeakMemory
@@ -63,19 +64,51 @@ def generate(
         raise ValueError("every prompt needs at least one token")
     if installed and installed.sizes:
         check_chunks(installed.offload, installed.sizes.page_tok, prefill_chunk_tok)
+    together = partial(
+        _generate, loaded, max_new_tok=max_new_tok, prefill_chunk_tok=prefill_chunk_tok, stop_ids=set(stop_ids), not_first=not_first,
+        progress=progress, installed=installed,
+    )  # fmt: skip
+    if installed is None or installed.rotary.original_tok is None:
+        return together(prompts)
+    out = dict[int, Generation]()
+    for long in (False, True):  # a model has one set of longrope's factors at a time
+        mine = [i for i, prompt in enumerate(prompts) if installed.rotary.is_long(len(prompt)) is long]
+        if mine:
+            installed.rotary.fix(len(prompts[mine[0]]))
+            try:
+                out |= zip(mine, together([prompts[i] for i in mine]), strict=True)
+            finally:
+                installed.rotary.fix(None)
+    return [out[i] for i in range(len(prompts))]
+
+
+def _generate(
+    loaded: Loaded,
+    prompts: list[list[int]],
+    *,
+    max_new_tok: int,
+    prefill_chunk_tok: int,
+    stop_ids: set[int],
+    not_first: Collection[int],
+    progress: Callable[[int], None] | None,
+    installed: Installed | None,
+) -> list[Generation]:
     memory = PeakMemory()
     memory.start()
     out, last = [Generation() for _ in prompts], []
     caches: list[SequenceCache] = []
+    without = [i for i, kind in enumerate(layer_kinds(loaded.model)) if not kind.attends]
     try:
         for result, prompt in zip(out, prompts, strict=True):
             new_store = installed.new_sequence() if installed else None
-            caches.append(SequenceCache(loaded.n_layers, len(prompt) + max_new_tok, decoding=False, new_store=new_store))
+            caches.append(
+                SequenceCache(loaded.n_layers, len(prompt) + max_new_tok, decoding=False, new_store=new_store, without_keys=without)
+            )
             read = prefill_layer_major if installed and installed.reads_by_layer(len(prompt)) else prefill
             started = time.perf_counter()
             last.append(read(loaded.model, caches[-1], prompt, prefill_chunk_tok, progress, not_first))
             result.prefill_ms = (time.perf_counter() - started) * 1e3
-        decode(loaded.model, caches, last, out, max_new_tok, set(stop_ids))
+        decode(loaded.model, caches, last, out, max_new_tok, stop_ids)
         for result, cache in zip(out, caches, strict=True):
             result.peak_bytes, result.cache_bytes, result.traffic = memory.peak(), cache.bytes, cache.traffic
             result.exact = cache.pruned_blocks == 0
@@ -124,9 +157,13 @@ def prefill_layer_major(
         if progress:
             progress(done // len(cache.layers) - before // len(cache.layers))
 
+    def hold(layer: int, holding: bool) -> None:
+        if isinstance(cache.layers[layer], SequenceLayer):
+            cache.layers[layer].hold(holding)
+
     return run_layer_major(
-        model, [step for step, _ in steps], before_layer=lambda i: cache.layers[i].hold(True),
-        after_layer=lambda i: cache.layers[i].hold(False), progress=passed,
+        model, [step for step, _ in steps], before_layer=partial(hold, holding=True), after_layer=partial(hold, holding=False),
+        progress=passed,
     )[-1]  # fmt: skip
 
 
@@ -159,8 +196,9 @@ def decode(
         started = time.perf_counter()
         ids = torch.tensor([[last[i]] for i in live], device=model.device)
         positions = torch.tensor([[caches[i].get_seq_length()] for i in live], device=model.device)
-        for i, token in zip(live, _step(model, SequenceCache.of([caches[i] for i in live]), ids, positions), strict=True):
-            last[i] = token
+        with SequenceCache.of([caches[i] for i in live]) as cache:
+            for i, token in zip(live, _step(model, cache, ids, positions), strict=True):
+                last[i] = token
         elapsed = (time.perf_counter() - started) * 1e3
         for i in live:
             out[i].decode_ms.append(elapsed)

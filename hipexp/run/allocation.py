@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from hipexp.config.convert import to_plain
-from hipexp.config.schema import LayerGroup, Pipeline, PruneRope, RopeOverride, StageOverride
+from hipexp.config.schema import LayerGroup, Pipeline, PruneRope, RopeOverride, StageOverride, spans
 
 # Those by true positions are all `native` within the trained length, so that nothing here could tell what they are beyond it.
 STRATEGIES = (PruneRope.chunk_indexed, PruneRope.relative, PruneRope.infllm, PruneRope.none)
@@ -39,17 +39,6 @@ def planned(base: Pipeline, choices: Sequence[Choice], name: str = "") -> Pipeli
 def rules(pipeline: Pipeline, n_layers: int) -> list[Any]:
     """What a pipeline does in each layer, whatever its groups are called."""
     return [dataclasses.replace(plan, groups=[]) for plan in pipeline.plan(n_layers)]
-
-
-def spans(layers: Sequence[int]) -> str:
-    """Ascending layers as a range, such as ``0-2,5``."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and runs[-1][-1] == layer - 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def strategies_of(base: Pipeline, n_layers: int) -> list[PruneRope | None]:

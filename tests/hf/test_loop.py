@@ -56,7 +56,8 @@ def test_more_text_after_decode_steps_is_a_prefill_of_its_own(loaded, pipeline, 
         cache, _ = prefilled(loaded, tokens[:1024], 1024)
         states = [row for layer in cache.layers for row in layer.rows]
         for at in range(1024, 1088):
-            loaded.model(torch.tensor([tokens[at : at + 1]]), position_ids=torch.tensor([[at]]), past_key_values=SequenceCache.of([cache]))
+            with SequenceCache.of([cache]) as step:
+                loaded.model(torch.tensor([tokens[at : at + 1]]), position_ids=torch.tensor([[at]]), past_key_values=step)
         assert all(state.memory.step == 64 and state.memory.lists for state in states)
         loaded.model(torch.tensor([tokens[1088:1300]]), position_ids=torch.arange(1088, 1300)[None], past_key_values=cache)
         assert all(state.memory.step == 0 and not state.memory.lists for state in states)

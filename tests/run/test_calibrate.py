@@ -10,10 +10,10 @@ import matplotlib.image
 import pytest
 
 from hipexp.config.compose import compose
-from hipexp.config.schema import ConfigError, LayerGroup, PruneRope, RopeOverride, Stage, StageOverride
+from hipexp.config.schema import ConfigError, LayerGroup, PruneRope, RopeOverride, Stage, StageOverride, spans
 from hipexp.report.listing import state_of
 from hipexp.run import allocation, calibrate, judged
-from hipexp.run.allocation import allocate, budgets_of, planned, rules, shared_out, spans, strategies_of, strategy_of, yaml_of
+from hipexp.run.allocation import allocate, budgets_of, planned, rules, shared_out, strategies_of, strategy_of, yaml_of
 from hipexp.run.ledger import RunFailed, open_ledger
 from hipexp.run.point import load_model
 

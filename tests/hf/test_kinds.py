@@ -1,0 +1,168 @@
+"""Models whose layers are of several kinds: those that see all tokens get the pipeline, the others stay as they are."""
+
+import pytest
+import torch
+
+from hipexp.config.schema import ConfigError, LayerGroup, Offload, Pipeline, Stage
+from hipexp.hf import Loaded, generate, install
+from hipexp.hf.kinds import kept_layers, layer_kinds
+from tiny import tiny
+
+FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
+MIXED = {"num_hidden_layers": 4, "layer_types": [SLIDING, FULL, SLIDING, FULL], "sliding_window": 40, "head_dim": 16}
+ROPES = {
+    "rope_parameters": {
+        FULL: {"rope_theta": 1e6, "rope_type": "linear", "factor": 4.0},
+        SLIDING: {"rope_theta": 1e4, "rope_type": "default"},
+    }
+}
+GATED = dict(
+    num_hidden_layers=4, layer_types=[LINEAR, FULL, LINEAR, FULL], head_dim=16, linear_num_key_heads=2, linear_num_value_heads=2,
+    linear_key_head_dim=16, linear_value_head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
+    shared_expert_intermediate_size=32, decoder_sparse_step=1,
+)  # fmt: skip
+GEMMA3N = dict(
+    num_hidden_layers=6, layer_types=[FULL, SLIDING, FULL, SLIDING, FULL, SLIDING], num_kv_shared_layers=2, sliding_window=40, head_dim=16,
+    hidden_size_per_layer_input=8, vocab_size_per_layer_input=256, altup_num_inputs=2, laurel_rank=8, intermediate_size=[96] * 6,
+    activation_sparsity_pattern=[0.0] * 6,
+)  # fmt: skip
+FAMILIES = {
+    "gemma2": ("Gemma2Config", {**MIXED, "attn_logit_softcapping": 5.0}),
+    "gemma3": ("Gemma3TextConfig", {**MIXED, **ROPES}),
+    "olmo3": ("Olmo3Config", MIXED),
+    "exaone4, no RoPE in full layers": ("Exaone4Config", MIXED),
+    "qwen2, windows in late layers": ("Qwen2Config", {"num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 40, "max_window_layers": 2}),
+    "qwen3-next": ("Qwen3NextConfig", GATED),
+    "gemma3n, shared keys": ("Gemma3nTextConfig", GEMMA3N),
+}  # fmt: skip
+
+
+@pytest.fixture
+def small():
+    """A pipeline that prunes from 200 tokens on."""
+    return Pipeline(stages=[Stage(16, 128, 64, 4, 4), Stage(8, 64, 64, 1, 2)], sink_tok=8, window_tok=64, layers={"l": LayerGroup("0-1")})
+
+
+@torch.inference_mode()
+def logits(model, ids, **more):
+    return model(torch.tensor([ids]), **more).logits[0]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equal_to_the_untouched_model_while_everything_fits(family, attention, pipeline, tokens):
+    """Far beyond the sliding window; also the model's own cache, and no pipeline at all."""
+    name, changes = FAMILIES[family]
+    model = tiny(name, "eager" if "softcapping" in str(changes) else attention, **changes)
+    before = logits(model, tokens[:250], use_cache=False)
+    for installed in (None, pipeline):
+        with install(model, installed) as now:
+            for use_cache in (False, True):
+                torch.testing.assert_close(logits(model, tokens[:250], use_cache=use_cache), before, atol=2e-4, rtol=1e-4)
+            assert now.pruned_blocks == 0
+    torch.testing.assert_close(logits(model, tokens[:250], use_cache=False), before, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_layers_that_see_all_tokens_are_attached(family, small, tokens):
+    model = tiny(FAMILIES[family][0], **FAMILIES[family][1])
+    with install(model, small) as installed:
+        logits(model, tokens[:600])
+        pruned = {i for i, layer in installed.layers.items() if layer.pruned_blocks}
+    full = {i for i, kind in enumerate(model.config.layer_types) if kind == FULL}
+    if "shared" in family:
+        full = {0}  # layer 2 lends its keys to layer 4
+        assert kept_layers(layer_kinds(model))[1:] == [
+            "layer 2: own attention (later layers use its keys and values)",
+            "layer 4: own attention (uses keys and values of layer 2)",
+            "layer 5: own attention (uses keys and values of layer 3)",
+        ]
+    assert pruned == set(installed.layers) == full
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_our_loop_gives_the_tokens_of_the_model_itself(family, pipeline, tokens):
+    """While everything fits: of prompts longer than the window, alone and in a batch of several lengths, in parts of any size."""
+    name, changes = FAMILIES[family]
+    model = tiny(name, **changes)
+    loaded = Loaded(model, None, 512, model.config.num_hidden_layers, "float32")
+    prompts = [tokens[:90], tokens[100:137], tokens[200:330]]
+    expected = [model.generate(torch.tensor([p]), max_new_tokens=8, do_sample=False)[0, len(p) :].tolist() for p in prompts]
+    for installed in (None, pipeline):
+        with install(model, installed) as now:
+            for part in (64, 4096):
+                done = generate(loaded, prompts, max_new_tok=8, prefill_chunk_tok=part, installed=now)
+                assert [one.tokens for one in done] == expected
+            (alone,) = generate(loaded, prompts[:1], max_new_tok=8, prefill_chunk_tok=64, installed=now)
+            assert alone.tokens == expected[0]
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if "qwen3-next" not in name])
+def test_padding_on_the_left_changes_nothing(family, pipeline, tokens):
+    """Under ``model.generate``, with transformers' own cache."""
+    name, changes = FAMILIES[family]
+    model, padding = tiny(name, **changes), 37
+    prompts, length = [tokens[:140], tokens[200:303]], 140
+    ids = torch.tensor([prompts[0], [0] * padding + prompts[1]])
+    mask = torch.ones(2, length, dtype=torch.long)
+    mask[1, :padding] = 0
+    with install(model, pipeline):
+        together = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)[:, length:].tolist()
+        alone = [model.generate(torch.tensor([p]), max_new_tokens=6, do_sample=False)[0, len(p) :].tolist() for p in prompts]
+    assert together == alone
+
+
+def test_sliding_layers_keep_what_their_window_sees(small, tokens):
+    model = tiny("Gemma2Config", **MIXED)
+    loaded = Loaded(model, None, 512, 4, "float32")
+    with install(model, small) as installed:
+        new_store = installed.new_sequence()
+        stores = [new_store(layer) for layer in range(4)]
+        k = torch.zeros(2, 300, 16)
+        for store in stores:
+            store.append(k, k)
+            store.append(k[:, :1], k[:, :1])
+        assert [store.view()[0].shape[1] for store in stores] == [40, 301, 40, 301] and {store.length for store in stores} == {301}
+        long, short = (generate(loaded, [tokens[:n]], max_new_tok=2, prefill_chunk_tok=64, installed=installed)[0] for n in (1200, 600))
+    kept = 2 * 2 * 2 * 16 * 4 * 2  # heads, keys and values, layers, numbers, bytes: of a token in both full layers
+    assert long.cache_bytes - short.cache_bytes <= 600 * kept * 1.2
+
+
+def test_offload_is_for_the_attached_layers(small, tokens):
+    model = tiny("Gemma2Config", **MIXED)
+    loaded = Loaded(model, None, 512, 4, "float32")
+    answers = []
+    for offload in (None, Offload("host", device_tok=512)):
+        with install(model, small, offload=offload) as installed:
+            answers.append(generate(loaded, [tokens[:900]], max_new_tok=6, prefill_chunk_tok=128, installed=installed)[0])
+    assert answers[0].tokens == answers[1].tokens
+    assert {row["layer"] for row in answers[1].traffic["rows"]} == {1, 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("DeepseekV3Config", {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}, "multi-head latent attention"),
+        ("BloomConfig", {"n_layer": 2, "n_head": 4}, "its positions are ALiBi"),
+        ("Cohere2Config", {**MIXED}, "pairs of neighbouring dimensions"),
+        ("Llama4TextConfig", {"num_local_experts": 2, "head_dim": 16}, "chunked_attention|pairs of neighbouring"),
+    ],
+)  # fmt: skip
+def test_models_that_do_not_fit_are_refused_by_name(name, changes, message, pipeline):
+    model = tiny(name, **changes)
+    with pytest.raises(ConfigError, match=f"model type '{model.config.model_type}' cannot be attached: .*{message}"), install(model, pipeline):
+        pass
+
+
+def test_encoders_are_refused(pipeline):
+    import transformers as tf
+
+    config = tf.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    with pytest.raises(ConfigError, match="'t5' cannot be attached: it has an encoder"), install(tf.T5ForConditionalGeneration(config), pipeline):
+        pass
+
+
+def test_a_window_as_long_as_anything_that_was_trained_is_none():
+    model = tiny("MistralConfig", sliding_window=512)
+    assert [kind.keeps for kind in layer_kinds(model)] == ["", ""]
+    assert [kind.window_tok for kind in layer_kinds(tiny("MistralConfig", sliding_window=511))] == [511, 511]
