@@ -65,6 +65,12 @@ class Installed:
         ahead = ThreadPoolExecutor(1, "hipexp-ahead") if self.offload.prefetch else None
         return lambda layer: OffloadedStore(self.placements[layer], disk, ahead) if layer in self.placements else resident(layer)
 
+    def fix_rope(self, n_tok: int | None) -> None:
+        """Under longrope: a request with a prompt of ``n_tok`` tokens begins, whose factors stay; None: it is over. Else nothing to do."""
+        self.rotary.fix(n_tok)
+        for layer in self.layers.values() if self.rotary.original_tok else ():
+            layer.tables = self.rotary.tables if layer.tables else None
+
     def reads_by_layer(self, n_tok: int) -> bool:
         """Whether a prompt of ``n_tok`` tokens is read layer by layer, as keys and values of one layer fit ``offload.prefill_bytes``."""
         return self.sizes is not None and n_tok * self.sizes.token_bytes <= self.offload.prefill_bytes
@@ -118,8 +124,8 @@ def install(
         i = module.layer_idx
         if i == first:
             loose.clear()
-            for layer in layers.values() if rotary.original_tok else ():
-                layer.tables = rotary.tables if layer.tables else None
+            if not rotary.fixed:  # the model was asked by somebody else than our loop
+                installed.fix_rope(None)
         if i not in layers and (kinds[i].keeps or softcap):
             return own.attend(module, query, key, value, attention_mask, kinds[i].window_tok, scaling, **more), None
         if offload.prefetch and isinstance(key, SequenceLayer) and key.next and key.decodes(query.shape[2]) and i + 1 in layers:

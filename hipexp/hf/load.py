@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hipexp.config.model import files_of, model_folder
-from hipexp.config.schema import ConfigError, Model
+from hipexp.config.schema import ConfigError, Model, spans
+from hipexp.hf.kinds import decoder_of, kept_layers, layer_kinds
+from hipexp.hf.rotary import original_tok, rope_type, turned_layers
 from hipexp.hf.window import check_transformers
 
 
 @dataclass
 class Loaded:
-    """A model ready for inference, its tokenizer and its trained length."""
+    """A model ready for inference, its tokenizer and its trained length.
+
+    ``own_layers``: those that keep the model's own attention under a pipeline; ``notes``: which, why, and what else is peculiar.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     trained_tok: int
     n_layers: int
     dtype: str
+    own_layers: list[int] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def load(config: Model) -> Loaded:
     """Load ``config.path`` in evaluation mode, on the GPU if there is one.
 
-    Raises ConfigError if a local folder has no ``config.json``, and what the hub raises.
+    Raises ConfigError if a local folder has no ``config.json`` or the model cannot be attached, and what the hub raises.
     """
     check_transformers()
     source, hub = _source(config)
@@ -37,7 +44,22 @@ def load(config: Model) -> Loaded:
         model = model.to("cuda")
     text = model.config.get_text_config()
     trained_tok = config.trained_tok or text.max_position_embeddings
-    return Loaded(model, load_tokenizer(config), trained_tok, text.num_hidden_layers, str(model.dtype).removeprefix("torch."))
+    own_layers = [i for i, kind in enumerate(layer_kinds(model)) if kind.keeps]
+    dtype = str(model.dtype).removeprefix("torch.")
+    return Loaded(model, load_tokenizer(config), trained_tok, text.num_hidden_layers, dtype, own_layers, notes_of(model))
+
+
+def notes_of(model: PreTrainedModel) -> list[str]:
+    """What is peculiar about the layers of a model: which keep their own attention, which have no RoPE, two sets of factors."""
+    decoder, kinds = decoder_of(model), layer_kinds(model)
+    turned = turned_layers(model, decoder)
+    plain = [i for i, kind in enumerate(kinds) if kind.attends and not kind.keeps and i not in turned]
+    notes = kept_layers(kinds)
+    if plain:
+        notes.append(f"layer{'s' if len(plain) > 1 else ''} {spans(plain)}: no RoPE")
+    if rope_type(decoder) == "longrope":
+        notes.append(f"RoPE of type longrope: long factors for prompts of more than {original_tok(model)} tokens, fixed for the request")
+    return notes
 
 
 def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:

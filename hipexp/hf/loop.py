@@ -74,11 +74,11 @@ def generate(
     for long in (False, True):  # a model has one set of longrope's factors at a time
         mine = [i for i, prompt in enumerate(prompts) if installed.rotary.is_long(len(prompt)) is long]
         if mine:
-            installed.rotary.fix(len(prompts[mine[0]]))
+            installed.fix_rope(len(prompts[mine[0]]))
             try:
                 out |= zip(mine, together([prompts[i] for i in mine]), strict=True)
             finally:
-                installed.rotary.fix(None)
+                installed.fix_rope(None)
     return [out[i] for i in range(len(prompts))]
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from hipexp.config.compose import compose
 from hipexp.config.model import read_facts
 from hipexp.config.overrides import check_pipeline_name, conf_dir, group_options
-from hipexp.config.schema import ConfigError, Experiment, Pipeline, PruneRope
+from hipexp.config.schema import ConfigError, Experiment, Pipeline, PruneRope, spans
 from hipexp.report.figures import draw_layers
 from hipexp.report.tables import text_table
 from hipexp.run import allocation, judged, recall
@@ -66,6 +66,11 @@ class Bench:
         """The model. Raises ``ConfigError`` for prompts that are too long or too short for it."""
         found = load_model(self.experiment.model)
         recall.check_lengths(self.experiment, LineEncoder(found.tokenizer), found.trained_tok)
+        if found.own_layers:
+            raise ConfigError(
+                f"calibrate needs a model whose layers all get the pipeline, and of {self.experiment.model.path} layers "
+                f"{spans(found.own_layers)} keep their own attention; give its groups by hand, as in pipeline.layers.<name>.range"
+            )
         return found
 
     def measure(
@@ -86,7 +91,7 @@ class Bench:
         ]
         todo = [text for text in texts if not self.ledger.has(*text[:2])]
         if todo:
-            layers = judged.attentions(self.loaded, {name: divided(*found) for name, found in pipelines.items()})
+            layers = judged.attentions(self.loaded, {name: divided(*found) for name, found in pipelines.items()}, self.loaded.trained_tok)
             with torch.inference_mode(), token_bar(sum(length for *_, length in todo)) as bar:
                 for subtask, number, source, length in todo:
                     bar.set_description(f"{subtask} {number}")
@@ -111,7 +116,7 @@ class Bench:
         heard, held, sums = hf.activations(self.loaded, prompt.tokens), Held(), list[list[float]]()
         for divisor in sorted({divisor for _, divisor in pipelines.values()}):
             own = dataclasses.replace(self.experiment, task=dataclasses.replace(task, divisors=[divisor]))
-            text = judged.heard_text(own, heard, layers, last=True)
+            text = judged.heard_text(own, heard, self.loaded.n_layers, layers, last=True)
             names = [name for name, found in pipelines.items() if found[1] == divisor]
             found = {name: list[Any]() for name in names}
             for block in range(task.samples):

@@ -44,16 +44,17 @@ def text_of(experiment: Experiment, loaded: Loaded | None, source: str, context_
 
     encode = LineEncoder(loaded.tokenizer)
     sample = infbench.make_sample(source, 0, 1, context_tok, encode, experiment.seed, experiment.task.wording)
-    return heard_text(experiment, hf.activations(loaded, sample.tokens), attentions(loaded, pipelines))
+    return heard_text(experiment, hf.activations(loaded, sample.tokens), loaded.n_layers, attentions(loaded, pipelines, context_tok))
 
 
-def attentions(loaded: Loaded, pipelines: Mapping[Any, Pipeline]) -> dict[Any, dict[int, LayerAttention]]:
-    """The attention of every layer of a model under each of the ``pipelines``."""
+def attentions(loaded: Loaded, pipelines: Mapping[Any, Pipeline], n_tok: int) -> dict[Any, dict[int, LayerAttention]]:
+    """The attention of every attached layer of a model under each of the ``pipelines``, for prompts of ``n_tok`` tokens."""
     from hipexp import hf
 
     layers: dict[Any, dict[int, LayerAttention]] = {}
     for name, pipeline in pipelines.items():
         with hf.install(loaded.model, pipeline, loaded.trained_tok) as installed:
+            installed.fix_rope(n_tok)
             layers[name] = dict(installed.layers)
     return layers
 
@@ -61,17 +62,21 @@ def attentions(loaded: Loaded, pipelines: Mapping[Any, Pipeline]) -> dict[Any, d
 def heard_text(
     experiment: Experiment,
     heard: dict[int, tuple[Tensor, Tensor]],
+    n_layers: int,
     layers: Mapping[Any, dict[int, LayerAttention]],
     last: bool = False,
 ) -> Text:
-    """A text of which every layer's raw queries and keys were heard. ``layers``: its attention under pipelines by name.
+    """A text of which attached layers' raw queries and keys were heard, in a model of ``n_layers``.
+
+    ``layers``: their attention under pipelines by name.
 
     Which blocks are sampled is up to the experiment, whatever the pipelines. ``last``: only the last stage is judged.
     """
     from hipexp.attention.recall import logits_in_place
 
     assert experiment.pipeline is not None
-    plans, n_tok = experiment.pipeline.plan(len(heard)), next(iter(heard.values()))[0].shape[1]
+    plans, n_tok = experiment.pipeline.plan(n_layers), next(iter(heard.values()))[0].shape[1]
+    plans = [plans[i] for i in heard]
     check_blocks(experiment.task, [n_tok], plans)
     size = _range_of(plans, n_tok, experiment.task.divisors or list(DIVISORS))[2]
     one = next(iter(layers.values()))

@@ -204,7 +204,7 @@ def model_job(experiment: Experiment, ledger: Ledger, load: Load | None) -> Job:
     suite = open_suite_for(experiment, loaded.tokenizer, loaded.trained_tok)
     if load is not None:
         check_room(experiment, facts, suite)
-    strategy = describe(experiment.pipeline, loaded.n_layers, experiment.offload)
+    strategy = describe(experiment.pipeline, loaded.n_layers, experiment.offload, loaded.own_layers, loaded.notes)
     card = card_of(experiment, suite.card() if suite else latency.card(experiment), loaded) | {"strategy": strategy}
     if suite is None:
         points = [(one.subtask, one.repeat) for one in latency.points(experiment, loaded.trained_tok)]

@@ -135,7 +135,7 @@ def job(experiment: Experiment, loaded: Loaded | None) -> Job:
     if loaded is None:
         full = card.to_dict() | {"strategy": attention_point.strategy_of(pipeline, task.layer)}
     else:
-        full = card_of(experiment, card, loaded) | {"strategy": describe(pipeline, loaded.n_layers)}
+        full = card_of(experiment, card, loaded) | {"strategy": describe(pipeline, loaded.n_layers, None, loaded.own_layers, loaded.notes)}
     return Job(todo, full, partial(measure, experiment, loaded))
 
 

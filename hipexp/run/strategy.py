@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Sequence
 from itertools import groupby
 
 from hipexp.config.check import OFFLOADING
 from hipexp.config.offload import show_bytes
-from hipexp.config.schema import LayerPlan, Offload, Pipeline, Stage
+from hipexp.config.schema import LayerPlan, Offload, Pipeline, Stage, spans
 
 
 def budget_tok(plan: LayerPlan, stages: list[Stage]) -> int:
@@ -34,9 +35,9 @@ def describe_stage(stage: Stage) -> str:
 
 
 def describe_layers(plans: list[LayerPlan]) -> list[str]:
-    """The lines of neighbouring layers that do the same."""
-    first, last, plan = plans[0].layer, plans[-1].layer, plans[0]
-    name = f"layer {first}" if first == last else f"layers {first}-{last}"
+    """The lines of layers, one after the other, that do the same."""
+    plan = plans[0]
+    name = f"layer{'s' if len(plans) > 1 else ''} {spans([one.layer for one in plans])}"
     group = f" ({', '.join(plan.groups)})" if plan.groups else ""
     most = f"attends to at most {budget_tok(plan, plan.stages)} tokens" if plan.method in OFFLOADING else ""
     params = ", ".join([most] * bool(most) + [f"{name} {value}" for name, value in plan.params.items()])
@@ -48,11 +49,17 @@ def describe_layers(plans: list[LayerPlan]) -> list[str]:
     return lines
 
 
-def describe(pipeline: Pipeline | None, n_layers: int, offload: Offload | None = None) -> list[str]:
-    """What attention does in a model of ``n_layers`` layers, one line per layer group and stage, and where keys and values are."""
+def describe(
+    pipeline: Pipeline | None, n_layers: int, offload: Offload | None = None, own_layers: Collection[int] = (), notes: Sequence[str] = ()
+) -> list[str]:
+    """What attention does in a model of ``n_layers`` layers, one line per layer group and stage, and where keys and values are.
+
+    ``own_layers`` keep the attention of the model; ``notes`` say so, and what else is peculiar about its layers.
+    """
+    said = [f"  {note}" for note in notes]
     if pipeline is None:
-        return ["attention: dense, every token"]
-    plans = pipeline.plan(n_layers)
+        return ["attention: dense, every token", *said]
+    plans = [plan for plan in pipeline.plan(n_layers) if plan.layer not in own_layers]
     name, heads, rope = pipeline.name or "unnamed", plans[0].heads.value, plans[0].attend.value
     late = ", a new selection is used from the next decode step on" if pipeline.late_refresh else ""
     staggered = ", every layer refreshes a step before the one in front of it" if pipeline.staggered_refresh else ""
@@ -63,7 +70,7 @@ def describe(pipeline: Pipeline | None, n_layers: int, offload: Offload | None =
 
     for _, group in groupby(plans, key=same):
         lines += describe_layers(list(group))
-    return lines + ([describe_offload(offload)] if offload is not None and offload.on else [])
+    return lines + said + ([describe_offload(offload)] if offload is not None and offload.on else [])
 
 
 def describe_offload(offload: Offload) -> str:

@@ -54,7 +54,7 @@ SETTINGS = SimpleNamespace(seconds=0.0, fail=None, calls=0)
 
 def load(model):
     inner = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[2]))
-    return SimpleNamespace(model=inner, tokenizer=TOKENIZER, trained_tok=512, n_layers=5, dtype="float32")
+    return SimpleNamespace(model=inner, tokenizer=TOKENIZER, trained_tok=512, n_layers=5, dtype="float32", own_layers=[], notes=[])
 
 
 @contextmanager
