@@ -9,6 +9,9 @@ SIZE ?= needle
 # The version whose interpreter the kernels are tested in where torch brings none (GPU builds of torch demand one of their own).
 TRITON := 3.6.0
 
+# The ends of the window of transformers that hipexp takes; the environment has one between them.
+TRANSFORMERS := 5.16.0 5.24.0
+
 ALONE := task=latency task.geometry=llama31_8b task.dtype=float32 task.repeats=3
 
 VENV := .venv
@@ -18,7 +21,7 @@ DEV := $(VENV)/.dev
 PIP := $(RUN) -m pip --disable-pip-version-check install --constraint constraints.txt --no-build-isolation
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check check-official needle needle-table needle-1m methods ablation aot bench-cpu link-table gpu repro-table2
+.PHONY: help setup demo test test-all test-transformers models check check-official needle needle-table needle-1m methods ablation aot bench-cpu link-table gpu repro-table2
 
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +36,16 @@ test: $(DEV) ## the tests: no network, no GPU, under 10 minutes on 2 cores
 
 test-all: $(DEV) ## the tests and the slow rest, an hour at most
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not gpu" -n $(JOBS)
+
+test-transformers: $(DEV) ## the tests of models on the oldest and the newest transformers that hipexp takes
+	for version in $(TRANSFORMERS); do place=$(VENV)/transformers-$$version; \
+	  test -d $$place || $(RUN) -m pip --disable-pip-version-check install --quiet --no-deps --target $$place transformers==$$version || exit 1; \
+	  PYTHONPATH=$$place $(RUN) -c "import sys, transformers; sys.exit(transformers.__version__ != '$$version')" || exit 1; \
+	  PYTHONPATH=$$place OMP_NUM_THREADS=1 $(RUN) -m pytest tests/hf -m "not slow and not gpu" -n $(JOBS) || exit 1; \
+	done
+
+models: $(CORE) ## every family of models that fits, tried on small checkpoints of its real classes (some minutes)
+	$(RUN) -m hipexp models
 
 check: $(DEV) ## style and types
 	$(RUN) -m ruff check .

@@ -97,13 +97,18 @@ def install(
     before = str(model.config._attn_implementation)
     if before.startswith(NAME.format("")):
         raise ConfigError(f"model type {model.config.model_type!r}: this model has a pipeline installed already; leave that context first")
-    decoder, kinds = decoder_of(model), layer_kinds(model)
+    decoder, kinds, softcap = decoder_of(model), layer_kinds(model), _softcap(model)
+    if softcap and before == "sdpa":
+        raise ConfigError(
+            f"model type {model.config.model_type!r} caps its attention logits, which torch's own attention (sdpa) does not do; "
+            "load it with attn_implementation='eager'"
+        )
     if pipeline is not None:
         check_some_attached(model, kinds)
     trained_tok = trained_tok or model.config.get_text_config().max_position_embeddings
     rotary = Rotary(model, decoder, trained_tok)
     layers = {} if pipeline is None else _layer_attentions(model, decoder, kinds, pipeline, rotary)
-    softcap, own = _softcap(model), OwnAttention(before)
+    own = OwnAttention(before)
     first = next(i for i, kind in enumerate(kinds) if kind.attends)
     offload = offload or Offload()
     told, placements = _places(model, layers, offload)
@@ -126,12 +131,12 @@ def install(
             loose.clear()
             if not rotary.fixed:  # the model was asked by somebody else than our loop
                 installed.fix_rope(None)
-        if i not in layers and (kinds[i].keeps or softcap):
+        if kinds[i].keeps:
             return own.attend(module, query, key, value, attention_mask, kinds[i].window_tok, scaling, **more), None
         if offload.prefetch and isinstance(key, SequenceLayer) and key.next and key.decodes(query.shape[2]) and i + 1 in layers:
             _read_ahead(key.next, layers[i + 1].plan)
         positions = position_ids if i == first else None
-        return _attend_batch(layers.get(i), query, key, value, attention_mask, positions, scaling, loose), None
+        return _attend_batch(layers.get(i), query, key, value, attention_mask, positions, scaling, softcap, loose), None
 
     name = NAME.format(next(_NUMBERS))
     with same_as_before(model, decoder, layers.values()) as check, ExitStack() as stack:
@@ -199,6 +204,7 @@ def _attend_batch(
     mask: Tensor | None,
     positions: Tensor | None,
     scaling: float,
+    softcap: float | None,
     loose: dict[int, dict],
 ) -> Tensor:
     """Attention of every batch row by itself: ``[B, Q, H, D]`` from queries ``[B, H, Q, D]``.
@@ -231,7 +237,7 @@ def _attend_batch(
             _check_positions(positions[b if len(positions) > 1 else 0, skip:], begin + skip, state.padding)
         q = query[b, :, skip:]
         if layer is None:
-            rows = attend_dense(q, k, v, scaling)
+            rows = attend_dense(q, k, v, scaling, softcap)
         else:
             if torch.is_grad_enabled() and query.requires_grad:
                 raise RuntimeError("pruned attention has no gradient; call the model under torch.inference_mode()")

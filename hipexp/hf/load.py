@@ -6,7 +6,8 @@ import sys
 from dataclasses import dataclass, field
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hipexp.config.model import files_of, model_folder
 from hipexp.config.schema import ConfigError, Model, spans
@@ -39,14 +40,27 @@ def load(config: Model) -> Loaded:
     check_transformers()
     source, hub = _source(config)
     dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **hub).eval()
+    try:
+        text = AutoConfig.from_pretrained(source, **hub).get_text_config()
+    except ValueError as failure:
+        known = f"transformers {transformers.__version__}"
+        raise ConfigError(f"model.path={config.path} is no model that {known} has: {_first(failure)}") from failure
+    # torch's own attention does not cap logits; hipexp's replaces either
+    attention = "eager" if getattr(text, "attn_logit_softcapping", None) else None
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attention, **hub).eval()
     if torch.cuda.is_available():
         model = model.to("cuda")
-    text = model.config.get_text_config()
     trained_tok = config.trained_tok or text.max_position_embeddings
     own_layers = [i for i, kind in enumerate(layer_kinds(model)) if kind.keeps]
     dtype = str(model.dtype).removeprefix("torch.")
     return Loaded(model, load_tokenizer(config), trained_tok, text.num_hidden_layers, dtype, own_layers, notes_of(model))
+
+
+def _first(error: Exception) -> str:
+    """What an error of transformers says, or why: it needs code from the model's repository."""
+    if "trust_remote_code" in str(error):
+        return "its code lies in its own repository (remote code), which hipexp does not run; use a model whose type is built in"
+    return str(error).splitlines()[0]
 
 
 def notes_of(model: PreTrainedModel) -> list[str]:

@@ -9,7 +9,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from hipexp.config.schema import AttendRope, ConfigError, LayerGroup, Pipeline, PruneRope, Rope, Stage, StageOverride
 from hipexp.hf import generate, install
 from hipexp.hf.cache import SequenceCache
-from tiny import rope, tiny
+from hipexp.hf.families import rope
+from tiny import tiny
 
 
 @torch.inference_mode()
@@ -17,23 +18,7 @@ def logits(model, ids, **kwargs):
     return model(torch.tensor([ids]), use_cache=False, **kwargs).logits[0]
 
 
-LLAMA3 = rope("llama3", factor=8.0, original_max_position_embeddings=64, low_freq_factor=1.0, high_freq_factor=4.0)
 ALL_FULL = {"layer_types": ["full_attention"] * 2, "head_dim": 16}
-FAMILIES = {
-    "llama": ("LlamaConfig", {}),
-    "llama-linear": ("LlamaConfig", rope("linear", factor=4.0)),
-    "llama-llama3": ("LlamaConfig", LLAMA3),
-    "llama-yarn": ("LlamaConfig", rope("yarn", factor=4.0, original_max_position_embeddings=128)),
-    "mistral": ("MistralConfig", {"sliding_window": None}),
-    "qwen2": ("Qwen2Config", {}),
-    "qwen3, head dimension 20": ("Qwen3Config", {"head_dim": 20}),
-    "phi3, partial": ("Phi3Config", {"sliding_window": None, "partial_rotary_factor": 0.5}),
-    "gemma, head dimension 24": ("GemmaConfig", {"head_dim": 24}),
-    "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 0]}),
-    "olmo2": ("Olmo2Config", {}),
-    "granite": ("GraniteConfig", {"attention_multiplier": 0.3}),
-    "stablelm, partial": ("StableLmConfig", {}),
-}
 
 
 def is_restored(model):
@@ -44,18 +29,6 @@ def is_restored(model):
 
 def registered():
     return [name for table in (AttentionInterface, AttentionMaskInterface) for name in table._global_mapping if name.startswith("hipexp")]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_families_compute_their_own_logits_when_everything_fits(family, pipeline, tokens):
-    name, changes = FAMILIES[family]
-    model = tiny(name, **changes)
-    before = logits(model, tokens[:250])
-    for installed in (None, pipeline):
-        with install(model, installed) as now:
-            torch.testing.assert_close(logits(model, tokens[:250]), before, atol=2e-4, rtol=1e-4)
-            assert now.pruned_blocks == 0
-    is_restored(model)
 
 
 def test_a_softcap_is_taken_over(pipeline, tokens):

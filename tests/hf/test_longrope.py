@@ -5,8 +5,9 @@ import torch
 
 from hipexp.config.schema import Pipeline, Stage
 from hipexp.hf import Loaded, generate, install
+from hipexp.hf.families import rope
 from hipexp.hf.rotary import turned_layers
-from tiny import rope, tiny
+from tiny import tiny
 
 ORIGINAL = 128
 FACTORS = rope(

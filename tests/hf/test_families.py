@@ -1,40 +1,24 @@
-"""Models whose layers are of several kinds: those that see all tokens get the pipeline, the others stay as they are."""
+"""Every family of models: layers that see all tokens get the pipeline, the others stay as they are, and nothing else changes."""
+
+import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from hipexp.config.schema import ConfigError, LayerGroup, Offload, Pipeline, Stage
-from hipexp.hf import Loaded, generate, install
+from hipexp.config.compose import compose
+from hipexp.config.schema import ConfigError, LayerGroup, Model, Offload, Pipeline, Stage
+from hipexp.hf import Loaded, families, generate, install, load
+from hipexp.hf.families import FAMILIES as ALL
+from hipexp.hf.families import FULL, make
 from hipexp.hf.kinds import kept_layers, layer_kinds
+from hipexp.run import models_table
+from hipexp.run.strategy import describe
 from tiny import tiny
 
-FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
-MIXED = {"num_hidden_layers": 4, "layer_types": [SLIDING, FULL, SLIDING, FULL], "sliding_window": 40, "head_dim": 16}
-ROPES = {
-    "rope_parameters": {
-        FULL: {"rope_theta": 1e6, "rope_type": "linear", "factor": 4.0},
-        SLIDING: {"rope_theta": 1e4, "rope_type": "default"},
-    }
-}
-GATED = dict(
-    num_hidden_layers=4, layer_types=[LINEAR, FULL, LINEAR, FULL], head_dim=16, linear_num_key_heads=2, linear_num_value_heads=2,
-    linear_key_head_dim=16, linear_value_head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
-    shared_expert_intermediate_size=32, decoder_sparse_step=1,
-)  # fmt: skip
-GEMMA3N = dict(
-    num_hidden_layers=6, layer_types=[FULL, SLIDING, FULL, SLIDING, FULL, SLIDING], num_kv_shared_layers=2, sliding_window=40, head_dim=16,
-    hidden_size_per_layer_input=8, vocab_size_per_layer_input=256, altup_num_inputs=2, laurel_rank=8, intermediate_size=[96] * 6,
-    activation_sparsity_pattern=[0.0] * 6,
-)  # fmt: skip
-FAMILIES = {
-    "gemma2": ("Gemma2Config", {**MIXED, "attn_logit_softcapping": 5.0}),
-    "gemma3": ("Gemma3TextConfig", {**MIXED, **ROPES}),
-    "olmo3": ("Olmo3Config", MIXED),
-    "exaone4, no RoPE in full layers": ("Exaone4Config", MIXED),
-    "qwen2, windows in late layers": ("Qwen2Config", {"num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 40, "max_window_layers": 2}),
-    "qwen3-next": ("Qwen3NextConfig", GATED),
-    "gemma3n, shared keys": ("Gemma3nTextConfig", GEMMA3N),
-}  # fmt: skip
+FAMILIES = {name: family for name, family in ALL.items() if any(word in name for word in ("windows", "linear attention", "shared keys"))}
+MIXED = {"num_hidden_layers": 4, **families.MIXED}
 
 
 @pytest.fixture
@@ -48,12 +32,11 @@ def logits(model, ids, **more):
     return model(torch.tensor([ids]), **more).logits[0]
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("attention", ["eager", None])
+@pytest.mark.parametrize("family", ALL)
 def test_equal_to_the_untouched_model_while_everything_fits(family, attention, pipeline, tokens):
     """Far beyond the sliding window; also the model's own cache, and no pipeline at all."""
-    name, changes = FAMILIES[family]
-    model = tiny(name, "eager" if "softcapping" in str(changes) else attention, **changes)
+    model = make(dataclasses.replace(ALL[family], attention=attention or ALL[family].attention))
     before = logits(model, tokens[:250], use_cache=False)
     for installed in (None, pipeline):
         with install(model, installed) as now:
@@ -65,7 +48,7 @@ def test_equal_to_the_untouched_model_while_everything_fits(family, attention, p
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_layers_that_see_all_tokens_are_attached(family, small, tokens):
-    model = tiny(FAMILIES[family][0], **FAMILIES[family][1])
+    model = make(FAMILIES[family])
     with install(model, small) as installed:
         logits(model, tokens[:600])
         pruned = {i for i, layer in installed.layers.items() if layer.pruned_blocks}
@@ -80,11 +63,10 @@ def test_only_layers_that_see_all_tokens_are_attached(family, small, tokens):
     assert pruned == set(installed.layers) == full
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_our_loop_gives_the_tokens_of_the_model_itself(family, pipeline, tokens):
     """While everything fits: of prompts longer than the window, alone and in a batch of several lengths, in parts of any size."""
-    name, changes = FAMILIES[family]
-    model = tiny(name, **changes)
+    model = make(ALL[family])
     loaded = Loaded(model, None, 512, model.config.num_hidden_layers, "float32")
     prompts = [tokens[:90], tokens[100:137], tokens[200:330]]
     expected = [model.generate(torch.tensor([p]), max_new_tokens=8, do_sample=False)[0, len(p) :].tolist() for p in prompts]
@@ -97,11 +79,10 @@ def test_our_loop_gives_the_tokens_of_the_model_itself(family, pipeline, tokens)
             assert alone.tokens == expected[0]
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if "qwen3-next" not in name])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_padding_on_the_left_changes_nothing(family, pipeline, tokens):
     """Under ``model.generate``, with transformers' own cache."""
-    name, changes = FAMILIES[family]
-    model, padding = tiny(name, **changes), 37
+    model, padding = make(FAMILIES[family]), 37
     prompts, length = [tokens[:140], tokens[200:303]], 140
     ids = torch.tensor([prompts[0], [0] * padding + prompts[1]])
     mask = torch.ones(2, length, dtype=torch.long)
@@ -166,3 +147,34 @@ def test_a_window_as_long_as_anything_that_was_trained_is_none():
     model = tiny("MistralConfig", sliding_window=512)
     assert [kind.keeps for kind in layer_kinds(model)] == ["", ""]
     assert [kind.window_tok for kind in layer_kinds(tiny("MistralConfig", sliding_window=511))] == [511, 511]
+
+
+def test_every_preset_has_a_family_and_every_family_is_in_the_docs():
+    root = Path(__file__).parents[2]
+    presets = {path.stem for path in (root / "conf" / "model").glob("*.yaml")} - {"needle", "hf", "openai"}
+    named = [preset for family in ALL.values() for preset in family.presets]
+    assert sorted(named) == sorted(presets)
+    table = (root / "docs" / "models.md").read_text(encoding="utf-8")
+    assert [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines() if "Config` |" in line] == list(ALL)
+
+
+@pytest.mark.parametrize("family", ["Gemma 3 (windows)", "Phi-3, Phi-4-mini (longrope, partial RoPE)"])
+def test_the_row_of_a_family(family):
+    """A checkpoint is written, loaded by the public path, and compared."""
+    found = models_table.measure(ALL[family])
+    assert float(found["difference"]) < 1e-4
+    assert [found[name] for name in ("same tokens", "in parts", "in a batch", "padded")] == ["yes"] * 4
+
+
+def test_what_a_card_says_of_a_model(tmp_path):
+    loaded = load(Model(path=str(models_table.checkpoint(ALL["EXAONE 4 (windows, full layers without RoPE)"], tmp_path))))
+    assert loaded.own_layers == [0, 2]
+    assert loaded.notes == ["layers 0,2: own attention (a sliding window of 40 tokens)", "layers 1,3: no RoPE"]
+    told = describe(compose(["+pipeline=3stage"]).pipeline, 4, None, loaded.own_layers, loaded.notes)
+    assert told[1].startswith("  layer 1 (early): ") and "  layer 3: " in "\n".join(told) and told[-2:] == [f"  {note}" for note in loaded.notes]
+
+
+def test_remote_code_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nobodys", "auto_map": {"AutoConfig": "configuration_nobodys.TheirConfig"}}))
+    with pytest.raises(ConfigError, match=r"no model that transformers .* has: its code lies in its own repository"):
+        load(Model(path=str(tmp_path)))
