@@ -1,9 +1,9 @@
-"""The generation loop: chunked prefill, greedy decode, timers per phase."""
+"""The generation loop: chunked prefill, decode, timers per phase."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +20,15 @@ from hipexp.hf.kinds import layer_kinds
 from hipexp.hf.layer_major import run_layer_major
 from hipexp.hf.load import Loaded
 from hipexp.hf.memory import PeakMemory
+from hipexp.hf.sampling import Chooser, Sampling
+
+GREEDY = Sampling()
+Ended = Callable[[list[int]], bool]
+
+
+def never(tokens: list[int]) -> bool:
+    """No answer ends by what it says."""
+    return False
 
 
 @dataclass
@@ -51,12 +60,15 @@ def generate(
     not_first: Collection[int] = (),
     progress: Callable[[int], None] | None = None,
     installed: Installed | None = None,
+    sampling: Sampling | Sequence[Sampling] = GREEDY,
+    ended: Ended = never,
 ) -> list[Generation]:
-    """Continue each prompt greedily by at most ``max_new_tok`` tokens, inside :func:`hipexp.hf.install`.
+    """Continue each prompt by at most ``max_new_tok`` tokens, inside :func:`hipexp.hf.install`.
 
     Prompts are prefilled one by one, ``prefill_chunk_tok`` tokens at a time (``progress`` is told how many), and decoded together;
     so a prompt gives the same tokens alone and in a batch. ``installed``: whose offload decides where keys and values lie; None: all on the
-    device. No answer begins with one of ``not_first``. Raises ValueError for an empty
+    device. No answer begins with one of ``not_first``. ``sampling``: of all prompts, or of each. An answer ends before one of
+    ``stop_ids``, and behind the token with which ``ended(tokens)`` holds for it. Raises ValueError for an empty
     prompt or a ``prefill_chunk_tok`` that cuts a query block, ConfigError for one that cuts a page of a lossy format,
     and FloatingPointError if the model's logits are not finite.
     """
@@ -66,17 +78,18 @@ def generate(
         check_chunks(installed.offload, installed.sizes.page_tok, prefill_chunk_tok)
     together = partial(
         _generate, loaded, max_new_tok=max_new_tok, prefill_chunk_tok=prefill_chunk_tok, stop_ids=set(stop_ids), not_first=not_first,
-        progress=progress, installed=installed,
+        progress=progress, installed=installed, ended=ended,
     )  # fmt: skip
+    each = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
     if installed is None or installed.rotary.original_tok is None:
-        return together(prompts)
+        return together(prompts, each)
     out = dict[int, Generation]()
     for long in (False, True):  # a model has one set of longrope's factors at a time
         mine = [i for i, prompt in enumerate(prompts) if installed.rotary.is_long(len(prompt)) is long]
         if mine:
             installed.fix_rope(len(prompts[mine[0]]))
             try:
-                out |= zip(mine, together([prompts[i] for i in mine]), strict=True)
+                out |= zip(mine, together([prompts[i] for i in mine], [each[i] for i in mine]), strict=True)
             finally:
                 installed.fix_rope(None)
     return [out[i] for i in range(len(prompts))]
@@ -85,6 +98,7 @@ def generate(
 def _generate(
     loaded: Loaded,
     prompts: list[list[int]],
+    sampling: list[Sampling],
     *,
     max_new_tok: int,
     prefill_chunk_tok: int,
@@ -92,23 +106,25 @@ def _generate(
     not_first: Collection[int],
     progress: Callable[[int], None] | None,
     installed: Installed | None,
+    ended: Ended,
 ) -> list[Generation]:
+    choosers = [Chooser(one) for one in sampling]
     memory = PeakMemory()
     memory.start()
     out, last = [Generation() for _ in prompts], []
     caches: list[SequenceCache] = []
     without = [i for i, kind in enumerate(layer_kinds(loaded.model)) if not kind.attends]
     try:
-        for result, prompt in zip(out, prompts, strict=True):
+        for result, prompt, chooser in zip(out, prompts, choosers, strict=True):
             new_store = installed.new_sequence() if installed else None
             caches.append(
                 SequenceCache(loaded.n_layers, len(prompt) + max_new_tok, decoding=False, new_store=new_store, without_keys=without)
             )
             read = prefill_layer_major if installed and installed.reads_by_layer(len(prompt)) else prefill
             started = time.perf_counter()
-            last.append(read(loaded.model, caches[-1], prompt, prefill_chunk_tok, progress, not_first))
+            last.append(read(loaded.model, caches[-1], prompt, prefill_chunk_tok, progress, not_first, chooser))
             result.prefill_ms = (time.perf_counter() - started) * 1e3
-        decode(loaded.model, caches, last, out, max_new_tok, stop_ids)
+        decode(loaded.model, caches, last, out, max_new_tok, stop_ids, choosers, ended)
         for result, cache in zip(out, caches, strict=True):
             result.peak_bytes, result.cache_bytes, result.traffic = memory.peak(), cache.bytes, cache.traffic
             result.exact = cache.pruned_blocks == 0
@@ -126,10 +142,11 @@ def prefill(
     chunk_tok: int,
     progress: Callable[[int], None] | None = None,
     not_first: Collection[int] = (),
+    chooser: Chooser | None = None,
 ) -> int:
     """Feed a prompt chunk by chunk; return the first new token, none of ``not_first``."""
     token = 0
-    for step, n_tok in _steps(model, cache, prompt, chunk_tok, not_first):
+    for step, n_tok in _steps(model, cache, prompt, chunk_tok, not_first, chooser):
         token = step()
         if progress:
             progress(n_tok)
@@ -143,12 +160,13 @@ def prefill_layer_major(
     chunk_tok: int,
     progress: Callable[[int], None] | None = None,
     not_first: Collection[int] = (),
+    chooser: Chooser | None = None,
 ) -> int:
     """As :func:`prefill`, to the same bits, layer after layer: keys and values of one layer are all on the device while it reads.
 
     ``progress`` is told tokens in proportion to the layers that they passed; they sum to the prompt's. Raises also as ``run_layer_major``.
     """
-    steps = _steps(model, cache, prompt, chunk_tok, not_first)
+    steps = _steps(model, cache, prompt, chunk_tok, not_first, chooser)
     done = 0  # tokens, times layers
 
     def passed(chunk: int, layer: int) -> None:
@@ -168,28 +186,37 @@ def prefill_layer_major(
 
 
 def _steps(
-    model: PreTrainedModel, cache: SequenceCache, prompt: list[int], chunk_tok: int, not_first: Collection[int]
+    model: PreTrainedModel, cache: SequenceCache, prompt: list[int], chunk_tok: int, not_first: Collection[int], chooser: Chooser | None
 ) -> list[tuple[Callable[[], int], int]]:
-    """The forward passes of a prompt, each a call that returns the most likely next token, and how many tokens it reads."""
+    """The forward passes of a prompt, each a call that returns the next token, and how many tokens it reads; only the last one chooses."""
     ids = torch.tensor([prompt], device=model.device)
 
     def step(begin: int, end: int) -> int:
-        return _step(model, cache, ids[:, begin:end], torch.arange(begin, end, device=ids.device)[None], not_first)[0]
+        choosers = [chooser if chooser and end == len(prompt) else Chooser(GREEDY)]
+        return _step(model, cache, ids[:, begin:end], torch.arange(begin, end, device=ids.device)[None], choosers, not_first)[0]
 
     cuts = [(begin, min(begin + chunk_tok, len(prompt))) for begin in range(0, len(prompt), chunk_tok)]
     return [(partial(step, begin, end), end - begin) for begin, end in cuts]
 
 
 def decode(
-    model: PreTrainedModel, caches: list[SequenceCache], last: list[int], out: list[Generation], max_new_tok: int, stop_ids: set[int]
+    model: PreTrainedModel,
+    caches: list[SequenceCache],
+    last: list[int],
+    out: list[Generation],
+    max_new_tok: int,
+    stop_ids: set[int],
+    choosers: list[Chooser] | None = None,
+    ended: Ended = never,
 ) -> None:
     """Extend every sequence, whose first new token is ``last[i]``, until it stops; fills ``tokens``, ``decode_ms``, ``stopped``."""
-    live = list(range(len(out)))
+    live, choosers = list(range(len(out))), choosers or [Chooser(GREEDY) for _ in out]
     for _ in range(max_new_tok):
         for i in live:
             out[i].stopped = last[i] in stop_ids
             if not out[i].stopped:
                 out[i].tokens.append(last[i])
+                out[i].stopped = ended(out[i].tokens)
         live = [i for i in live if not out[i].stopped and len(out[i].tokens) < max_new_tok]
         if not live:
             return
@@ -197,18 +224,22 @@ def decode(
         ids = torch.tensor([[last[i]] for i in live], device=model.device)
         positions = torch.tensor([[caches[i].get_seq_length()] for i in live], device=model.device)
         with SequenceCache.of([caches[i] for i in live]) as cache:
-            for i, token in zip(live, _step(model, cache, ids, positions), strict=True):
+            for i, token in zip(live, _step(model, cache, ids, positions, [choosers[i] for i in live]), strict=True):
                 last[i] = token
         elapsed = (time.perf_counter() - started) * 1e3
         for i in live:
             out[i].decode_ms.append(elapsed)
 
 
-def _step(model: PreTrainedModel, cache: SequenceCache, ids: Tensor, positions: Tensor, banned: Collection[int] = ()) -> list[int]:
-    """One forward pass; the most likely next token of every row, none of ``banned``."""
+def _step(
+    model: PreTrainedModel, cache: SequenceCache, ids: Tensor, positions: Tensor, choosers: list[Chooser], banned: Collection[int] = ()
+) -> list[int]:
+    """One forward pass; the next token of every row, none of ``banned``."""
     logits = model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
     if not bool(torch.isfinite(logits).all()):
         raise FloatingPointError(f"the model's logits are not finite at position {int(positions[0, -1])}; no token can be chosen from them")
     if banned:
         logits[:, list(banned)] = float("-inf")
-    return logits.argmax(-1).tolist()
+    if all(chooser.sampling.temperature == 0 for chooser in choosers):
+        return logits.argmax(-1).tolist()
+    return [chooser.choose(row) for chooser, row in zip(choosers, logits, strict=True)]
