@@ -60,8 +60,8 @@ def generate(
     ``prompts``: texts, for which there must be a ``tokenizer``, or tokens. ``pipeline`` and ``offload`` as for :func:`install`. An answer
     ends before one of ``stop_token_ids`` (None: the end tokens of the model's generation configuration), with one of the texts in ``stop``,
     which are cut off and need a tokenizer, or after ``max_new_tokens``. ``sampling``: of all prompts, or of each; greedy if nothing is
-    said. ``prefill_chunk_tok``: tokens read at once, a multiple of 64. Raises ConfigError as :func:`install`, ValueError for an empty prompt, and
-    FloatingPointError where the model's logits are not finite.
+    said. ``prefill_chunk_tok``: tokens read at once, a multiple of 64. Raises ConfigError as :func:`install`, ValueError for an empty
+    prompt, and FloatingPointError where the model's logits are not finite.
     """
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     if tokenizer is None and (texts or stop):
