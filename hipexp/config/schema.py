@@ -274,6 +274,8 @@ class Model:
                           of a served model its id there
     ``revision``          commit, tag or branch of a hub id
     ``dtype``             ``float32``, ``float16``, ``bfloat16`` or ``auto``
+    ``device_map``        how accelerate spreads the weights: ``auto``, ``balanced``, ``sequential``, or a device such as ``cuda:1``;
+                          None: the GPU if there is one
     ``prefill_chunk_tok`` tokens given to the model at once during prefill
     ``trained_tok``       trained length; None takes ``max_position_embeddings`` from the model's ``config.json``
     ``base_url``          of an OpenAI-compatible server, as in ``http://localhost:8000/v1``; None loads the model here. The rest is for it:
@@ -288,6 +290,7 @@ class Model:
     name: str = ""
     revision: str | None = None
     dtype: str = "auto"
+    device_map: str | None = None
     prefill_chunk_tok: int = 8192
     trained_tok: int | None = None
     base_url: str | None = None

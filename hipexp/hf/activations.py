@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hipexp.attention import LayerAttention
 from hipexp.config.schema import Pipeline
+from hipexp.hf.devices import input_device
 from hipexp.hf.install import install
 from hipexp.hf.load import Loaded
 
@@ -37,5 +38,5 @@ def activations(loaded: Loaded, tokens: Sequence[int]) -> dict[int, tuple[Tensor
     with install(loaded.model, everything, loaded.trained_tok) as installed:
         listening = {i: _listening(attention) for i, attention in installed.layers.items()}
         installed.layers.update(listening)
-        loaded.model(input_ids=torch.tensor([list(tokens)], device=loaded.model.device), use_cache=False, logits_to_keep=1)
+        loaded.model(input_ids=torch.tensor([list(tokens)], device=input_device(loaded.model)), use_cache=False, logits_to_keep=1)
     return {i: one.heard for i, one in listening.items() if one.heard is not None}

@@ -28,6 +28,7 @@ from hipexp.config.offload import Sizes, check_sizes, disk_folder, sizes
 from hipexp.config.schema import ConfigError, Heads, LayerPlan, Offload, Pipeline, PruneRope
 from hipexp.hf.cache import NewStore, SequenceLayer, SequenceState
 from hipexp.hf.dense import attend_dense
+from hipexp.hf.devices import device_of
 from hipexp.hf.kinds import LayerKind, check_some_attached, decoder_of, layer_kinds
 from hipexp.hf.own import OwnAttention, left_padding
 from hipexp.hf.rotary import Rotary, check_fixed, turn_by_nothing, turned_layers
@@ -46,6 +47,7 @@ class Installed:
     layers: dict[int, LayerAttention]
     kinds: list[LayerKind]
     rotary: Rotary
+    devices: dict[int, torch.device]
     offload: Offload
     sizes: Sizes | None
     placements: dict[int, Placement]
@@ -68,8 +70,8 @@ class Installed:
     def fix_rope(self, n_tok: int | None) -> None:
         """Under longrope: a request with a prompt of ``n_tok`` tokens begins, whose factors stay; None: it is over. Else nothing to do."""
         self.rotary.fix(n_tok)
-        for layer in self.layers.values() if self.rotary.original_tok else ():
-            layer.tables = self.rotary.tables if layer.tables else None
+        for i, layer in self.layers.items() if self.rotary.original_tok else ():
+            layer.tables = self.rotary.tables(self.devices[i]) if layer.tables else None
 
     def reads_by_layer(self, n_tok: int) -> bool:
         """Whether a prompt of ``n_tok`` tokens is read layer by layer, as keys and values of one layer fit ``offload.prefill_bytes``."""
@@ -107,12 +109,13 @@ def install(
         check_some_attached(model, kinds)
     trained_tok = trained_tok or model.config.get_text_config().max_position_embeddings
     rotary = Rotary(model, decoder, trained_tok)
-    layers = {} if pipeline is None else _layer_attentions(model, decoder, kinds, pipeline, rotary)
+    devices = {i: device_of(layer) for i, layer in enumerate(decoder.layers)}
+    layers = {} if pipeline is None else _layer_attentions(model, decoder, kinds, pipeline, rotary, devices)
     own = OwnAttention(before)
     first = next(i for i, kind in enumerate(kinds) if kind.attends)
     offload = offload or Offload()
     told, placements = _places(model, layers, offload)
-    installed = Installed(pipeline, layers, kinds, rotary, offload, told, placements)
+    installed = Installed(pipeline, layers, kinds, rotary, devices, offload, told, placements)
     loose: dict[int, dict] = defaultdict(dict)  # by row, what layers share in a pass without our cache
 
     def attend(
@@ -158,13 +161,19 @@ def _softcap(model: PreTrainedModel) -> float | None:
 
 
 def _layer_attentions(
-    model: PreTrainedModel, decoder: nn.Module, kinds: list[LayerKind], pipeline: Pipeline, rotary: Rotary
+    model: PreTrainedModel,
+    decoder: nn.Module,
+    kinds: list[LayerKind],
+    pipeline: Pipeline,
+    rotary: Rotary,
+    devices: dict[int, torch.device],
 ) -> dict[int, LayerAttention]:
     check_fixed(model, decoder)
     turned, layers = turned_layers(model, decoder), {}
     for plan in pipeline.plan(len(decoder.layers)):
         if not kinds[plan.layer].keeps:
-            own, scaling = rotary.tables if plan.layer in turned else None, decoder.layers[plan.layer].self_attn.scaling
+            own = rotary.tables(devices[plan.layer]) if plan.layer in turned else None
+            scaling = decoder.layers[plan.layer].self_attn.scaling
             layers[plan.layer] = LayerAttention(plan if own else _without_rope(plan), own, scaling, _softcap(model))
     return layers
 

@@ -33,7 +33,7 @@ class Loaded:
 
 
 def load(config: Model) -> Loaded:
-    """Load ``config.path`` in evaluation mode, on the GPU if there is one.
+    """Load ``config.path`` in evaluation mode, on the GPU if there is one, or spread as ``config.device_map`` says.
 
     Raises ConfigError if a local folder has no ``config.json`` or the model cannot be attached, and what the hub raises.
     """
@@ -47,8 +47,14 @@ def load(config: Model) -> Loaded:
         raise ConfigError(f"model.path={config.path} is no model that {known} has: {_first(failure)}") from failure
     # torch's own attention does not cap logits; hipexp's replaces either
     attention = "eager" if getattr(text, "attn_logit_softcapping", None) else None
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attention, **hub).eval()
-    if torch.cuda.is_available():
+    spread = {"device_map": config.device_map} if config.device_map else {}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attention, **spread, **hub).eval()
+    except (ValueError, ImportError, RuntimeError) as failure:
+        if not spread:
+            raise
+        raise ConfigError(f"model.device_map={config.device_map} is not possible here: {_first(failure)}") from failure
+    if torch.cuda.is_available() and not spread:
         model = model.to("cuda")
     trained_tok = config.trained_tok or text.max_position_embeddings
     own_layers = [i for i, kind in enumerate(layer_kinds(model)) if kind.keeps]

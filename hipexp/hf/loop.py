@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from hipexp.config.offload import check_chunks
 from hipexp.hf.cache import SequenceCache, SequenceLayer
+from hipexp.hf.devices import input_device
 from hipexp.hf.install import Installed
 from hipexp.hf.kinds import layer_kinds
 from hipexp.hf.layer_major import run_layer_major
@@ -189,7 +190,7 @@ def _steps(
     model: PreTrainedModel, cache: SequenceCache, prompt: list[int], chunk_tok: int, not_first: Collection[int], chooser: Chooser | None
 ) -> list[tuple[Callable[[], int], int]]:
     """The forward passes of a prompt, each a call that returns the next token, and how many tokens it reads; only the last one chooses."""
-    ids = torch.tensor([prompt], device=model.device)
+    ids = torch.tensor([prompt], device=input_device(model))
 
     def step(begin: int, end: int) -> int:
         choosers = [chooser if chooser and end == len(prompt) else Chooser(GREEDY)]
@@ -221,8 +222,8 @@ def decode(
         if not live:
             return
         started = time.perf_counter()
-        ids = torch.tensor([[last[i]] for i in live], device=model.device)
-        positions = torch.tensor([[caches[i].get_seq_length()] for i in live], device=model.device)
+        ids = torch.tensor([[last[i]] for i in live], device=input_device(model))
+        positions = torch.tensor([[caches[i].get_seq_length()] for i in live], device=input_device(model))
         with SequenceCache.of([caches[i] for i in live]) as cache:
             for i, token in zip(live, _step(model, cache, ids, positions, [choosers[i] for i in live]), strict=True):
                 last[i] = token

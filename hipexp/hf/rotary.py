@@ -15,6 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hipexp.attention.rope import RopeTables
 from hipexp.config.schema import ConfigError
+from hipexp.hf.devices import device_of, input_device
 from hipexp.hf.kinds import FULL
 
 LISTEN = "hipexp_listen"
@@ -22,28 +23,31 @@ _TURNED: WeakKeyDictionary[PreTrainedModel, frozenset[int]] = WeakKeyDictionary(
 
 
 class Rotary:
-    """The angles of a model's full-attention layers, as ``tables``.
+    """The angles of a model's full-attention layers, as ``tables`` on the device of a layer.
 
     Under longrope there are two sets of factors. Until :meth:`fix` says otherwise, those of the tokens so far count, as in transformers;
     keys are kept raw, so a later switch turns all of them anew.
     """
 
     def __init__(self, model: PreTrainedModel, decoder: nn.Module, trained_tok: int):
-        self.module, self.device = decoder.rotary_emb, model.device
+        self.module, self.trained_tok = decoder.rotary_emb, trained_tok
+        self.device = device_of(self.module) if list(self.module.buffers()) else input_device(model)
         kind = rope_type(decoder)
         self.original_tok = original_tok(model) if kind == "longrope" else None
         self.long, self.fixed = False, False
+        self._tables: dict[tuple[bool, torch.device], RopeTables] = {}
         if self.original_tok is None:
-            self._tables = [RopeTables(self._from_module, trained_tok)]
             return
         long = ROPE_INIT_FUNCTIONS[kind](model.config.get_text_config(), self.device, seq_len=self.original_tok + 1)[0]
         self._frequencies = [self.module.original_inv_freq.to(self.device), long.to(self.device)]
-        self._tables = [RopeTables(self._turning_by(frequency), trained_tok) for frequency in self._frequencies]
 
-    @property
-    def tables(self) -> RopeTables:
-        """The angles that count now."""
-        return self._tables[self.long]
+    def tables(self, device: torch.device) -> RopeTables:
+        """The angles that count now, for layers on a device."""
+        key = self.long, device
+        if key not in self._tables:
+            cos_sin = self._from_module if self.original_tok is None else self._turning_by(self._frequencies[self.long])
+            self._tables[key] = RopeTables(lambda positions: _to(device, cos_sin(positions)), self.trained_tok)
+        return self._tables[key]
 
     def fix(self, n_tok: int | None) -> None:
         """Under longrope: take the factors for a prompt of ``n_tok`` tokens, for as long as it lasts; None: again those of what comes."""
@@ -91,6 +95,10 @@ class Rotary:
             return angles.cos() * self.module.attention_scaling, angles.sin() * self.module.attention_scaling
 
         return cos_sin
+
+
+def _to(device: torch.device, tensors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return tensors[0].to(device), tensors[1].to(device)
 
 
 def check_fixed(model: PreTrainedModel, decoder: nn.Module) -> None:
@@ -144,7 +152,7 @@ def _keys(model: PreTrainedModel, decoder: nn.Module, turn: bool) -> dict[int, T
         for layer in () if turn else decoder.layers:
             if hasattr(layer, "self_attn"):
                 stack.callback(layer.self_attn.register_forward_pre_hook(turn_by_nothing, with_kwargs=True).remove)
-        model(input_ids=torch.arange(1, 5, device=model.device)[None], use_cache=False)
+        model(input_ids=torch.arange(1, 5, device=input_device(model))[None], use_cache=False)
     return found
 
 

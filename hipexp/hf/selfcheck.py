@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from hipexp.attention import LayerAttention
 from hipexp.config.schema import ConfigError
+from hipexp.hf.devices import input_device
 
 PROBE_TOK = 48
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # of the largest output
@@ -68,7 +69,7 @@ def _outputs(model: PreTrainedModel, decoder: nn.Module) -> list[Tensor]:
         found.append((output[0] if isinstance(output, tuple) else output).float())
 
     vocab = model.config.get_text_config().vocab_size
-    ids = torch.arange(1, PROBE_TOK + 1, device=model.device) * 7919 % vocab
+    ids = torch.arange(1, PROBE_TOK + 1, device=input_device(model)) * 7919 % vocab
     hooks = [getattr(layer, "self_attn", layer).register_forward_hook(keep) for layer in decoder.layers]
     try:
         logits = model(input_ids=ids[None], use_cache=False)[0].float()

@@ -55,7 +55,8 @@ def _key_without_a_model(experiment: Experiment) -> str:
 def data_identity(experiment: Experiment) -> dict[str, Any]:
     """The words and the scorer of generated samples; for latency the words and the machine."""
     if experiment.task.name == "latency":
-        return {"machine": machine(), "template": infbench.template_id("passkey", "default")}
+        spread = {"device_map": experiment.model.device_map} if experiment.model.device_map else {}
+        return {"machine": machine() | spread, "template": infbench.template_id("passkey", "default")}
     from hipexp.run import recall
 
     if official := origins(experiment.task):
