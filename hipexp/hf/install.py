@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import flash_attention_mask
 
 from hipexp.attention import LayerAttention, Memory
+from hipexp.attention.method import SelectingMethod
 from hipexp.attention.reads import unit_tok_of
 from hipexp.cache.offloaded import OffloadedStore
 from hipexp.cache.placement import Placement
@@ -25,7 +26,7 @@ from hipexp.cache.store import KVStore
 from hipexp.cache.tiers import Disk
 from hipexp.config.model import ModelFacts, head_sizes
 from hipexp.config.offload import Sizes, check_sizes, disk_folder, sizes
-from hipexp.config.schema import ConfigError, Heads, LayerPlan, Offload, Pipeline, PruneRope
+from hipexp.config.schema import ConfigError, Heads, LayerPlan, Offload, Pipeline, PruneRope, spans
 from hipexp.hf.cache import NewStore, SequenceLayer, SequenceState
 from hipexp.hf.dense import attend_dense
 from hipexp.hf.devices import device_of
@@ -175,6 +176,13 @@ def _layer_attentions(
             own = rotary.tables(devices[plan.layer]) if plan.layer in turned else None
             scaling = decoder.layers[plan.layer].self_attn.scaling
             layers[plan.layer] = LayerAttention(plan if own else _without_rope(plan), own, scaling, _softcap(model))
+    for i, layer in layers.items():
+        source = layer.method.takes_from if isinstance(layer.method, SelectingMethod) else None
+        if source is not None and source not in layers:
+            raise ConfigError(
+                f"pipeline.method={pipeline.method}: layer {i} takes over what layer {source} selects, and that one keeps the model's own "
+                f"attention ({kinds[source].keeps}); choose among layers {spans(sorted(layers))}, as in pipeline.params.anchors"
+            )
     return layers
 
 

@@ -120,6 +120,23 @@ def test_offload_is_for_the_attached_layers(small, tokens):
     assert {row["layer"] for row in answers[1].traffic["rows"]} == {1, 3}
 
 
+def test_a_layer_cannot_take_over_what_a_sliding_one_would_select():
+    words = ["+pipeline=kascade", "pipeline.params.anchors=[0,2]", "pipeline.params.keep_tok=32"]
+    message = r"layer 1 takes over what layer 0 selects, and that one keeps .* choose among layers 1,3, as in pipeline.params.anchors"
+    with pytest.raises(ConfigError, match=message), install(make(FAMILIES["Gemma 3 (windows)"]), compose(words).pipeline):
+        pass
+
+
+def test_a_model_of_windows_only_is_read_as_it_is(tokens):
+    """Dense: without a pipeline there is nothing that it could not do."""
+    model = tiny("MistralConfig", "sdpa", sliding_window=40)
+    expected = model.generate(torch.tensor([tokens[:190]]), max_new_tokens=5, do_sample=False)[0, 190:].tolist()
+    with install(model, None) as installed:
+        for part in (16, 64, 4096):
+            done = generate(Loaded(model, None, 512, 2, "float32"), [tokens[:190]], max_new_tok=5, prefill_chunk_tok=part, installed=installed)
+            assert done[0].tokens == expected
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
