@@ -120,12 +120,31 @@ def test_offload_is_for_the_attached_layers(small, tokens):
     assert {row["layer"] for row in answers[1].traffic["rows"]} == {1, 3}
 
 
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_positions_that_are_no_single_sequence_are_refused(family, pruned, small, tokens):
+    """Also where the first layer keeps its own attention, which asks for no positions."""
+    positions = torch.cat([torch.arange(50), torch.arange(50)])[None]
+    model = make(FAMILIES[family])
+    with install(model, small if pruned else None), pytest.raises(ValueError, match="one sequence per row"):
+        logits(model, tokens[:100], position_ids=positions, use_cache=False)
+
+
+def test_layers_that_share_keys_are_not_read_one_by_one(small, tokens):
+    model = make(ALL["Gemma 3n (shared keys)"])
+    loaded = Loaded(model, None, 512, 6, "float32")
+    with install(model, small, offload=Offload("host", device_tok=512, prefill_bytes=1 << 30)) as installed:
+        with pytest.raises(ConfigError, match=r"its last 2 layers use the keys of other layers.*set offload.prefill_bytes=0"):
+            generate(loaded, [tokens[:600]], max_new_tok=2, prefill_chunk_tok=64, installed=installed)
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
         ("DeepseekV3Config", {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}, "multi-head latent attention"),
         ("BloomConfig", {"n_layer": 2, "n_head": 4}, "its positions are ALiBi"),
         ("Cohere2Config", {**MIXED}, "pairs of neighbouring dimensions"),
+        ("Qwen3_5TextConfig", {"layer_types": [FULL, FULL], "head_dim": 16}, "three positions for every token"),
         ("Llama4TextConfig", {"num_local_experts": 2, "head_dim": 16}, "chunked_attention|pairs of neighbouring"),
     ],
 )  # fmt: skip
