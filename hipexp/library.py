@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -63,6 +63,10 @@ def generate(
     said. ``prefill_chunk_tok``: tokens read at once, a multiple of 64. Raises ConfigError as :func:`install`, ValueError for an empty
     prompt, and FloatingPointError where the model's logits are not finite.
     """
+    if isinstance(prompts, str | Mapping):
+        raise ConfigError("prompts must be a list, of texts or of lists of tokens, also if there is only one: generate(model, [prompt])")
+    if isinstance(stop, str) or not all(stop):
+        raise ConfigError(f"stop={stop!r} must be a list of texts, none of them empty")
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     if tokenizer is None and (texts or stop):
         raise ConfigError("texts in prompts and stop need a tokenizer: generate(model, prompts, tokenizer=...)")

@@ -94,6 +94,10 @@ def test_an_answer_ends_with_a_text(model, tokenizer):
         (dict(prompts=[[1, 2]], pipeline="4stages"), "4stages"),
         (dict(prompts=[[1, 2]], pipeline=["+pipeline=3stage", "pipeline.sink=3"]), "pipeline.sink is unknown"),
         (dict(prompts=[[1, 2]], offload="tape"), "tape"),
+        (dict(prompts="text"), "prompts must be a list"),
+        (dict(prompts={"input_ids": [1, 2]}), "prompts must be a list"),
+        (dict(prompts=[[1, 2]], stop="end"), "stop='end' must be a list"),
+        (dict(prompts=[[1, 2]], stop=[""]), "none of them empty"),
     ],
 )
 def test_mistakes_are_told(model, call, message):
@@ -116,7 +120,7 @@ def test_words_and_offload(model, tokenizer):
     assert off[0].traffic and not resident[0].traffic
 
 
-@pytest.mark.parametrize("mistake", [dict(temperature=-1), dict(top_k=-2), dict(top_p=0), dict(top_p=1.1)])
+@pytest.mark.parametrize("mistake", [dict(temperature=-1), dict(temperature=float("inf")), dict(top_k=-2), dict(top_p=0), dict(top_p=1.1)])
 def test_what_is_no_sampling(mistake):
     (name,) = mistake
     with pytest.raises(ConfigError, match=f"{name}={mistake[name]} must be"):
@@ -141,3 +145,10 @@ def test_tokens_are_drawn_by_their_shares():
     torch.testing.assert_close(shares(temperature=1.0, top_p=0.7), top.softmax(-1), **close)
     assert shares(temperature=1.0, top_k=2, top_p=0.7)[4] == 1
     assert Chooser(Sampling()).choose(logits) == 4
+    assert shares(temperature=1e-310)[4] == 1
+
+
+def test_there_is_one_sampling_or_one_for_each(model):
+    for prompts, n in ((2, 1), (1, 2)):
+        with pytest.raises(ValueError, match=f"sampling has {n} entries for {prompts} prompts"):
+            generate(model, [[1, 2]] * prompts, sampling=[Sampling()] * n, pipeline=None)

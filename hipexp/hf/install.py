@@ -114,6 +114,7 @@ def install(
     layers = {} if pipeline is None else _layer_attentions(model, decoder, kinds, pipeline, rotary, devices)
     own = OwnAttention(before)
     first = next(i for i, kind in enumerate(kinds) if kind.attends)
+    checks = next((i for i, kind in enumerate(kinds) if not kind.keeps), None)  # whose cache tells which positions are due
     offload = offload or Offload()
     told, placements = _places(model, layers, offload)
     installed = Installed(pipeline, layers, kinds, rotary, devices, offload, told, placements)
@@ -139,7 +140,7 @@ def install(
             return own.attend(module, query, key, value, attention_mask, kinds[i].window_tok, scaling, **more), None
         if offload.prefetch and isinstance(key, SequenceLayer) and key.next and key.decodes(query.shape[2]) and i + 1 in layers:
             _read_ahead(key.next, layers[i + 1].plan)
-        positions = position_ids if i == first else None
+        positions = position_ids if i == checks else None
         return _attend_batch(layers.get(i), query, key, value, attention_mask, positions, scaling, softcap, loose), None
 
     name = NAME.format(next(_NUMBERS))

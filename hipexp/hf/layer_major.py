@@ -39,8 +39,8 @@ def run_layer_major(
     must not be done again. ``before_layer`` and ``after_layer`` run before a layer's first and after its last chunk; ``progress`` is told
     ``(chunk, layer)`` after each. The bits are those of the calls one after the other, if layers depend on earlier chunks through their
     own layer of the cache only, as in every decoder that :func:`hipexp.hf.install` takes; this must be inside of it. Raises ConfigError for
-    a model that computes between its layers or whose RoPE depends on what was asked before, ValueError outside an installation, and what a
-    call or callback raises. The model is then as before, and the cache holds parts that nobody can go on from.
+    a model that computes between its layers, whose layers share keys, or whose RoPE depends on what was asked before, ValueError outside an
+    installation, and what a call or callback raises. The model is then as before, and the cache holds parts that nobody can go on from.
     """
     layers = _layers(model)
     one = _OneLayer(len(layers))
@@ -129,6 +129,8 @@ def _layers(model: PreTrainedModel) -> list[nn.Module]:
             "prompts are read layer by layer inside hipexp.hf.install(model, …) only: other attentions' masks depend on the cache's length"
         )
     decoder = decoder_of(model)
+    shared = getattr(model.config.get_text_config(), "num_kv_shared_layers", None)
+    _check(not shared, f"its last {shared} layers use the keys of other layers, of the same pass")
     kinds = decoder.rotary_emb.rope_type  # Gemma 3 has one per kind of layer
     by_history = "dynamic" in (kinds.values() if isinstance(kinds, dict) else [kinds])
     _check(not by_history, "angles of RoPE of type 'dynamic' depend on the lengths asked for before")

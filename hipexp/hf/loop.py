@@ -70,8 +70,8 @@ def generate(
     so a prompt gives the same tokens alone and in a batch. ``installed``: whose offload decides where keys and values lie; None: all on the
     device. No answer begins with one of ``not_first``. ``sampling``: of all prompts, or of each. An answer ends before one of
     ``stop_ids``, and behind the token with which ``ended(tokens)`` holds for it. Raises ValueError for an empty
-    prompt or a ``prefill_chunk_tok`` that cuts a query block, ConfigError for one that cuts a page of a lossy format,
-    and FloatingPointError if the model's logits are not finite.
+    prompt, another number of ``sampling`` than of prompts, or a ``prefill_chunk_tok`` that cuts a query block, ConfigError for one that
+    cuts a page of a lossy format, and FloatingPointError if the model's logits are not finite.
     """
     if any(not prompt for prompt in prompts):
         raise ValueError("every prompt needs at least one token")
@@ -82,6 +82,8 @@ def generate(
         progress=progress, installed=installed, ended=ended,
     )  # fmt: skip
     each = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+    if len(each) != len(prompts):
+        raise ValueError(f"sampling has {len(each)} entries for {len(prompts)} prompts; give one, or one for each prompt")
     if installed is None or installed.rotary.original_tok is None:
         return together(prompts, each)
     out = dict[int, Generation]()

@@ -108,6 +108,11 @@ def check_fixed(model: PreTrainedModel, decoder: nn.Module) -> None:
             f"model type {model.config.model_type!r} has RoPE of type 'dynamic', whose angles depend on the length; a pipeline needs "
             "fixed ones: default, linear, llama3, yarn or longrope"
         )
+    if hasattr(decoder.rotary_emb, "mrope_section"):
+        raise ConfigError(
+            f"model type {model.config.model_type!r} cannot be attached: its RoPE takes three positions for every token (M-RoPE); a "
+            "pipeline knows one"
+        )
 
 
 def rope_type(decoder: nn.Module) -> str | None:

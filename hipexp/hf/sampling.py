@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, value, holds, rule in (
-            ("temperature", self.temperature, self.temperature >= 0, "not negative; 0 takes the most likely token"),
+            ("temperature", self.temperature, 0 <= self.temperature < math.inf, "finite and not negative; 0 takes the most likely token"),
             ("top_k", self.top_k, self.top_k >= 0, "a number of tokens; 0 takes all"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1, which takes all"),
         ):
@@ -46,7 +47,8 @@ class Chooser:
         """
         if self.sampling.temperature == 0:
             return int(logits.argmax())
-        ranked, order = (logits.double().cpu() / self.sampling.temperature).sort(descending=True, stable=True)
+        logits = logits.double().cpu()
+        ranked, order = ((logits - logits.max()) / self.sampling.temperature).sort(descending=True, stable=True)
         if self.sampling.top_k:
             ranked[self.sampling.top_k :] = -torch.inf
         share = ranked.softmax(-1)

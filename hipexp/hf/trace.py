@@ -39,6 +39,6 @@ def record(
             for i, layer in installed.layers.items():
                 layer.listener = ReadRecorder(writer, layer.plan, units[i], phases)
             (made,) = generate(
-                loaded, [list(tokens)], max_new_tok=steps + 1, prefill_chunk_tok=prefill_chunk_tok, progress=progress
+                loaded, [list(tokens)], max_new_tok=steps + 1, prefill_chunk_tok=prefill_chunk_tok, progress=progress, installed=installed
             )  # the first new token needs no decode step
     return made

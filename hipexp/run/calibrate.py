@@ -13,7 +13,7 @@ import hashlib
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,11 +91,12 @@ class Bench:
         ]
         todo = [text for text in texts if not self.ledger.has(*text[:2])]
         if todo:
-            layers = judged.attentions(self.loaded, {name: divided(*found) for name, found in pipelines.items()}, self.loaded.trained_tok)
+            less = {name: divided(*found) for name, found in pipelines.items()}
+            layers_at = lru_cache(1)(partial(judged.attentions, self.loaded, less))  # longrope's factors are those of a text's length
             with torch.inference_mode(), token_bar(sum(length for *_, length in todo)) as bar:
                 for subtask, number, source, length in todo:
                     bar.set_description(f"{subtask} {number}")
-                    held, sums = self._text(source, number, length, pipelines, layers, patterns)
+                    held, sums = self._text(source, number, length, pipelines, layers_at(length), patterns)
                     told = {_word(name): {str(i): values for i, values in found.items()} for name, found in held.items()}
                     score = 100 * statistics.fmean(values[0] for found in held.values() for values in found.values())
                     self.ledger.append(recall.row_of(subtask, number, length, score) | {"held": told, "patterns": sums})

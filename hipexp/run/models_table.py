@@ -147,4 +147,4 @@ def main(argv: list[str]) -> int:
     write_text(path, "\n\n".join(parts) + "\n")
     print(path.read_text(encoding="utf-8"))
     print(path)
-    return int(any("no" in row or float(row[HEADER.index("difference")]) > 1e-4 for row in rows))
+    return int(any("no" in row or not float(row[HEADER.index("difference")]) <= 1e-4 for row in rows))

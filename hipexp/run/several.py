@@ -16,7 +16,7 @@ from hipexp.config.compose import compose
 from hipexp.config.model import read_facts
 from hipexp.config.schema import ConfigError, Experiment, Model
 from hipexp.run.identity import model_revision
-from hipexp.run.ledger import is_held, make_folder, read_json, read_rows
+from hipexp.run.ledger import is_held, make_folder, read_json, read_rows, stoppable
 from hipexp.run.point import check_point, execute, folder_of, load_model, stored
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def helpers(points: Sequence[Named], jobs: int, folder: Path) -> Iterator[None]:
     """``jobs - 1`` more processes at the same ``points`` while the block lasts, which runs them too.
 
     Every process has its part of the threads. What they print goes to ``job-2.log`` and so on in
-    ``folder``. One that fails leaves its points to the others; all end with the block.
+    ``folder``. One that fails leaves its points to the others; all end with the block, also where this process is asked to stop (SIGTERM).
     """
     import torch
 
@@ -143,20 +143,21 @@ def helpers(points: Sequence[Named], jobs: int, folder: Path) -> Iterator[None]:
     logs = [folder / f"job-{number}.log" for number in range(2, jobs + 1) if points]
     make = get_context("spawn").Process
     started = [make(target=_help, args=(list(points), torch.get_num_threads(), log), daemon=True) for log in logs]
-    try:
-        for process in started:
-            process.start()
-        yield
-        for process, log in zip(started, logs, strict=True):
-            process.join()
-            if process.exitcode:
-                print(f"a process failed, the others did its work; why: {log}")
-    finally:
-        for process in started:
-            if process.is_alive():
-                process.terminate()
+    with stoppable():
+        try:
+            for process in started:
+                process.start()
+            yield
+            for process, log in zip(started, logs, strict=True):
                 process.join()
-        torch.set_num_threads(before)
+                if process.exitcode:
+                    print(f"a process failed, the others did its work; why: {log}")
+        finally:
+            for process in started:
+                if process.is_alive():
+                    process.terminate()
+                    process.join()
+            torch.set_num_threads(before)
 
 
 def _help(points: Sequence[Named], threads: int, log: Path) -> None:

@@ -133,8 +133,28 @@ def test_a_model_of_windows_only_is_read_as_it_is(tokens):
     expected = model.generate(torch.tensor([tokens[:190]]), max_new_tokens=5, do_sample=False)[0, 190:].tolist()
     with install(model, None) as installed:
         for part in (16, 64, 4096):
-            done = generate(Loaded(model, None, 512, 2, "float32"), [tokens[:190]], max_new_tok=5, prefill_chunk_tok=part, installed=installed)
+            done = generate(
+                Loaded(model, None, 512, 2, "float32"), [tokens[:190]], max_new_tok=5, prefill_chunk_tok=part, installed=installed
+            )
             assert done[0].tokens == expected
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_positions_that_are_no_single_sequence_are_refused(family, pruned, small, tokens):
+    """Also where the first layer keeps its own attention, which asks for no positions."""
+    positions = torch.cat([torch.arange(50), torch.arange(50)])[None]
+    model = make(FAMILIES[family])
+    with install(model, small if pruned else None), pytest.raises(ValueError, match="one sequence per row"):
+        logits(model, tokens[:100], position_ids=positions, use_cache=False)
+
+
+def test_layers_that_share_keys_are_not_read_one_by_one(small, tokens):
+    model = make(ALL["Gemma 3n (shared keys)"])
+    loaded = Loaded(model, None, 512, 6, "float32")
+    with install(model, small, offload=Offload("host", device_tok=512, prefill_bytes=1 << 30)) as installed:
+        with pytest.raises(ConfigError, match=r"its last 2 layers use the keys of other layers.*set offload.prefill_bytes=0"):
+            generate(loaded, [tokens[:600]], max_new_tok=2, prefill_chunk_tok=64, installed=installed)
 
 
 @pytest.mark.parametrize(
@@ -143,12 +163,16 @@ def test_a_model_of_windows_only_is_read_as_it_is(tokens):
         ("DeepseekV3Config", {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}, "multi-head latent attention"),
         ("BloomConfig", {"n_layer": 2, "n_head": 4}, "its positions are ALiBi"),
         ("Cohere2Config", {**MIXED}, "pairs of neighbouring dimensions"),
+        ("Qwen3_5TextConfig", {"layer_types": [FULL, FULL], "head_dim": 16}, "three positions for every token"),
         ("Llama4TextConfig", {"num_local_experts": 2, "head_dim": 16}, "chunked_attention|pairs of neighbouring"),
     ],
 )  # fmt: skip
 def test_models_that_do_not_fit_are_refused_by_name(name, changes, message, pipeline):
     model = tiny(name, **changes)
-    with pytest.raises(ConfigError, match=f"model type '{model.config.model_type}' cannot be attached: .*{message}"), install(model, pipeline):
+    with (
+        pytest.raises(ConfigError, match=f"model type '{model.config.model_type}' cannot be attached: .*{message}"),
+        install(model, pipeline),
+    ):
         pass
 
 
@@ -156,7 +180,10 @@ def test_encoders_are_refused(pipeline):
     import transformers as tf
 
     config = tf.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    with pytest.raises(ConfigError, match="'t5' cannot be attached: it has an encoder"), install(tf.T5ForConditionalGeneration(config), pipeline):
+    with (
+        pytest.raises(ConfigError, match="'t5' cannot be attached: it has an encoder"),
+        install(tf.T5ForConditionalGeneration(config), pipeline),
+    ):
         pass
 
 
@@ -188,10 +215,16 @@ def test_what_a_card_says_of_a_model(tmp_path):
     assert loaded.own_layers == [0, 2]
     assert loaded.notes == ["layers 0,2: own attention (a sliding window of 40 tokens)", "layers 1,3: no RoPE"]
     told = describe(compose(["+pipeline=3stage"]).pipeline, 4, None, loaded.own_layers, loaded.notes)
-    assert told[1].startswith("  layer 1 (early): ") and "  layer 3: " in "\n".join(told) and told[-2:] == [f"  {note}" for note in loaded.notes]
+    assert (
+        told[1].startswith("  layer 1 (early): ")
+        and "  layer 3: " in "\n".join(told)
+        and told[-2:] == [f"  {note}" for note in loaded.notes]
+    )
 
 
 def test_remote_code_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nobodys", "auto_map": {"AutoConfig": "configuration_nobodys.TheirConfig"}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "nobodys", "auto_map": {"AutoConfig": "configuration_nobodys.TheirConfig"}})
+    )
     with pytest.raises(ConfigError, match=r"no model that transformers .* has: its code lies in its own repository"):
         load(Model(path=str(tmp_path)))

@@ -4,7 +4,8 @@ import pytest
 
 from hipexp.cache.traces import TraceReader
 from hipexp.config.schema import ConfigError, Heads
-from hipexp.hf import generate, install
+from hipexp.hf import Loaded, generate, install
+from hipexp.hf.families import FAMILIES, make
 from hipexp.hf.trace import record
 
 STEPS = 20
@@ -53,3 +54,14 @@ def test_a_run_that_fails_leaves_a_trace_without_an_end(loaded, pipeline, tokens
         record(loaded, pipeline, tokens[:900], tmp_path / "a", steps=1, phases=("prefill",), prefill_chunk_tok=256, about={}, progress=stop)
     with pytest.raises(ConfigError, match=r"ends after \d+ whole reads"):
         list(TraceReader(tmp_path / "a"))
+
+
+def test_under_longrope_a_recorded_run_has_the_factors_of_its_length(pipeline, tokens, tmp_path):
+    """Also in parts of a prompt that end before the original length."""
+    model = make(FAMILIES["Phi-3, Phi-4-mini (longrope, partial RoPE)"])
+    loaded = Loaded(model, None, 512, 4, "float32")
+    common = dict(prefill_chunk_tok=64)
+    made = record(loaded, pipeline, tokens[:200], tmp_path / "a", steps=STEPS, phases=("decode",), about={}, **common)
+    with install(model, pipeline) as installed:
+        (plain,) = generate(loaded, [tokens[:200]], max_new_tok=STEPS + 1, installed=installed, **common)
+    assert made.tokens == plain.tokens

@@ -11,8 +11,9 @@ import pytest
 
 from hipexp.config.compose import compose
 from hipexp.config.schema import ConfigError, LayerGroup, PruneRope, RopeOverride, Stage, StageOverride, spans
+from hipexp.hf.families import FAMILIES
 from hipexp.report.listing import state_of
-from hipexp.run import allocation, calibrate, judged
+from hipexp.run import allocation, calibrate, judged, models_table
 from hipexp.run.allocation import allocate, budgets_of, planned, rules, shared_out, strategies_of, strategy_of, yaml_of
 from hipexp.run.ledger import RunFailed, open_ledger
 from hipexp.run.point import load_model
@@ -115,11 +116,19 @@ def test_the_file_is_the_pipeline(name, tmp_path):
     assert read.name == "mine" and rules(read, 5) == rules(made, 5)
 
 
-def test_texts_are_measured_as_task_recall_does(monkeypatch, tmp_path):
-    """By the mean over blocks and heads of what ``task=recall`` makes of the same prompt."""
+@pytest.mark.parametrize("longrope", [False, True])
+def test_texts_are_measured_as_task_recall_does(longrope, monkeypatch, tmp_path):
+    """By the mean over blocks and heads of what ``task=recall`` makes of the same prompt; under longrope with the factors of its length."""
     make_sample = judged.infbench.make_sample
     monkeypatch.setattr(judged.infbench, "make_sample", lambda source, index, count, *more: make_sample(source, 0, 1, *more))
-    experiment, own = calibrate.read_words([*SMALL, *TEXT])
+    words = []
+    if longrope:  # short factors up to 1024 tokens, trained to 2048
+        family = FAMILIES["Phi-3, Phi-4-mini (longrope, partial RoPE)"]
+        kind = family.sizes["rope_parameters"] | {"original_max_position_embeddings": 1024}
+        changes = dict(rope_parameters=kind, original_max_position_embeddings=1024, max_position_embeddings=2048)
+        changed = dataclasses.replace(family, sizes=family.sizes | changes)
+        words = ["model=hf", f"model.path={models_table.checkpoint(changed, tmp_path / 'model')}"]
+    experiment, own = calibrate.read_words([*SMALL, *TEXT, *words])
     loaded = load_model(experiment.model)
     with open_ledger(tmp_path / "calibration", "key") as ledger:
         bench = calibrate.Bench(experiment, 1, ledger)
@@ -127,7 +136,7 @@ def test_texts_are_measured_as_task_recall_does(monkeypatch, tmp_path):
     alone = dataclasses.replace(experiment, task=dataclasses.replace(experiment.task, divisors=[2]))
     text = judged.text_of(alone, loaded, "passkey", 600)
     blocks = [text(2, block) for block in range(2)]
-    for layer in range(5):
+    for layer in range(loaded.n_layers):
         recalled, missing, fixed = (
             statistics.fmean(x for block in blocks for x in block[layer][-1][name]) for name in ("mass", "missing", "fixed")
         )

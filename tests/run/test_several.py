@@ -1,6 +1,7 @@
 """Several points: processes with the same ones share them."""
 
 import dataclasses
+import signal
 import time
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 
 import hipexp
 from hipexp.config.schema import ConfigError
-from hipexp.run.ledger import is_held, locked, make_folder, read_rows
+from hipexp.run.ledger import Interrupted, is_held, locked, make_folder, read_rows
 from hipexp.run.point import folder_of, stored
 from hipexp.run.several import compose_named, helpers, run_all, split_jobs
 
@@ -104,6 +105,20 @@ def test_processes_end_with_an_error_of_the_first(real_runs):
         raise KeyboardInterrupt
     assert not any(stored(point.experiment) for point in points[2:])
     assert not any(is_held(folder_of(point.experiment)) for point in points)
+
+
+def test_processes_end_when_the_first_is_asked_to_stop(real_runs):
+    """Between its runs too, where no folder is held."""
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        points = some(40, "model=needle", "task.length_tok=6000")
+        with pytest.raises(Interrupted), helpers(points, 2, real_runs):
+            wait_for(lambda: list(real_runs.glob("infbench/*/.lock")))
+            signal.raise_signal(signal.SIGTERM)
+            pytest.fail("it goes on")
+        assert not any(is_held(folder_of(point.experiment)) for point in points)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_no_points_no_processes(tmp_path):
