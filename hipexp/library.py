@@ -58,7 +58,7 @@ def generate(
     """Answers to prompts of any length: read in parts, decoded together; each is what it would be alone.
 
     ``prompts``: texts, for which there must be a ``tokenizer``, or tokens. ``pipeline`` and ``offload`` as for :func:`install`. An answer
-    ends before one of ``stop_token_ids`` (None: the end tokens of the model's generation configuration), with one of the texts in ``stop``,
+    ends before one of ``stop_token_ids`` (None: the end tokens of model and tokenizer), with one of the texts in ``stop``,
     which are cut off and need a tokenizer, or after ``max_new_tokens``. ``sampling``: of all prompts, or of each; greedy if nothing is
     said. ``prefill_chunk_tok``: tokens read at once, a multiple of 64. Raises ConfigError as :func:`install`, ValueError for an empty
     prompt, and FloatingPointError where the model's logits are not finite.
@@ -83,7 +83,7 @@ def generate(
     with install(model, pipeline, offload=offload) as installed:
         done = hf.generate(
             loaded, tokens, max_new_tok=max_new_tokens, prefill_chunk_tok=prefill_chunk_tok, installed=installed, sampling=sampling,
-            ended=ended, stop_ids=end_tokens(model) if stop_token_ids is None else stop_token_ids,
+            ended=ended, stop_ids=hf.end_tokens(model, tokenizer) if stop_token_ids is None else stop_token_ids,
         )  # fmt: skip
     return [Answer(**vars(one), text=_until(decoded(tokenizer, one.tokens), stop) if tokenizer else "") for one in done]
 
@@ -99,12 +99,6 @@ def read(pipeline: Plan, offload: str | None = None) -> tuple[Pipeline | None, O
         return pipeline, compose(words).offload
     experiment = compose([*([f"+pipeline={pipeline}"] if isinstance(pipeline, str) else pipeline), *words])
     return experiment.pipeline, experiment.offload
-
-
-def end_tokens(model: PreTrainedModel) -> set[int]:
-    """The tokens with which a model ends an answer."""
-    told = model.generation_config.eos_token_id if model.generation_config else None
-    return set() if told is None else {told} if isinstance(told, int) else set(told)
 
 
 def decoded(tokenizer: Any, tokens: list[int]) -> str:

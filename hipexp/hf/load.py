@@ -62,6 +62,13 @@ def load(config: Model) -> Loaded:
     return Loaded(model, load_tokenizer(config), trained_tok, text.num_hidden_layers, dtype, own_layers, notes_of(model))
 
 
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> set[int]:
+    """The tokens that end an answer: those of the model's generation configuration, and the tokenizer's end of text."""
+    told = getattr(model.generation_config, "eos_token_id", None)
+    ids = {*(told if isinstance(told, list) else [told]), tokenizer.eos_token_id if tokenizer else None}
+    return {i for i in ids if i is not None}
+
+
 def _first(error: Exception) -> str:
     """What an error of transformers says, or why: it needs code from the model's repository."""
     if "trust_remote_code" in str(error):

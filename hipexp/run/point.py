@@ -329,7 +329,7 @@ def answer(
         [sample.tokens for sample in samples],
         max_new_tok=max(sample.max_new_tok for sample in samples),
         prefill_chunk_tok=experiment.model.prefill_chunk_tok,
-        stop_ids=(stops := stop_ids(loaded) | (line_end(loaded) if samples[0].one_line else set())),
+        stop_ids=(stops := hf.end_tokens(loaded.model, loaded.tokenizer) | (line_end(loaded) if samples[0].one_line else set())),
         not_first=stops if samples[0].one_line else (),
         progress=progress,
         installed=installed,
@@ -337,13 +337,6 @@ def answer(
     for sample, made in zip(samples, answers, strict=True):
         del made.tokens[sample.max_new_tok :]
     return answers
-
-
-def stop_ids(loaded: Loaded) -> set[int]:
-    """Token ids that end an answer: the tokenizer's end of text and those of the model's generation config."""
-    listed = loaded.model.generation_config.eos_token_id
-    ids = {*(listed if isinstance(listed, list) else [listed]), loaded.tokenizer.eos_token_id}
-    return {i for i in ids if i is not None}
 
 
 def line_end(loaded: Loaded) -> set[int]:

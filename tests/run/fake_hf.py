@@ -117,8 +117,9 @@ def as_module():
     """This file as the module ``hipexp.hf``."""
     module = ModuleType("hipexp.hf")
     module.__dict__.update(
-        load=load, load_tokenizer=lambda model: TOKENIZER, install=install, generate=generate, Generation=Generation, Loaded=object
-    )
+        load=load, load_tokenizer=lambda model: TOKENIZER, install=install, generate=generate, Generation=Generation, Loaded=object,
+        end_tokens=lambda model, tokenizer: {2},
+    )  # fmt: skip
     return module
 
 
