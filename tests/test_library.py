@@ -120,7 +120,7 @@ def test_words_and_offload(model, tokenizer):
     assert off[0].traffic and not resident[0].traffic
 
 
-@pytest.mark.parametrize("mistake", [dict(temperature=-1), dict(temperature=float("inf")), dict(top_k=-2), dict(top_p=0), dict(top_p=1.1)])
+@pytest.mark.parametrize("mistake", [dict(temperature=-1), dict(temperature=float("inf")), dict(top_k=-2), dict(top_p=0), dict(top_p=1.1), dict(top_k=1.5), dict(seed=1.5), dict(seed=-1)])
 def test_what_is_no_sampling(mistake):
     (name,) = mistake
     with pytest.raises(ConfigError, match=f"{name}={mistake[name]} must be"):

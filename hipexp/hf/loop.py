@@ -75,6 +75,8 @@ def generate(
     """
     if any(not prompt for prompt in prompts):
         raise ValueError("every prompt needs at least one token")
+    if prefill_chunk_tok < 1:
+        raise ValueError(f"prefill_chunk_tok={prefill_chunk_tok} must be at least 1, and a multiple of the query block; try 8192")
     if installed and installed.sizes:
         check_chunks(installed.offload, installed.sizes.page_tok, prefill_chunk_tok)
     together = partial(

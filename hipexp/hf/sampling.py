@@ -26,8 +26,9 @@ class Sampling:
     def __post_init__(self) -> None:
         for name, value, holds, rule in (
             ("temperature", self.temperature, 0 <= self.temperature < math.inf, "finite and not negative; 0 takes the most likely token"),
-            ("top_k", self.top_k, self.top_k >= 0, "a number of tokens; 0 takes all"),
+            ("top_k", self.top_k, isinstance(self.top_k, int) and self.top_k >= 0, "a number of tokens; 0 takes all"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1, which takes all"),
+            ("seed", self.seed, isinstance(self.seed, int) and 0 <= self.seed < 1 << 63, "a whole number from 0"),
         ):
             if not holds:
                 raise ConfigError(f"{name}={value} must be {rule}")

@@ -139,8 +139,9 @@ def helpers(points: Sequence[Named], jobs: int, folder: Path) -> Iterator[None]:
 
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, before // jobs))
-    make_folder(folder)
     logs = [folder / f"job-{number}.log" for number in range(2, jobs + 1) if points]
+    if logs:
+        make_folder(folder)
     make = get_context("spawn").Process
     started = [make(target=_help, args=(list(points), torch.get_num_threads(), log), daemon=True) for log in logs]
     with stoppable():
