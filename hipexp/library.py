@@ -11,6 +11,7 @@ from hipexp import hf
 from hipexp.config.schema import ConfigError, Offload, Pipeline
 from hipexp.hf import Generation, Loaded, Sampling
 from hipexp.hf.install import Installed
+from hipexp.hf.sampling import GREEDY
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,7 +38,7 @@ def install(
     for position strategies that ask for it (None: that of the model's configuration). ``offload``: ``"host"`` or ``"disk"``, for
     :func:`generate`. Raises ConfigError for a model that cannot be attached, see ``docs/models.md``, and for mistakes in the pipeline.
     """
-    plan, places = read(pipeline, offload)
+    plan, places = plan_of(pipeline, offload)
     with hf.install(model, plan, trained_tok, places) as installed:
         yield installed
 
@@ -52,7 +53,7 @@ def generate(
     max_new_tokens: int = 256,
     stop: Sequence[str] = (),
     stop_token_ids: Collection[int] | None = None,
-    sampling: Sampling | Sequence[Sampling] = Sampling(),  # noqa: B008 (it never changes)
+    sampling: Sampling | Sequence[Sampling] = GREEDY,
     prefill_chunk_tok: int = 8192,
 ) -> list[Answer]:
     """Answers to prompts of any length: read in parts, decoded together; each is what it would be alone.
@@ -78,7 +79,8 @@ def generate(
     look_back = max((len(text) for text in stop), default=0) + LOOK_BACK_TOK
 
     def ended(made: list[int]) -> bool:
-        return bool(stop) and any(text in decoded(tokenizer, made[-look_back:]) for text in stop)
+        newest = decoded(tokenizer, made[-look_back:]) if stop else ""
+        return any(text in newest for text in stop)
 
     with install(model, pipeline, offload=offload) as installed:
         done = hf.generate(
@@ -88,7 +90,7 @@ def generate(
     return [Answer(**vars(one), text=_until(decoded(tokenizer, one.tokens), stop) if tokenizer else "") for one in done]
 
 
-def read(pipeline: Plan, offload: str | None = None) -> tuple[Pipeline | None, Offload]:
+def plan_of(pipeline: Plan, offload: str | None = None) -> tuple[Pipeline | None, Offload]:
     """A pipeline and an offload as the command line would have them. Needs Hydra for what is only named."""
     if offload is None and (pipeline is None or isinstance(pipeline, Pipeline)):
         return pipeline, Offload()

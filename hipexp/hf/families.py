@@ -10,7 +10,9 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
+from hipexp.hf.kinds import FULL, SLIDING
+
+LINEAR = "linear_attention"
 SIZES = dict(
     vocab_size=1024, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
     max_position_embeddings=512, pad_token_id=0, eos_token_id=None, bos_token_id=None, tie_word_embeddings=False,

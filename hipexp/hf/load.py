@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from hipexp.config.model import files_of, model_folder
 from hipexp.config.schema import ConfigError, Model, spans
-from hipexp.hf.kinds import decoder_of, kept_layers, layer_kinds
+from hipexp.hf.kinds import LayerKind, decoder_of, kept_layers, layer_kinds
 from hipexp.hf.rotary import original_tok, rope_type, turned_layers
 from hipexp.hf.window import check_transformers
 
@@ -41,15 +41,18 @@ def load(config: Model) -> Loaded:
     source, hub = _source(config)
     dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     try:
-        text = AutoConfig.from_pretrained(source, **hub).get_text_config()
+        built = AutoConfig.from_pretrained(source, **hub)
     except ValueError as failure:
         known = f"transformers {transformers.__version__}"
         raise ConfigError(f"model.path={config.path} is no model that {known} has: {_first(failure)}") from failure
+    text = built.get_text_config()
     # torch's own attention does not cap logits; hipexp's replaces either
     attention = "eager" if getattr(text, "attn_logit_softcapping", None) else None
     spread = {"device_map": config.device_map} if config.device_map else {}
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attention, **spread, **hub).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            source, config=built, dtype=dtype, attn_implementation=attention, **spread, **hub
+        ).eval()
     except (ValueError, ImportError, RuntimeError) as failure:
         if not spread:
             raise
@@ -57,9 +60,9 @@ def load(config: Model) -> Loaded:
     if torch.cuda.is_available() and not spread:
         model = model.to("cuda")
     trained_tok = config.trained_tok or text.max_position_embeddings
-    own_layers = [i for i, kind in enumerate(layer_kinds(model)) if kind.keeps]
-    dtype = str(model.dtype).removeprefix("torch.")
-    return Loaded(model, load_tokenizer(config), trained_tok, text.num_hidden_layers, dtype, own_layers, notes_of(model))
+    kinds = layer_kinds(model)
+    own_layers, form = [i for i, kind in enumerate(kinds) if kind.keeps], str(model.dtype).removeprefix("torch.")
+    return Loaded(model, load_tokenizer(config), trained_tok, text.num_hidden_layers, form, own_layers, notes_of(model, kinds))
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> set[int]:
@@ -76,9 +79,9 @@ def _first(error: Exception) -> str:
     return str(error).splitlines()[0]
 
 
-def notes_of(model: PreTrainedModel) -> list[str]:
+def notes_of(model: PreTrainedModel, kinds: list[LayerKind]) -> list[str]:
     """What is peculiar about the layers of a model: which keep their own attention, which have no RoPE, two sets of factors."""
-    decoder, kinds = decoder_of(model), layer_kinds(model)
+    decoder = decoder_of(model)
     turned = turned_layers(model, decoder)
     plain = [i for i, kind in enumerate(kinds) if kind.attends and not kind.keeps and i not in turned]
     notes = kept_layers(kinds)

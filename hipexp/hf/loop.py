@@ -21,9 +21,8 @@ from hipexp.hf.kinds import layer_kinds
 from hipexp.hf.layer_major import run_layer_major
 from hipexp.hf.load import Loaded
 from hipexp.hf.memory import PeakMemory
-from hipexp.hf.sampling import Chooser, Sampling
+from hipexp.hf.sampling import GREEDY, Chooser, Sampling
 
-GREEDY = Sampling()
 Ended = Callable[[list[int]], bool]
 
 
@@ -118,7 +117,8 @@ def _generate(
     memory.start()
     out, last = [Generation() for _ in prompts], []
     caches: list[SequenceCache] = []
-    without = [i for i, kind in enumerate(layer_kinds(loaded.model)) if not kind.attends]
+    kinds = installed.kinds if installed else layer_kinds(loaded.model)
+    without = [i for i, kind in enumerate(kinds) if not kind.attends]
     try:
         for result, prompt, chooser in zip(out, prompts, choosers, strict=True):
             new_store = installed.new_sequence() if installed else None
@@ -197,7 +197,7 @@ def _steps(
     ids = torch.tensor([prompt], device=input_device(model))
 
     def step(begin: int, end: int) -> int:
-        choosers = [chooser if chooser and end == len(prompt) else Chooser(GREEDY)]
+        choosers = [chooser] if chooser and end == len(prompt) else []
         return _step(model, cache, ids[:, begin:end], torch.arange(begin, end, device=ids.device)[None], choosers, not_first)[0]
 
     cuts = [(begin, min(begin + chunk_tok, len(prompt))) for begin in range(0, len(prompt), chunk_tok)]
@@ -211,11 +211,11 @@ def decode(
     out: list[Generation],
     max_new_tok: int,
     stop_ids: set[int],
-    choosers: list[Chooser] | None = None,
+    choosers: Sequence[Chooser] = (),
     ended: Ended = never,
 ) -> None:
     """Extend every sequence, whose first new token is ``last[i]``, until it stops; fills ``tokens``, ``decode_ms``, ``stopped``."""
-    live, choosers = list(range(len(out))), choosers or [Chooser(GREEDY) for _ in out]
+    live, device = list(range(len(out))), input_device(model)
     for _ in range(max_new_tok):
         for i in live:
             out[i].stopped = last[i] in stop_ids
@@ -226,10 +226,10 @@ def decode(
         if not live:
             return
         started = time.perf_counter()
-        ids = torch.tensor([[last[i]] for i in live], device=input_device(model))
-        positions = torch.tensor([[caches[i].get_seq_length()] for i in live], device=input_device(model))
+        ids = torch.tensor([[last[i]] for i in live], device=device)
+        positions = torch.tensor([[caches[i].get_seq_length()] for i in live], device=device)
         with SequenceCache.of([caches[i] for i in live]) as cache:
-            for i, token in zip(live, _step(model, cache, ids, positions, [choosers[i] for i in live]), strict=True):
+            for i, token in zip(live, _step(model, cache, ids, positions, [choosers[i] for i in live if choosers]), strict=True):
                 last[i] = token
         elapsed = (time.perf_counter() - started) * 1e3
         for i in live:
@@ -237,9 +237,9 @@ def decode(
 
 
 def _step(
-    model: PreTrainedModel, cache: SequenceCache, ids: Tensor, positions: Tensor, choosers: list[Chooser], banned: Collection[int] = ()
+    model: PreTrainedModel, cache: SequenceCache, ids: Tensor, positions: Tensor, choosers: Sequence[Chooser], banned: Collection[int] = ()
 ) -> list[int]:
-    """One forward pass; the next token of every row, none of ``banned``."""
+    """One forward pass; the next token of every row, none of ``banned``. No ``choosers``: the most likely ones."""
     logits = model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
     if not bool(torch.isfinite(logits).all()):
         raise FloatingPointError(f"the model's logits are not finite at position {int(positions[0, -1])}; no token can be chosen from them")

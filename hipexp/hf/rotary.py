@@ -31,7 +31,7 @@ class Rotary:
 
     def __init__(self, model: PreTrainedModel, decoder: nn.Module, trained_tok: int):
         self.module, self.trained_tok = decoder.rotary_emb, trained_tok
-        self.device = device_of(self.module) if list(self.module.buffers()) else input_device(model)
+        self.device = device_of(self.module)
         kind = rope_type(decoder)
         self.original_tok = original_tok(model) if kind == "longrope" else None
         self.long, self.fixed = False, False

@@ -34,6 +34,9 @@ class Sampling:
                 raise ConfigError(f"{name}={value} must be {rule}")
 
 
+GREEDY = Sampling()
+
+
 class Chooser:
     """Draws the tokens of one sequence, one after the other."""
 

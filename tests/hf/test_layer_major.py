@@ -7,13 +7,13 @@ from functools import partial
 
 import pytest
 import torch
-import transformers as tf
 
 from hipexp.config.schema import ConfigError, Pipeline, Stage
 from hipexp.hf import Generation, install
 from hipexp.hf.cache import SequenceCache
 from hipexp.hf.layer_major import run_layer_major
 from hipexp.hf.loop import decode, prefill, prefill_layer_major
+from tiny import tiny as tiny_model
 
 ALL_FULL = {"layer_types": ["full_attention"] * 3, "head_dim": 16}
 FAMILIES = {
@@ -33,17 +33,8 @@ FAMILIES = {
 
 
 def tiny(config, **changes):
-    """A model of three layers with random weights; ``config``: name of its class in transformers."""
-    sizes = dict(
-        vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=2048, pad_token_id=0, eos_token_id=None, bos_token_id=None,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = tf.AutoModelForCausalLM.from_config(getattr(tf, config)(**{**sizes, **changes}), attn_implementation="eager").eval()
-    for weight in model.parameters():
-        if weight.ndim > 1:
-            torch.nn.init.normal_(weight, std=0.15)
-    return model
+    """A model of three layers, for texts of up to 2048 tokens."""
+    return tiny_model(config, num_hidden_layers=3, max_position_embeddings=2048, **changes)
 
 
 @pytest.fixture
