@@ -87,9 +87,10 @@ class LayerAttention:
                 f"a part of a prompt begins at token {begin} (left padding not counted), inside a query block; cut prompts, and pad rows, "
                 f"by multiples of {size} tokens, or use hipexp.hf.generate"
             )
-        queries = (
-            QueryBlocks.one(q, begin, step or _shared_step(*self._numbers(begin), q.device)) if memory else QueryBlocks.cut(q, begin, size)
-        )
+        if memory:
+            queries = QueryBlocks.one(q, begin, step or _shared_step(*self.numbers_at(begin), q.device))
+        else:
+            queries = QueryBlocks.cut(q, begin, size)
         attended = queries if memory or size == method.attended_block_tok else queries.split(method.attended_block_tok)
         exact_tok = self._exact_tok(method, memory is not None)
         n_exact = 0 if step and exact_tok < EVERYTHING else attended.within(exact_tok)  # a selection that is not needed costs little
@@ -115,9 +116,9 @@ class LayerAttention:
 
     def step_at(self, position: int, device: torch.device) -> Step:
         """The decode step of the token at ``position``, for layers whose plans have the same sinks, window and first decode stage."""
-        return Step.at(*self._numbers(position), device)
+        return Step.at(*self.numbers_at(position), device)
 
-    def _numbers(self, position: int) -> tuple[int, int, bool]:
+    def numbers_at(self, position: int) -> tuple[int, int, bool]:
         """Position, number of first candidates, and whether everything is attended to, of a decode step."""
         if isinstance(self.method, DenseMethod):
             return position, 0, True

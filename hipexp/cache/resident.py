@@ -33,6 +33,18 @@ class ResidentStore:
             raise ValueError("the store is empty: append keys and values before viewing them")
         return self._k[:, : self.length], self._v[:, : self.length]
 
+    @property
+    def room(self) -> tuple[Tensor, Tensor]:
+        """All there is room for, ``[K, capacity, D]``: keys and values, and behind ``length`` anything."""
+        if self._k is None or self._v is None:
+            raise ValueError("the store is empty: append keys and values before asking for its room")
+        return self._k, self._v
+
+    def write(self, position: Tensor, k: Tensor, v: Tensor) -> None:
+        """Put keys and values ``[K, 1, D]`` of a token where ``position`` ``[1]`` says on the device; who does so sets ``length``."""
+        for room, new in zip(self.room, (k, v), strict=True):
+            room.index_copy_(1, position, new)
+
     def reserve(self, tokens: int, like: Tensor) -> None:
         """Make room for ``tokens`` in all; ``like`` ``[K, n, D]`` gives heads, dimension, dtype and device."""
         self._k, self._v = self._fitting(self._k, like, tokens, exact=True), self._fitting(self._v, like, tokens, exact=True)

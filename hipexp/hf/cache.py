@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
 
 from hipexp.attention import Memory
+from hipexp.attention.blocks import Step
 from hipexp.cache.offloaded import OffloadedStore
 from hipexp.cache.resident import ResidentStore
 from hipexp.cache.store import KVStore
@@ -25,7 +26,8 @@ NewStore = Callable[[int], KVStore]  # an empty store for a layer
 @dataclass
 class SequenceState:
     """What one sequence keeps in one layer: keys and values, what its method notes of them (``shared``: in all layers), the refresh state,
-    how many leading tokens are padding, how many query blocks did not see all their keys."""
+    how many leading tokens are padding, how many query blocks did not see all their keys, and where the device reads at which decode step
+    it is (see :mod:`hipexp.hf.graphs`; None: nowhere)."""
 
     store: KVStore = field(default_factory=ResidentStore)
     state: Any = None
@@ -33,6 +35,7 @@ class SequenceState:
     memory: Memory = field(default_factory=Memory)
     padding: int = 0
     pruned_blocks: int = 0
+    step: Step | None = None
 
 
 class SequenceLayer(CacheLayerMixin):
@@ -71,7 +74,10 @@ class SequenceLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         for row, key, value in zip(self.rows, key_states, value_states, strict=True):
             row.store.decoding = self.decodes(key.shape[1])
-            row.store.append(key, value)
+            if row.step and isinstance(row.store, ResidentStore):
+                row.store.write(row.step.position, key, value)
+            else:
+                row.store.append(key, value)
         return self, self
 
     def to(self, *args: Any, **kwargs: Any) -> SequenceLayer:

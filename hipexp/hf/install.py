@@ -234,13 +234,13 @@ def _attend_batch(
     ours = isinstance(key, SequenceLayer)
     states = key.rows if ours else _states_of(key, value, loose)
     decoding = key.decodes(Q) if ours else Q == 1
-    out = query.new_zeros(B, Q, H, D)
+    out = query.new_zeros(B, Q, H, D) if B > 1 or mask is not None else None
     for b, state in enumerate(states):
         if mask is not None:
             padding = left_padding(mask, b, mask.shape[-1])
             if padding != state.padding:  # the sequence begins elsewhere
                 state.padding, state.state, state.memory = padding, None, Memory()
-        k, v = state.store.view()
+        k, v = state.store.room if state.step and isinstance(state.store, ResidentStore) else state.store.view()
         if state.padding:
             if not isinstance(k, Tensor) or not isinstance(v, Tensor):
                 raise ValueError(
@@ -251,7 +251,7 @@ def _attend_batch(
         skip = max(0, -begin)  # queries that are padding themselves
         if skip == Q:
             continue
-        if positions is not None:
+        if positions is not None and state.step is None:
             _check_positions(positions[b if len(positions) > 1 else 0, skip:], begin + skip, state.padding)
         q = query[b, :, skip:]
         if layer is None:
@@ -265,11 +265,15 @@ def _attend_batch(
                 state.memory = Memory()
             if state.state is None and begin + skip == 0:
                 state.state = layer.method.new_state()
-            rows = layer(q, k, v, begin + skip, state.memory if decode_step else None, state=state.state, shared=state.shared)
+            memory = state.memory if decode_step else None
+            rows = layer(q, k, v, begin + skip, memory, state.step, state=state.state, shared=state.shared)
             state.pruned_blocks += layer.pruned_blocks - pruned
             if not decode_step:
                 state.store.settle()
+        if out is None:
+            return rows.transpose(0, 1)[None]
         out[b, skip:] = rows.transpose(0, 1)
+    assert out is not None
     return out
 
 

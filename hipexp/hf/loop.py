@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from hipexp.config.offload import check_chunks
 from hipexp.hf.cache import SequenceCache, SequenceLayer
 from hipexp.hf.devices import input_device
+from hipexp.hf.graphs import GraphedSteps
 from hipexp.hf.install import Installed
 from hipexp.hf.kinds import layer_kinds
 from hipexp.hf.layer_major import run_layer_major
@@ -62,13 +63,15 @@ def generate(
     installed: Installed | None = None,
     sampling: Sampling | Sequence[Sampling] = GREEDY,
     ended: Ended = never,
+    graphs: bool = True,
 ) -> list[Generation]:
     """Continue each prompt by at most ``max_new_tok`` tokens, inside :func:`hipexp.hf.install`.
 
     Prompts are prefilled one by one, ``prefill_chunk_tok`` tokens at a time (``progress`` is told how many), and decoded together;
     so a prompt gives the same tokens alone and in a batch. ``installed``: whose offload decides where keys and values lie; None: all on the
     device. No answer begins with one of ``not_first``. ``sampling``: of all prompts, or of each. An answer ends before one of
-    ``stop_ids``, and behind the token with which ``ended(tokens)`` holds for it. Raises ValueError for an empty
+    ``stop_ids``, and behind the token with which ``ended(tokens)`` holds for it. ``graphs``: on a GPU, decode by CUDA graphs where that is
+    possible (see :mod:`hipexp.hf.graphs`). Raises ValueError for an empty
     prompt, another number of ``sampling`` than of prompts, or a ``prefill_chunk_tok`` that cuts a query block, ConfigError for one that
     cuts a page of a lossy format, and FloatingPointError if the model's logits are not finite.
     """
@@ -80,7 +83,7 @@ def generate(
         check_chunks(installed.offload, installed.sizes.page_tok, prefill_chunk_tok)
     together = partial(
         _generate, loaded, max_new_tok=max_new_tok, prefill_chunk_tok=prefill_chunk_tok, stop_ids=set(stop_ids), not_first=not_first,
-        progress=progress, installed=installed, ended=ended,
+        progress=progress, installed=installed, ended=ended, graphs=graphs,
     )  # fmt: skip
     each = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
     if len(each) != len(prompts):
@@ -111,6 +114,7 @@ def _generate(
     progress: Callable[[int], None] | None,
     installed: Installed | None,
     ended: Ended,
+    graphs: bool,
 ) -> list[Generation]:
     choosers = [Chooser(one) for one in sampling]
     memory = PeakMemory()
@@ -129,7 +133,7 @@ def _generate(
             started = time.perf_counter()
             last.append(read(loaded.model, caches[-1], prompt, prefill_chunk_tok, progress, not_first, chooser))
             result.prefill_ms = (time.perf_counter() - started) * 1e3
-        decode(loaded.model, caches, last, out, max_new_tok, stop_ids, choosers, ended)
+        decode(loaded.model, caches, last, out, max_new_tok, stop_ids, choosers, ended, installed if graphs else None)
         for result, cache in zip(out, caches, strict=True):
             result.peak_bytes, result.cache_bytes, result.traffic = memory.peak(), cache.bytes, cache.traffic
             result.exact = cache.pruned_blocks == 0
@@ -198,7 +202,8 @@ def _steps(
 
     def step(begin: int, end: int) -> int:
         choosers = [chooser] if chooser and end == len(prompt) else []
-        return _step(model, cache, ids[:, begin:end], torch.arange(begin, end, device=ids.device)[None], choosers, not_first)[0]
+        logits = _logits(model, cache, ids[:, begin:end], torch.arange(begin, end, device=ids.device)[None])
+        return _chosen(logits, end - 1, choosers, not_first)[0]
 
     cuts = [(begin, min(begin + chunk_tok, len(prompt))) for begin in range(0, len(prompt), chunk_tok)]
     return [(partial(step, begin, end), end - begin) for begin, end in cuts]
@@ -213,38 +218,57 @@ def decode(
     stop_ids: set[int],
     choosers: Sequence[Chooser] = (),
     ended: Ended = never,
+    installed: Installed | None = None,
 ) -> None:
-    """Extend every sequence, whose first new token is ``last[i]``, until it stops; fills ``tokens``, ``decode_ms``, ``stopped``."""
-    live, device = list(range(len(out))), input_device(model)
+    """Extend every sequence, whose first new token is ``last[i]``, until it stops; fills ``tokens``, ``decode_ms``, ``stopped``.
+
+    ``installed``: what the model was given, where its steps may be CUDA graphs.
+    """
+    live, graphed = list(range(len(out))), None
     for _ in range(max_new_tok):
         for i in live:
             out[i].stopped = last[i] in stop_ids
             if not out[i].stopped:
                 out[i].tokens.append(last[i])
                 out[i].stopped = ended(out[i].tokens)
-        live = [i for i in live if not out[i].stopped and len(out[i].tokens) < max_new_tok]
+        before, live = live, [i for i in live if not out[i].stopped and len(out[i].tokens) < max_new_tok]
         if not live:
             return
         started = time.perf_counter()
-        ids = torch.tensor([[last[i]] for i in live], device=device)
-        positions = torch.tensor([[caches[i].get_seq_length()] for i in live], device=device)
-        with SequenceCache.of([caches[i] for i in live]) as cache:
-            for i, token in zip(live, _step(model, cache, ids, positions, [choosers[i] for i in live if choosers]), strict=True):
-                last[i] = token
+        mine, tokens = [caches[i] for i in live], [last[i] for i in live]
+        if graphed is None or live != before:
+            graphed = GraphedSteps.of(model, installed, mine)
+        logits = graphed.logits(tokens) if graphed else _step(model, mine, tokens)
+        chosen = _chosen(logits, mine[0].get_seq_length() - 1, [choosers[i] for i in live if choosers])
+        for i, token in zip(live, chosen, strict=True):
+            last[i] = token
         elapsed = (time.perf_counter() - started) * 1e3
         for i in live:
             out[i].decode_ms.append(elapsed)
 
 
-def _step(
-    model: PreTrainedModel, cache: SequenceCache, ids: Tensor, positions: Tensor, choosers: Sequence[Chooser], banned: Collection[int] = ()
-) -> list[int]:
-    """One forward pass; the next token of every row, none of ``banned``. No ``choosers``: the most likely ones."""
-    logits = model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-    if not bool(torch.isfinite(logits).all()):
-        raise FloatingPointError(f"the model's logits are not finite at position {int(positions[0, -1])}; no token can be chosen from them")
+def _step(model: PreTrainedModel, caches: list[SequenceCache], tokens: list[int]) -> Tensor:
+    """The logits ``[B, V]`` behind the next token of every sequence."""
+    device = input_device(model)
+    ids = torch.tensor(tokens, device=device)[:, None]
+    positions = torch.tensor([cache.get_seq_length() for cache in caches], device=device)[:, None]
+    with SequenceCache.of(caches) as cache:
+        return _logits(model, cache, ids, positions)
+
+
+def _logits(model: PreTrainedModel, cache: SequenceCache, ids: Tensor, positions: Tensor) -> Tensor:
+    """One forward pass; the logits ``[B, V]`` behind the last token of every row."""
+    return model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+
+
+def _chosen(logits: Tensor, position: int, choosers: Sequence[Chooser], banned: Collection[int] = ()) -> list[int]:
+    """The next token of every row, none of ``banned``; no ``choosers``: the most likely ones. ``position``: where an error would be."""
+    finite = torch.isfinite(logits).all(-1)
     if banned:
         logits[:, list(banned)] = float("-inf")
+    found, good = torch.stack([logits.argmax(-1), finite.long()]).tolist()  # the host waits once
+    if not all(good):
+        raise FloatingPointError(f"the model's logits are not finite at position {position}; no token can be chosen from them")
     if all(chooser.sampling.temperature == 0 for chooser in choosers):
-        return logits.argmax(-1).tolist()
+        return found
     return [chooser.choose(row) for chooser, row in zip(choosers, logits, strict=True)]

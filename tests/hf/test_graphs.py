@@ -1,0 +1,182 @@
+"""Decode steps that are recorded once and replayed: as CUDA graphs on a GPU, else by a recorder of what a graph would hold."""
+
+import dataclasses
+from importlib import import_module
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hipexp.config.schema import Heads, Representative
+from hipexp.hf import generate, install
+from hipexp.hf.graphs import GraphedSteps, record_cuda
+from hipexp.hf.sampling import Sampling
+from triton_device import DEVICE, ON_GPU
+
+KERNELS = ("attend_blocks", "keep_top", "score_chunks", "summarize")
+NO_WORK = ("empty", "new_empty", "detach", "alias")
+WAITS = ("item", "_local_scalar_dense", "nonzero", "lift_fresh", "unique", "masked_select", "_to_copy")  # for the device, or brings things there
+
+
+class Recorder(TorchDispatchMode):
+    """What a CUDA graph would hold: every operation with the memory it read and wrote; one of hipexp's kernels counts as one."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.inside = [], False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, func.overloadpacket.__name__
+        out = func(*args, **kwargs)
+        if self.inside or func.is_view or name.startswith(NO_WORK):
+            return out
+        if name.startswith(WAITS) or not isinstance(out, (torch.Tensor, tuple, list)):
+            raise RuntimeError(f"{name} cannot be recorded")
+        return self.keep(func, args, kwargs, out)
+
+    def keep(self, call, args, kwargs, out):
+        """Note a call, to be made again with what it put out where that is now."""
+
+        def again():
+            found = call(*args, **kwargs)
+            for old, new in zip(*((x if isinstance(x, (tuple, list)) else [x]) for x in (out, found)), strict=True):
+                if old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+        self.calls.append(again)
+        return out
+
+
+class Record:
+    """Records and replays on a CPU, and counts both."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.graphs, self.replays = None, 0, 0
+        for op in KERNELS:
+            monkeypatch.setattr(import_module(f"hipexp_kernels.{op}"), "choose", lambda _, known, device=None: self.kernel(known["vectorized"]))
+
+    def kernel(self, run):
+        """One of ours, which on a CPU may look at numbers; on a GPU its like would not."""
+
+        def called(*args, **kwargs):
+            if "held" in kwargs:
+                kwargs["held"] = None
+            if self.now is None:
+                return run(*args, **kwargs)
+            self.now.inside = True
+            out = run(*args, **kwargs)
+            self.now.inside = False
+            return self.now.keep(run, args, kwargs, out)
+
+        return called
+
+    def __call__(self, run):
+        self.now = recorder = Recorder()
+        try:
+            with recorder:
+                out = run()
+        finally:
+            self.now = None
+        self.graphs += 1
+
+        def replay():
+            self.replays += 1
+            for call in recorder.calls:
+                call()
+
+        return out, replay
+
+
+@pytest.fixture
+def record(monkeypatch):
+    return record_cuda if ON_GPU else Record(monkeypatch)
+
+
+@pytest.fixture
+def model(loaded):
+    """The tiny model where Triton runs."""
+    yield dataclasses.replace(loaded, model=loaded.model.to(DEVICE))
+    loaded.model.cpu()
+
+
+@pytest.fixture
+def by_graphs(monkeypatch, record):
+    """``run(…, graphs)``: generate with graphs or without; room behind the tokens so far holds numbers that nobody may use."""
+    from hipexp.cache.resident import ResidentStore
+
+    of, reserve = GraphedSteps.of, ResidentStore.reserve
+
+    def ruined(self, tokens, like):
+        reserve(self, tokens, like)
+        for room in self.room:
+            room[:, self.length :] = float("nan")
+
+    monkeypatch.setattr(ResidentStore, "reserve", ruined)
+    monkeypatch.setattr(GraphedSteps, "of", lambda model, installed, caches: of(model, installed, caches, record))
+
+    def run(model, pipeline, prompts, graphs, n=40, **more):
+        with install(model.model, pipeline) as installed:
+            made = generate(model, prompts, max_new_tok=n, prefill_chunk_tok=512, installed=installed, graphs=graphs, **more)
+            return [(one.tokens, one.exact) for one in made], installed.pruned_blocks
+
+    return run
+
+
+def plus(pipeline):
+    """As ``3stage_plus`` does it: landmarks, a list for each head, layers that refresh in turns."""
+    first, second, third = pipeline.stages
+    stages = [
+        dataclasses.replace(first, representative=Representative.bounds, refresh_steps=8),
+        dataclasses.replace(second, representative=Representative.bounds, refresh_steps=4),
+        dataclasses.replace(third, representative=Representative.exact, refresh_steps=2),
+    ]
+    return dataclasses.replace(pipeline, stages=stages, heads=Heads.per_kv, staggered_refresh=True)
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("change", [lambda p: p, plus], ids=["3stage", "3stage_plus"])
+def test_graphs_give_the_same_tokens(model, pipeline, tokens, by_graphs, record, change):
+    """Lists that stay and lists made anew, landmarks of pieces that are completed meanwhile, keys written where the device says."""
+    prompts = [tokens[:700]]
+    expected = by_graphs(model, change(pipeline), prompts, False)
+    assert by_graphs(model, change(pipeline), prompts, True) == expected
+    if not ON_GPU:
+        assert record.graphs > 1 and record.replays > 15 + record.graphs
+
+
+@pytest.mark.device
+def test_sequences_of_a_batch_have_graphs_together(model, pipeline, tokens, by_graphs, record):
+    """Until one of them stops: then the others have graphs of their own. Chosen by chance, each has its own luck."""
+    prompts, sampling = [tokens[:700], tokens[3:1000]], [Sampling(temperature=1.0, seed=1), Sampling(temperature=1.0, seed=2)]
+    first = by_graphs(model, plus(pipeline), prompts, False, sampling=sampling)[0][0][0][0]
+    more = dict(sampling=sampling, ended=lambda made: len(made) == 25 and made[0] == first)
+    expected = by_graphs(model, plus(pipeline), prompts, False, **more)
+    assert [len(made) for made, _ in expected[0]] == [25, 40]
+    assert by_graphs(model, plus(pipeline), prompts, True, **more) == expected
+    if not ON_GPU:
+        assert record.replays > 20
+
+
+@pytest.mark.device
+def test_a_sequence_is_recorded_once_it_is_pruned(model, pipeline, tokens, by_graphs, record):
+    expected = by_graphs(model, pipeline, [tokens[:260]], False)
+    assert by_graphs(model, pipeline, [tokens[:260]], True) == expected
+    assert not expected[0][0][1]
+    if not ON_GPU:
+        graphs = record.graphs
+        assert graphs > 0
+        assert by_graphs(model, pipeline, [tokens[:100]], True)[0][0][1]
+        assert record.graphs == graphs
+
+
+def test_a_step_that_cannot_be_recorded_runs_as_it_is(loaded, pipeline, tokens, by_graphs, record, monkeypatch, caplog):
+    expected = by_graphs(loaded, pipeline, [tokens[:700]], False)
+    monkeypatch.setattr(loaded.model.model.norm, "forward", lambda x, forward=loaded.model.model.norm.forward: forward(x) + float(x[0, 0, 0] * 0))
+    found = by_graphs(loaded, pipeline, [tokens[:700]], True)
+    assert found == expected and "without CUDA graphs: item" in caplog.text
+
+
+def test_without_a_gpu_nothing_is_recorded(loaded, pipeline):
+    with install(loaded.model, pipeline) as installed:
+        assert GraphedSteps.of(loaded.model, installed, []) is None
+        assert GraphedSteps.of(loaded.model, None, []) is None
