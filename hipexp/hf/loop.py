@@ -21,6 +21,7 @@ from hipexp.hf.kinds import layer_kinds
 from hipexp.hf.layer_major import run_layer_major
 from hipexp.hf.load import Loaded
 from hipexp.hf.memory import PeakMemory
+from hipexp.hf.parallel import agreed, processes_of
 from hipexp.hf.sampling import GREEDY, Chooser, Sampling
 
 Ended = Callable[[list[int]], bool]
@@ -239,12 +240,18 @@ def decode(
 def _step(
     model: PreTrainedModel, cache: SequenceCache, ids: Tensor, positions: Tensor, choosers: Sequence[Chooser], banned: Collection[int] = ()
 ) -> list[int]:
-    """One forward pass; the next token of every row, none of ``banned``. No ``choosers``: the most likely ones."""
+    """One forward pass; the next token of every row, none of ``banned``. No ``choosers``: the most likely ones.
+
+    Processes that share the model all take what the first of them chose.
+    """
     logits = model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
     if not bool(torch.isfinite(logits).all()):
         raise FloatingPointError(f"the model's logits are not finite at position {int(positions[0, -1])}; no token can be chosen from them")
     if banned:
         logits[:, list(banned)] = float("-inf")
     if all(chooser.sampling.temperature == 0 for chooser in choosers):
-        return logits.argmax(-1).tolist()
-    return [chooser.choose(row) for chooser, row in zip(choosers, logits, strict=True)]
+        chosen = logits.argmax(-1)
+    else:
+        drawn = [chooser.choose(row) for chooser, row in zip(choosers, logits, strict=True)]
+        chosen = torch.tensor(drawn, device=logits.device)
+    return agreed(chosen, processes_of(model)).tolist()
