@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def best_of_heads(scores: Tensor, processes: ProcessGroup | None) -> Tensor:
-    """The best of ``scores`` ``[K, ..]`` over the heads of all processes ``[1, ..]``, to the same bits on each; None: ``scores`` as they are.
+    """The best of ``scores`` ``[K, ..]`` over the heads of all processes ``[1, ..]``, to the same bits on each; None: as they are.
 
     A score that is not a number, which a maximum may lose on its way, counts as the best.
     """

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.distributed import DistributedConfig
 
 from hipexp.config.model import files_of, model_folder
-from hipexp.config.processes import check_started
+from hipexp.config.processes import check_started, started
 from hipexp.config.schema import ConfigError, Model, spans
 from hipexp.hf.kinds import LayerKind, decoder_of, kept_layers, layer_kinds
 from hipexp.hf.parallel import check_plan, note_of
@@ -56,7 +56,7 @@ def load(config: Model) -> Loaded:
     spread: dict[str, Any] = {"device_map": config.device_map} if config.device_map else {}
     if config.tp_plan:
         check_plan(built, config.path)
-        spread = {"distributed_config": DistributedConfig(tp_plan=config.tp_plan)}
+        spread = {"distributed_config": DistributedConfig(tp_size=started().count, tp_plan=config.tp_plan)}
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source, config=built, dtype=dtype, attn_implementation=attention, **spread, **hub
