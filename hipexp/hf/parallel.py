@@ -43,6 +43,11 @@ def join() -> ProcessGroup:
     return dist.new_group(backend="gloo", timeout=WAITING)
 
 
+def leave() -> None:
+    """The processes have done what they were to do."""
+    dist.destroy_process_group()
+
+
 def processes_of(model: PreTrainedModel) -> ProcessGroup | None:
     """The processes over which a model is split; None: it is whole here."""
     config, mesh = getattr(model.config, "distributed_config", None), getattr(model, "_device_mesh", None)
@@ -119,6 +124,11 @@ def anywhere(holds: bool, processes: ProcessGroup | None, device: torch.device) 
     found = torch.tensor(int(holds), device=device)
     dist.all_reduce(found, dist.ReduceOp.MAX, group=processes)
     return bool(found)
+
+
+def lost(error: RuntimeError) -> bool:
+    """Whether an error says that another process cannot be reached."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def told(what: Any, group: ProcessGroup) -> Any:
