@@ -176,8 +176,8 @@ def _run_sweep(overrides: list[str]) -> int:
 def _check_one_process(words: list[str], what: str) -> None:
     """Refuse to split a model over processes where each of them would do everything; raises ConfigError."""
     for word in words:
-        key, _, value = word.lstrip("+").partition("=")
-        if key == "model.tp_plan" and value != "null":
+        word = word.lstrip("+").replace("'", "")
+        if word.startswith("model.tp_plan=") and word != "model.tp_plan=null":
             raise ConfigError(f"{word} is for one experiment point (torchrun … -m hipexp key=value …), not for {what}; leave it out")
 
 

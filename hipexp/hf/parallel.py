@@ -95,7 +95,7 @@ def check_heads(config: PreTrainedConfig, count: int) -> None:
         fits = [str(n) for n in range(2, most + 1) if most % n == 0]
         repair = f"use {' or '.join(fits)} (torchrun --nproc-per-node {fits[-1]})" if fits else "use model.device_map=auto instead"
         raise ConfigError(
-            f"tp_plan: {count} processes must each have as many of the {heads} heads and {kv_heads} key/value heads of model type "
+            f"tp_plan=auto: {count} processes must each have as many of the {heads} heads and {kv_heads} key/value heads of model type "
             f"{config.model_type!r}, and {count} divides not both; {repair}"
         )
 

@@ -61,8 +61,8 @@ def run_point(experiment: Experiment, overrides: Sequence[str] | None = None) ->
 
     The last line on stdout is the folder, progress goes to stderr. ``overrides`` are those of the command line, for the hint
     how to get the dense result (without them there is none). Raises ``ConfigError`` and ``DataMissing`` for bad input, ``Interrupted``
-    when stopped, ``RunFailed`` and whatever else went wrong after recording it in ``status.json``. Of several processes that share the model
-    the first does all that, and the others compute with it.
+    when stopped, ``RunFailed`` and whatever else went wrong after recording it in ``status.json``. Of processes that share the model the
+    first does all that, and the others compute with it.
     """
     with team_of(experiment.model) as team:
         if not team.leads:
@@ -143,7 +143,7 @@ def execute(experiment: Experiment, load: Load | None = None, say: Say = quiet, 
     """
     key, folder = key_of(experiment), folder_of(experiment)
     if team is ALONE and experiment.model.tp_plan is not None:
-        raise ConfigError(f"model.tp_plan={experiment.model.tp_plan} is for one experiment point at a time, as in {ONE_POINT}; leave it out")
+        raise ConfigError(f"model.tp_plan={experiment.model.tp_plan} is for one point at a time, as in {ONE_POINT}; leave it out")
     if is_done(folder, key):
         team.share(None)
         if experiment.model.base_url is not None:
@@ -503,8 +503,8 @@ def token_bar(total: int) -> Iterator[TokenBar]:
     """A progress bar on stderr; where that is no terminal, a line every ten seconds. Of several processes the first has one."""
     from tqdm import tqdm
 
-    every, leads = 0.2 if sys.stderr.isatty() else 10.0, started().number == 0
-    with tqdm(total=total, unit="tok", unit_scale=True, file=sys.stderr, mininterval=every, leave=False, disable=not (total and leads)) as bar:
+    every, leads = 0.2 if sys.stderr.isatty() else 10.0, total > 0 and started().number == 0
+    with tqdm(total=total, unit="tok", unit_scale=True, file=sys.stderr, mininterval=every, leave=False, disable=not leads) as bar:
         yield TokenBar(bar)
 
 

@@ -20,7 +20,7 @@ from hipexp.run.ledger import RunFailed
 class Team:
     """The processes of a run; ``group``: how they talk, None for one alone."""
 
-    processes: Processes = Processes()
+    processes: Processes
     group: Any = None
 
     @property
@@ -48,17 +48,17 @@ class Team:
             if self.group is None or not parallel.lost(error):
                 raise
             raise RunFailed(
-                f"another of the {self.processes.count} processes ended or does not answer, and the reason is what it says itself; finished "
-                f"samples are kept ({str(error).splitlines()[0]})"
+                f"another of the {self.processes.count} processes ended or does not answer, and the reason is what it says itself; "
+                f"finished samples are kept ({str(error).splitlines()[0]})"
             ) from error
 
 
-ALONE = Team()
+ALONE = Team(Processes())
 
 
 @contextmanager
 def team_of(model: Model) -> Iterator[Team]:
-    """The processes that a run with this model has. Raises ``ConfigError`` where a model is to be split, and torchrun started one or none."""
+    """The processes that a run with this model has. Raises ``ConfigError`` where it is to be split and there is only one."""
     check_started(model)
     if model.tp_plan is None:
         yield ALONE
