@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 import hipexp
-from hipexp.config.schema import ConfigError, Heads, Model, Offload, Pipeline
+from hipexp.config.schema import ConfigError, Heads, Model, Offload, Pipeline, Representative
 from hipexp.hf import generate, install, load, parallel, selfcheck
 from hipexp.hf.families import FAMILIES, Family
 from hipexp.hf.sampling import Sampling
@@ -20,7 +20,9 @@ from hipexp.run.models_table import pruning, tokens_of
 
 MODELS = {
     "heads of their own": Family("LlamaConfig", {"num_attention_heads": 8, "num_key_value_heads": 8, "num_hidden_layers": 2}),
-    "grouped": Family("LlamaConfig", {"num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 2, "max_position_embeddings": 128}),
+    "grouped": Family(
+        "LlamaConfig", {"num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 2, "max_position_embeddings": 128}
+    ),
     "sliding": FAMILIES["Gemma 3 (windows)"],
     "no heads split": FAMILIES["OLMo 2"],
 }
@@ -49,6 +51,11 @@ def pipelines(name):
     if name == "grouped":
         for method, params in METHODS.items():
             found[method] = Pipeline(method=method, params=params, sink_tok=16, window_tok=64)
+        found["staggered"] = dataclasses.replace(pruning(), staggered_refresh=True, late_refresh=True)
+        first, last = pruning().stages
+        found["by landmarks"] = dataclasses.replace(
+            pruning(), stages=[dataclasses.replace(first, representative=Representative.bounds), last]
+        )
         found["oracle, per_kv"] = dataclasses.replace(found["oracle"], heads=Heads.per_kv)
     return found
 

@@ -25,12 +25,17 @@ from split import METHODS, MODELS, everything, through_the_library
 ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 RUN = ["-m", "hipexp", "+pipeline=3stage", "model.tp_plan=auto", "task=passkey", "task.lengths_tok=[800]", "task.depths=[0.5]"]
-SMALL = [f"pipeline.stages.{i}.keep_tok={n}" for i, n in enumerate((256, 128, 64))] + ["pipeline.window_tok=256", "pipeline.layers.early.range=''"]
+SMALL = [f"pipeline.stages.{i}.keep_tok={n}" for i, n in enumerate((256, 128, 64))] + [
+    "pipeline.window_tok=256",
+    "pipeline.layers.early.range=''",
+]
 
 
 def torchrun(*words, **more):
     """Two processes, one thread each; what they printed."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{os.environ.get('PYTHONPATH', '')}"} | more
+    environment = (
+        os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{os.environ.get('PYTHONPATH', '')}"} | more
+    )
     return subprocess.run([*TORCHRUN, *map(str, words)], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240)
 
 
@@ -76,7 +81,9 @@ def test_every_method_is_tried():
 
 
 def test_what_cannot_be_split_is_refused(folder, tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match=r"model\.tp_plan=auto splits a model over processes, .* start them with `torchrun --nproc-per-node 2"):
+    with pytest.raises(
+        ConfigError, match=r"model\.tp_plan=auto splits a model over processes, .* start them with `torchrun --nproc-per-node 2"
+    ):
         load(Model(path=str(folder / "grouped"), tp_plan="auto"))
     with pytest.raises(ConfigError, match=r"3 processes must each have .* 6 heads and 2 .* use 2 \(torchrun --nproc-per-node 2\)"):
         check_heads(LlamaConfig(hidden_size=96, num_attention_heads=6, num_key_value_heads=2), 3)
