@@ -114,6 +114,7 @@ def _run_command(name: str, words: list[str]) -> int:
         from hipexp.config.convert import unknown
 
         raise unknown(f"command {name}", name, COMMANDS)
+    _check_one_process(words, f"the command {name}")
     if {"-h", "--help"} & set(words):
         print(f"python -m hipexp {name}: {COMMANDS[name][1]}")
         return DONE
@@ -143,6 +144,7 @@ def _run_point(experiment: Experiment, words: list[str]) -> int:
 
 def _run_sweep(overrides: list[str]) -> int:
     """Check all points, then run them through Hydra's launcher: a point that fails does not stop the others."""
+    _check_one_process(overrides, "a sweep (-m)")
     from hipexp.config import compose
     from hipexp.config.overrides import is_hydra
     from hipexp.run.point import check_point
@@ -171,6 +173,14 @@ def _run_sweep(overrides: list[str]) -> int:
     return DONE if all(map(stored, points)) else FAILED
 
 
+def _check_one_process(words: list[str], what: str) -> None:
+    """Refuse to split a model over processes where each of them would do everything; raises ConfigError."""
+    for word in words:
+        word = word.lstrip("+").replace("'", "")
+        if word.startswith("model.tp_plan=") and word != "model.tp_plan=null":
+            raise ConfigError(f"{word} is for one experiment point (torchrun … -m hipexp key=value …), not for {what}; leave it out")
+
+
 def _explain(error: Exception) -> int:
     """Say what went wrong; only a defect of ours deserves a traceback. Returns the exit code."""
     kind = type(error).__name__
@@ -187,5 +197,9 @@ def _explain(error: Exception) -> int:
 
 
 def _complain(message: str, code: int) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    from hipexp.config.processes import started
+
+    mine = started()
+    which = f" (process {mine.number} of {mine.count})" if mine.number else ""
+    print(f"error{which}: " + " ".join(message.split()), file=sys.stderr)
     return code

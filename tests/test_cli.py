@@ -149,6 +149,18 @@ def test_an_unknown_part_of_hydra_is_one_line(points, capsys, word):
     assert capsys.readouterr().err == f"error: In 'hydra/config': Could not find '{word.replace('=', '/')}'\n" and not points
 
 
+@pytest.mark.parametrize(("words", "what"), [(["-m", "model.tp_plan=auto", "seed=0,1"], "a sweep (-m)"), (["methods", "model.tp_plan=auto"], "the command methods")])
+def test_a_model_is_split_over_processes_for_one_point_only(words, what, capsys):
+    assert cli.main(words) == 2
+    said = f"error: model.tp_plan=auto is for one experiment point (torchrun … -m hipexp key=value …), not for {what}; leave it out\n"
+    assert capsys.readouterr().err == said
+
+
+def test_a_model_is_not_split_over_one_process(capsys):
+    assert cli.main(["model.tp_plan=auto", "task=passkey", "task.lengths_tok=[512]"]) == 2
+    assert "there must be two or more, but this is the only one; start them with `torchrun" in capsys.readouterr().err
+
+
 def test_a_pattern_in_a_sweep(points):
     assert cli.main(["-m", "pipeline=glob(3stage_*)", *MODEL]) == 0
     assert [experiment.pipeline.name for experiment, _ in points] == ["3stage_fast", "3stage_flash", "3stage_long", "3stage_plus", "3stage_scan"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from hipexp_kernels import attend_blocks
@@ -23,6 +23,9 @@ from hipexp.attention.selection import Selection
 from hipexp.cache.traces import ATTEND
 from hipexp.config.schema import AttendRope, LayerPlan
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 
 @dataclass
 class LayerAttention:
@@ -30,7 +33,7 @@ class LayerAttention:
 
     ``tables`` None: the layer has no RoPE. ``softcap``: as in Gemma-2. ``everything``: attend to all keys, whatever the plan says.
     ``pruned_blocks`` counts the query blocks (of a :class:`DenseMethod` the queries) whose attention was not the dense one. ``listener`` is
-    told what is read; None costs nothing.
+    told what is read; None costs nothing. ``processes``: those that have the layer's other heads; None: all are here.
     Raises ConfigError as ``make_method``.
     """
 
@@ -41,6 +44,7 @@ class LayerAttention:
     pruned_blocks: int = 0
     listener: Listener | None = None
     everything: bool = False
+    processes: ProcessGroup | None = None
     method: Method = field(init=False)
 
     def __post_init__(self) -> None:
@@ -96,7 +100,7 @@ class LayerAttention:
         n_exact = 0 if step and exact_tok < EVERYTHING else attended.within(exact_tok)  # a selection that is not needed costs little
         tables = self.tables or no_rope(q.device)
         own = {} if shared is None else shared
-        call = Call(queries, k, tables, self.scale, memory is not None, memory, state, own, self.listener, self.softcap)
+        call = Call(queries, k, tables, self.scale, memory is not None, memory, state, own, self.listener, self.softcap, self.processes)
         method.observe(call)
         selection = self._select(method, call, attended, n_exact)
         if self.listener:

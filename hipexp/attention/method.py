@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hipexp_kernels.paged import KV
 from torch import Tensor
@@ -17,6 +17,9 @@ from hipexp.attention.refresh import Memory
 from hipexp.attention.rope import RopeTables
 from hipexp.attention.selection import Selection
 from hipexp.config.schema import ConfigError, LayerPlan
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 EVERYTHING = 1 << 62  # no sequence is as long
 QUERY_BLOCK_TOK = 64
@@ -50,7 +53,8 @@ class Call:
     ``decoding``: a decode step, one block of one query. ``memory``: what decode steps before it selected; in prefill None, or where lists
     of every stage are left for who wants them. ``state``: what :meth:`Method.new_state` made for this sequence and layer, or for this call
     alone. ``shared``: a dictionary that all layers of the sequence share. ``softcap``: bound of the model's logits, for methods that sum
-    attention; it changes no order of one head's keys.
+    attention; it changes no order of one head's keys. ``processes``: those that have the other heads of the layer, for methods whose heads
+    choose together (see :mod:`hipexp.attention.across`); None: all heads are here.
     """
 
     queries: QueryBlocks
@@ -63,6 +67,7 @@ class Call:
     shared: dict[Any, Any] = field(default_factory=dict)
     listener: Listener | None = None
     softcap: float | None = None
+    processes: ProcessGroup | None = None
 
 
 @dataclass
@@ -73,6 +78,7 @@ class Method(ABC):
     it reads keys and values only where it says so, so that they can lie elsewhere. ``captures``: whether its decode steps can be captured
     in a CUDA graph. ``linear``: whether reading a prompt takes little more than time in proportion to it. ``budgets``: parameters that say
     how much is kept. ``remembers``: it needs what it noted of all tokens before, and cannot make that again from their keys.
+    ``splits``: whether a process may have some of a layer's heads only; each then chooses for itself, or all through ``Call.processes``.
     """
 
     plan: LayerPlan
@@ -83,6 +89,7 @@ class Method(ABC):
     linear: ClassVar[bool] = False
     budgets: ClassVar[tuple[str, ...]] = ()
     remembers: ClassVar[bool] = False
+    splits: ClassVar[bool] = False
 
     def check(self) -> None:
         """Raise ConfigError for parameters that break a rule of the method; each by itself has its type already. Most have no such rule."""

@@ -60,7 +60,7 @@ TRACKERS = ("local", "wandb")
 BY_TRUE_POSITION = (PruneRope.dynamic, PruneRope.self_extend, PruneRope.native)
 PROMPTS = ("auto", "tokens", "text", "chat")
 SERVED = ("tokenizer", "prompt", "server", "concurrent", "timeout_s")  # fields of ``Model`` that a loaded one does not use
-LOADED = ("dtype", "device_map", "prefill_chunk_tok")  # and a served one
+LOADED = ("dtype", "device_map", "tp_plan", "prefill_chunk_tok")  # and a served one
 TRACK_MODES = ("offline", "online", "auto", "disabled")
 
 Key = Callable[[int, str], str]  # (stage number, field) -> the key that set it
@@ -77,6 +77,8 @@ def check_experiment(experiment: Experiment) -> None:
     _check_task(experiment.task)
     if experiment.model.base_url is not None:
         _check_served(experiment)
+    if experiment.model.tp_plan is not None:
+        _check_split(experiment)
     if experiment.offload.on:
         _check_offloaded(experiment)
     if experiment.pipeline is None and experiment.task.dense_max_tok is not None:
@@ -190,6 +192,22 @@ def _check_offloaded(experiment: Experiment) -> None:
         raise ConfigError(
             f"{name} must have a pipeline that reads few keys, and pipeline.method={experiment.pipeline.method} looks at all of them; "
             f"choose one with pipeline.method={' or '.join(OFFLOADING)}, or use offload=none"
+        )
+
+
+def _check_split(experiment: Experiment) -> None:
+    """Refuse to split a model over processes where it is spread otherwise, or where one process has to have all heads."""
+    model, task = experiment.model, experiment.task
+    name = f"model.tp_plan={model.tp_plan}"
+    _one_of("model.tp_plan", str(model.tp_plan), ("auto",))
+    if model.device_map is not None:
+        raise ConfigError(f"{name} must not stand beside model.device_map={model.device_map}: each puts weights elsewhere; leave one out")
+    if task.geometry is not None:
+        raise ConfigError(f"{name} is for a model, and task.geometry={task.geometry} is attention alone, in one process; leave it out")
+    if task.name == "recall":
+        raise ConfigError(
+            f"{name} must not stand beside task=recall, which measures all heads, and each process would have some; leave it out, or use "
+            "model.device_map=auto"
         )
 
 

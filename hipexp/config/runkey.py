@@ -13,7 +13,9 @@ from hipexp.config.schema import Experiment, Offload
 # Raise it whenever the same experiment can get another score: stored results are then no longer taken for an answer.
 RESULT_VERSION = 3
 # Where the model came from and how it is asked; what it is, is said by ``model_revision``.
-MODEL_SOURCE = ("path", "name", "revision", "device_map", "base_url", "tokenizer", "prompt", "server", "concurrent", "timeout_s")
+MODEL_SOURCE = (
+    *("path", "name", "revision", "device_map", "tp_plan", "base_url", "tokenizer", "prompt", "server", "concurrent", "timeout_s"),
+)
 
 
 def run_key(experiment: Experiment, *, model_revision: str, extra: dict[str, Any]) -> str:

@@ -276,6 +276,8 @@ class Model:
     ``dtype``             ``float32``, ``float16``, ``bfloat16`` or ``auto``
     ``device_map``        how accelerate spreads the weights: ``auto``, ``balanced``, ``sequential``, or a device such as ``cuda:1``;
                           None: the GPU if there is one
+    ``tp_plan``           ``auto``: each process that torchrun started has a part of every layer, as transformers plans it for the class;
+                          None: one process has the model
     ``prefill_chunk_tok`` tokens given to the model at once during prefill
     ``trained_tok``       trained length; None takes ``max_position_embeddings`` from the model's ``config.json``
     ``base_url``          of an OpenAI-compatible server, as in ``http://localhost:8000/v1``; None loads the model here. The rest is for it:
@@ -291,6 +293,7 @@ class Model:
     revision: str | None = None
     dtype: str = "auto"
     device_map: str | None = None
+    tp_plan: str | None = None
     prefill_chunk_tok: int = 8192
     trained_tok: int | None = None
     base_url: str | None = None

@@ -22,6 +22,7 @@ from hipexp.attention.method import EVERYTHING, SelectingMethod
 from hipexp.cache.resident import ResidentStore
 from hipexp.cache.summaries import KeySummaries
 from hipexp.hf.cache import SequenceCache, SequenceState
+from hipexp.hf.parallel import processes_of
 
 if TYPE_CHECKING:
     from hipexp.hf.install import Installed
@@ -93,10 +94,12 @@ class GraphedSteps:
     ) -> GraphedSteps | None:
         """Such steps, by CUDA graphs unless ``record`` is given; None where they cannot be recorded, or cannot yet.
 
-        That is: on another device or several, with offload, for layers without the pipeline, for methods and schedules that do not
-        allow it, and while a sequence is so short that its layers see everything.
+        That is: on another device or several, shared with other processes, with offload, for layers without the pipeline, for methods and
+        schedules that do not allow it, and while a sequence is so short that its layers see everything.
         """
-        if installed is None or len(installed.layers) < len(installed.kinds) or installed.sizes or len(set(installed.devices.values())) > 1:
+        if installed is None or processes_of(model) or len(installed.layers) < len(installed.kinds):
+            return None
+        if installed.sizes or len(set(installed.devices.values())) > 1:
             return None
         if record is None and next(iter(installed.devices.values())).type != "cuda":
             return None

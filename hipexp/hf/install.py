@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +33,13 @@ from hipexp.hf.dense import attend_dense
 from hipexp.hf.devices import device_of
 from hipexp.hf.kinds import LayerKind, check_some_attached, decoder_of, layer_kinds
 from hipexp.hf.own import OwnAttention, left_padding
+from hipexp.hf.parallel import sharing_heads
 from hipexp.hf.rotary import Rotary, check_fixed, turn_by_nothing, turned_layers
 from hipexp.hf.selfcheck import same_as_before
 from hipexp.hf.window import check_transformers
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 NAME = "hipexp_{}"  # in transformers' registries; every installation has its own
 _NUMBERS = itertools.count()
@@ -42,7 +47,10 @@ _NUMBERS = itertools.count()
 
 @dataclass
 class Installed:
-    """What :func:`install` put into a model: the attention of attached layers (none if the pipeline is None), every layer's kind."""
+    """What :func:`install` put into a model: the attention of attached layers (none if the pipeline is None), every layer's kind.
+
+    ``processes``: those that share the heads of its layers, and the bytes of ``sizes``; None: all are here.
+    """
 
     pipeline: Pipeline | None
     layers: dict[int, LayerAttention]
@@ -52,6 +60,7 @@ class Installed:
     offload: Offload
     sizes: Sizes | None
     placements: dict[int, Placement]
+    processes: ProcessGroup | None
 
     def new_sequence(self) -> NewStore:
         """What makes the stores of a new sequence, layer by layer; those of a sliding window keep what it sees."""
@@ -63,7 +72,7 @@ class Installed:
         if self.sizes is None:
             return resident
         folder, limit_tok = disk_folder(self.offload), self.sizes.disk_tok
-        limit_bytes = None if limit_tok is None else self.sizes.bytes_of(limit_tok)
+        limit_bytes = None if limit_tok is None else self.sizes.bytes_of(limit_tok) // (self.processes.size() if self.processes else 1)
         disk = Disk(folder, limit_bytes) if folder else None
         ahead = ThreadPoolExecutor(1, "hipexp-ahead") if self.offload.prefetch else None
         return lambda layer: OffloadedStore(self.placements[layer], disk, ahead) if layer in self.placements else resident(layer)
@@ -93,14 +102,16 @@ def install(
     Attached layers keep raw keys in their cache: a hook hands them a rotation by nothing, and the pipeline rotates by its own
     positions. ``trained_tok`` is what position strategies take for the trained length (None: the config's
     ``max_position_embeddings``). ``offload``: where :func:`hipexp.hf.generate` keeps keys and values, once it is given the installation
-    (None: on the device). Raises ConfigError for a model whose decoder does not have the parts that this needs, that does
-    not compute the same under hipexp's attention where it should, or that has an installation already.
+    (None: on the device). Raises ConfigError for a model whose decoder does not have the parts that this needs, whose heads
+    do not divide by the processes that it is split over, that does not compute the same under hipexp's attention where it should, or that
+    has an installation already.
     """
     check_transformers()
     before = str(model.config._attn_implementation)
     if before.startswith(NAME.format("")):
         raise ConfigError(f"model type {model.config.model_type!r}: this model has a pipeline installed already; leave that context first")
     decoder, kinds, softcap = decoder_of(model), layer_kinds(model), _softcap(model)
+    processes = sharing_heads(model)
     if softcap and before == "sdpa":
         raise ConfigError(
             f"model type {model.config.model_type!r} caps its attention logits, which torch's own attention (sdpa) does not do; "
@@ -111,13 +122,13 @@ def install(
     trained_tok = trained_tok or model.config.get_text_config().max_position_embeddings
     rotary = Rotary(model, decoder, trained_tok)
     devices = {i: device_of(layer) for i, layer in enumerate(decoder.layers)}
-    layers = {} if pipeline is None else _layer_attentions(model, decoder, kinds, pipeline, rotary, devices)
+    layers = {} if pipeline is None else _layer_attentions(model, decoder, kinds, pipeline, rotary, devices, processes)
     own = OwnAttention(before)
     first = next(i for i, kind in enumerate(kinds) if kind.attends)
     checks = next((i for i, kind in enumerate(kinds) if not kind.keeps), None)  # whose cache tells which positions are due
     offload = offload or Offload()
     told, placements = _places(model, layers, offload)
-    installed = Installed(pipeline, layers, kinds, rotary, devices, offload, told, placements)
+    installed = Installed(pipeline, layers, kinds, rotary, devices, offload, told, placements, processes)
     loose: dict[int, dict] = defaultdict(dict)  # by row, what layers share in a pass without our cache
 
     def attend(
@@ -169,6 +180,7 @@ def _layer_attentions(
     pipeline: Pipeline,
     rotary: Rotary,
     devices: dict[int, torch.device],
+    processes: ProcessGroup | None,
 ) -> dict[int, LayerAttention]:
     check_fixed(model, decoder)
     turned, layers = turned_layers(model, decoder), {}
@@ -176,8 +188,13 @@ def _layer_attentions(
         if not kinds[plan.layer].keeps:
             own = rotary.tables(devices[plan.layer]) if plan.layer in turned else None
             scaling = decoder.layers[plan.layer].self_attn.scaling
-            layers[plan.layer] = LayerAttention(plan if own else _without_rope(plan), own, scaling, _softcap(model))
+            layers[plan.layer] = LayerAttention(plan if own else _without_rope(plan), own, scaling, _softcap(model), processes=processes)
     for i, layer in layers.items():
+        if processes is not None and not layer.method.splits:
+            raise ConfigError(
+                f"pipeline.method={pipeline.method} does not say that it works with some of the heads, and this model is split over "
+                f"{processes.size()} processes; leave model.tp_plan out, or see `splits` of hipexp.attention.method.Method"
+            )
         source = layer.method.takes_from if isinstance(layer.method, SelectingMethod) else None
         if source is not None and source not in layers:
             raise ConfigError(

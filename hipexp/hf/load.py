@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.distributed import DistributedConfig
 
 from hipexp.config.model import files_of, model_folder
+from hipexp.config.processes import check_started, started
 from hipexp.config.schema import ConfigError, Model, spans
 from hipexp.hf.kinds import LayerKind, decoder_of, kept_layers, layer_kinds
+from hipexp.hf.parallel import check_plan, note_of
 from hipexp.hf.rotary import original_tok, rope_type, turned_layers
 from hipexp.hf.window import check_transformers
 
@@ -33,11 +37,12 @@ class Loaded:
 
 
 def load(config: Model) -> Loaded:
-    """Load ``config.path`` in evaluation mode, on the GPU if there is one, or spread as ``config.device_map`` says.
+    """Load ``config.path`` in evaluation mode, on the GPU if there is one, spread as ``config.device_map`` says, or split over processes.
 
-    Raises ConfigError if a local folder has no ``config.json`` or the model cannot be attached, and what the hub raises.
+    Raises ConfigError if a local folder has no ``config.json`` or the model cannot be attached or split, and what the hub raises.
     """
     check_transformers()
+    check_started(config)
     source, hub = _source(config)
     dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     try:
@@ -48,13 +53,16 @@ def load(config: Model) -> Loaded:
     text = built.get_text_config()
     # torch's own attention does not cap logits; hipexp's replaces either
     attention = "eager" if getattr(text, "attn_logit_softcapping", None) else None
-    spread = {"device_map": config.device_map} if config.device_map else {}
+    spread: dict[str, Any] = {"device_map": config.device_map} if config.device_map else {}
+    if config.tp_plan:
+        check_plan(built, config.path)
+        spread = {"distributed_config": DistributedConfig(tp_size=started().count, tp_plan=config.tp_plan)}
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source, config=built, dtype=dtype, attn_implementation=attention, **spread, **hub
         ).eval()
     except (ValueError, ImportError, RuntimeError) as failure:
-        if not spread:
+        if config.device_map is None:
             raise
         raise ConfigError(f"model.device_map={config.device_map} is not possible here: {_first(failure)}") from failure
     if torch.cuda.is_available() and not spread:
@@ -89,7 +97,7 @@ def notes_of(model: PreTrainedModel, kinds: list[LayerKind]) -> list[str]:
         notes.append(f"layer{'s' if len(plain) > 1 else ''} {spans(plain)}: no RoPE")
     if rope_type(decoder) == "longrope":
         notes.append(f"RoPE of type longrope: long factors for prompts of more than {original_tok(model)} tokens, fixed for the request")
-    return notes
+    return notes + note_of(model)
 
 
 def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:

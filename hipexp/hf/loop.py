@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,11 @@ from hipexp.hf.kinds import layer_kinds
 from hipexp.hf.layer_major import run_layer_major
 from hipexp.hf.load import Loaded
 from hipexp.hf.memory import PeakMemory
+from hipexp.hf.parallel import agreed, processes_of
 from hipexp.hf.sampling import GREEDY, Chooser, Sampling
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Ended = Callable[[list[int]], bool]
 
@@ -203,7 +207,7 @@ def _steps(
     def step(begin: int, end: int) -> int:
         choosers = [chooser] if chooser and end == len(prompt) else []
         logits = _logits(model, cache, ids[:, begin:end], torch.arange(begin, end, device=ids.device)[None])
-        return _chosen(logits, end - 1, choosers, not_first)[0]
+        return _chosen(logits, end - 1, processes_of(model), choosers, not_first)[0]
 
     cuts = [(begin, min(begin + chunk_tok, len(prompt))) for begin in range(0, len(prompt), chunk_tok)]
     return [(partial(step, begin, end), end - begin) for begin, end in cuts]
@@ -224,7 +228,7 @@ def decode(
 
     ``installed``: what the model was given, where its steps may be CUDA graphs.
     """
-    live, graphed = list(range(len(out))), None
+    live, graphed, processes = list(range(len(out))), None, processes_of(model)
     for _ in range(max_new_tok):
         for i in live:
             out[i].stopped = last[i] in stop_ids
@@ -239,7 +243,7 @@ def decode(
         if graphed is None or live != before:
             graphed = GraphedSteps.of(model, installed, mine)
         logits = graphed.logits(tokens) if graphed else _step(model, mine, tokens)
-        chosen = _chosen(logits, mine[0].get_seq_length() - 1, [choosers[i] for i in live if choosers])
+        chosen = _chosen(logits, mine[0].get_seq_length() - 1, processes, [choosers[i] for i in live if choosers])
         for i, token in zip(live, chosen, strict=True):
             last[i] = token
         elapsed = (time.perf_counter() - started) * 1e3
@@ -261,14 +265,19 @@ def _logits(model: PreTrainedModel, cache: SequenceCache, ids: Tensor, positions
     return model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
 
-def _chosen(logits: Tensor, position: int, choosers: Sequence[Chooser], banned: Collection[int] = ()) -> list[int]:
-    """The next token of every row, none of ``banned``; no ``choosers``: the most likely ones. ``position``: where an error would be."""
+def _chosen(
+    logits: Tensor, position: int, processes: ProcessGroup | None, choosers: Sequence[Chooser], banned: Collection[int] = ()
+) -> list[int]:
+    """The next token of every row, none of ``banned``; no ``choosers``: the most likely ones. ``position``: where an error would be.
+
+    ``processes`` that share the model all take what the first of them chose.
+    """
     finite = torch.isfinite(logits).all(-1)
     if banned:
         logits[:, list(banned)] = float("-inf")
     found, good = torch.stack([logits.argmax(-1), finite.long()]).tolist()  # the host waits once
     if not all(good):
         raise FloatingPointError(f"the model's logits are not finite at position {position}; no token can be chosen from them")
-    if all(chooser.sampling.temperature == 0 for chooser in choosers):
-        return found
-    return [chooser.choose(row) for chooser, row in zip(choosers, logits, strict=True)]
+    if any(chooser.sampling.temperature > 0 for chooser in choosers):
+        found = [chooser.choose(row) for chooser, row in zip(choosers, logits, strict=True)]
+    return found if processes is None else agreed(torch.tensor(found, device=logits.device), processes).tolist()

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from hipexp.attention import LayerAttention
 from hipexp.config.schema import ConfigError
 from hipexp.hf.devices import input_device
+from hipexp.hf.parallel import anywhere, processes_of
 
 PROBE_TOK = 48
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # of the largest output
@@ -26,8 +27,8 @@ def same_as_before(model: PreTrainedModel, decoder: nn.Module, layers: Collectio
     """Run a short prompt, and hand out a check that runs it again: to be called once the attention is replaced.
 
     ``decoder``: the part of the model with ``layers``; ``layers``: their new attentions, none if all are dense. The check raises
-    ConfigError if the logits differ by more than rounding does, and names the first layer whose attention does. A model that passed is
-    not checked again.
+    ConfigError if the logits differ by more than rounding does, and names the first layer whose attention does; of a model split over
+    processes in all of them, if they do in one. A model that passed is not checked again.
     """
     kind = bool(layers)
     if kind in _PASSED.get(model, ()):
@@ -42,7 +43,7 @@ def same_as_before(model: PreTrainedModel, decoder: nn.Module, layers: Collectio
         for layer in layers:
             layer.everything = False
         allowed = TOLERANCE.get(model.dtype, HALF_TOLERANCE)
-        if differ(before[-1], after[-1], allowed):
+        if anywhere(differ(before[-1], after[-1], allowed), processes_of(model), input_device(model)):
             apart, largest = float((after[-1] - before[-1]).abs().max()), float(before[-1].abs().max())
             at = next((i for i, pair in enumerate(zip(before, after, strict=True)) if differ(*pair, allowed)), len(before) - 1)
             raise ConfigError(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hipexp.config.model import ModelFacts, facts_in, files_of, model_folder, read_config
+from hipexp.config.processes import started
 from hipexp.config.runkey import run_key
 from hipexp.config.schema import Experiment, Model, Task
 from hipexp.suites import filled, infbench, origins, rules_of
@@ -55,7 +56,11 @@ def _key_without_a_model(experiment: Experiment) -> str:
 def data_identity(experiment: Experiment) -> dict[str, Any]:
     """The words and the scorer of generated samples; for latency the words and the machine."""
     if experiment.task.name == "latency":
-        spread = {"device_map": experiment.model.device_map} if experiment.model.device_map else {}
+        model, spread = experiment.model, dict[str, Any]()
+        if model.device_map:
+            spread["device_map"] = model.device_map
+        if model.tp_plan:
+            spread["tp_processes"] = started().count
         return {"machine": machine() | spread, "template": infbench.template_id("passkey", "default")}
     from hipexp.run import recall
 

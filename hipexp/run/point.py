@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from hipexp.config.check import OFFLOADING, check_layers, check_model
 from hipexp.config.convert import to_plain
 from hipexp.config.model import model_folder
 from hipexp.config.offload import Room
-from hipexp.config.schema import Experiment, Model, Offload
+from hipexp.config.processes import started
+from hipexp.config.schema import ConfigError, Experiment, Model, Offload, Track
 from hipexp.report.tables import text_table
 from hipexp.run import environment
 from hipexp.run.identity import facts_of, fetching, key_of, model_revision, version_of
@@ -25,6 +27,7 @@ from hipexp.run.job import Job
 from hipexp.run.ledger import Ledger, RunFailed, is_done, open_ledger, read_json, read_rows, run_folder
 from hipexp.run.room import check_room, on_disk_tier, weights_bytes
 from hipexp.run.strategy import describe
+from hipexp.run.team import ALONE, Team, team_of
 from hipexp.run.tokenizer_file import read_tokenizer
 from hipexp.run.traffic import thrashing, traffic_table
 from hipexp.suites import OWN
@@ -46,6 +49,11 @@ REQUESTS = "request s: median of a whole request, with the server's queue and th
 MEMORY = "peak MiB: memory above the loaded model"
 COSTS = ("prefill s", "decode ms/step", "peak MiB")
 SERVED_COSTS = ("request s",)
+ONE_POINT = "torchrun --nproc-per-node 2 -m hipexp +pipeline=3stage model.tp_plan=auto"
+
+
+def quiet(text: str) -> None:
+    """Say nothing."""
 
 
 def run_point(experiment: Experiment, overrides: Sequence[str] | None = None) -> Path:
@@ -53,16 +61,21 @@ def run_point(experiment: Experiment, overrides: Sequence[str] | None = None) ->
 
     The last line on stdout is the folder, progress goes to stderr. ``overrides`` are those of the command line, for the hint
     how to get the dense result (without them there is none). Raises ``ConfigError`` and ``DataMissing`` for bad input, ``Interrupted``
-    when stopped, ``RunFailed`` and whatever else went wrong after recording it in ``status.json``.
+    when stopped, ``RunFailed`` and whatever else went wrong after recording it in ``status.json``. Of processes that share the model the
+    first does all that, and the others compute with it.
     """
-    known = stored(experiment)
-    folder = execute(experiment, say=print)
-    if known:
-        print(f"stored result of {folder}")
-        print("\n".join(read_json(folder / "card.json").get("strategy", [])))
-    print(report(experiment, folder, overrides))
-    print(folder)
-    return folder
+    with team_of(experiment.model) as team:
+        if not team.leads:
+            follow(experiment, team)
+            return folder_of(experiment)
+        known = stored(experiment)
+        folder = execute(experiment, say=print, team=team)
+        if known:
+            print(f"stored result of {folder}")
+            print("\n".join(read_json(folder / "card.json").get("strategy", [])))
+        print(report(experiment, folder, overrides))
+        print(folder)
+        return folder
 
 
 def check_point(experiment: Experiment) -> None:
@@ -122,13 +135,17 @@ def stored(experiment: Experiment) -> bool:
     return is_done(folder_of(experiment), key_of(experiment))
 
 
-def execute(experiment: Experiment, load: Load | None = None, say: Say = lambda text: None) -> Path:
+def execute(experiment: Experiment, load: Load | None = None, say: Say = quiet, team: Team = ALONE) -> Path:
     """Make sure that the result of a point exists and return its folder; a finished run costs nothing.
 
-    ``load`` replaces the loading of the model, for callers that run several points on one. Raises as ``run_point``.
+    ``load`` replaces the loading of the model, for callers that run several points on one. ``team``: the processes of which this is the
+    first; the others :func:`follow`. Raises as ``run_point``.
     """
     key, folder = key_of(experiment), folder_of(experiment)
+    if team is ALONE and experiment.model.tp_plan is not None:
+        raise ConfigError(f"model.tp_plan={experiment.model.tp_plan} is for one point at a time, as in {ONE_POINT}; leave it out")
     if is_done(folder, key):
+        team.share(None)
         if experiment.model.base_url is not None:
             from hipexp.run import served
 
@@ -137,10 +154,29 @@ def execute(experiment: Experiment, load: Load | None = None, say: Say = lambda 
         return folder
     with open_ledger(folder, key) as ledger:
         if not ledger.done:
-            _run(experiment, ledger, load, say)
+            team.share((key, ledger.rows))
+            with team.together():
+                _run(experiment, ledger, load, say)
             return folder
+    team.share(None)
     _tell_sweep(experiment, folder, say)  # another process finished it meanwhile
     return folder
+
+
+def follow(experiment: Experiment, team: Team) -> None:
+    """Compute what the first process of ``team`` runs, if anything; what is written here goes into a scratch folder.
+
+    Raises ``RunFailed`` if the run would be another one here, and what went wrong.
+    """
+    told = team.share()
+    if told is None:
+        return
+    key, rows = told
+    check_unchanged(experiment, key)
+    with TemporaryDirectory(prefix="hipexp-process-") as folder, open_ledger(Path(folder), key) as ledger, team.together():
+        for row in rows:
+            ledger.append(row)
+        _run(dataclasses.replace(experiment, track=Track()), ledger, None, quiet)
 
 
 def _tell_sweep(experiment: Experiment, folder: Path, say: Say) -> None:
@@ -289,6 +325,8 @@ def card_of(experiment: Experiment, card: ProtocolCard, loaded: Loaded) -> dict[
         "n_layers": loaded.n_layers,
         "transformers": version_of("transformers"),
     }
+    if experiment.model.tp_plan is not None:
+        model["tp_processes"] = started().count
     return dataclasses.replace(card, model=model).to_dict()
 
 
@@ -462,11 +500,11 @@ class TokenBar:
 
 @contextmanager
 def token_bar(total: int) -> Iterator[TokenBar]:
-    """A progress bar on stderr; where that is no terminal, a line every ten seconds."""
+    """A progress bar on stderr; where that is no terminal, a line every ten seconds. Of several processes the first has one."""
     from tqdm import tqdm
 
-    every = 0.2 if sys.stderr.isatty() else 10.0
-    with tqdm(total=total, unit="tok", unit_scale=True, file=sys.stderr, mininterval=every, leave=False, disable=total == 0) as bar:
+    every, leads = 0.2 if sys.stderr.isatty() else 10.0, total > 0 and started().number == 0
+    with tqdm(total=total, unit="tok", unit_scale=True, file=sys.stderr, mininterval=every, leave=False, disable=not leads) as bar:
         yield TokenBar(bar)
 
 
@@ -563,4 +601,6 @@ def drop_columns(header: list[str], rows: list[list[Any]], names: Sequence[str])
 def dense_command(overrides: Sequence[str]) -> str:
     """The command that runs the same samples with dense attention."""
     kept = [word for word in overrides if not word.lstrip("+~-").startswith(("pipeline=", "pipeline.", "track", "offload"))]
-    return shlex.join(["python", "-m", "hipexp", *kept])
+    count = started().count
+    start = ["python"] if count == 1 else ["torchrun", "--nproc-per-node", str(count)]
+    return shlex.join([*start, "-m", "hipexp", *kept])

@@ -26,6 +26,20 @@ CASES = {
         ["task=latency", "task.dense_max_tok=300"],
         "task.dense_max_tok=300 leaves dense out beyond a length, and without a pipeline there is nothing else to time; choose a pipeline",
     ),
+    "a plan that there is not": (["model.tp_plan=colwise"], "model.tp_plan=colwise is unknown; use auto"),
+    "two ways to place weights": (
+        ["model.tp_plan=auto", "model.device_map=auto"],
+        "model.tp_plan=auto must not stand beside model.device_map=auto: each puts weights elsewhere; leave one out",
+    ),
+    "some of the heads measured": (
+        [S3, "model.tp_plan=auto", "task=recall"],
+        "model.tp_plan=auto must not stand beside task=recall, which measures all heads, and each process would have some; leave it out, or use "
+        "model.device_map=auto",
+    ),
+    "attention alone over processes": (
+        ["model.tp_plan=auto", "task=latency", "task.geometry=llama31_8b"],
+        "model.tp_plan=auto is for a model, and task.geometry=llama31_8b is attention alone, in one process; leave it out",
+    ),
     "chunk is positive": ([S3, "pipeline.stages.0.chunk_tok=0"], "pipeline.stages[0].chunk_tok=0 must be at least 1; try 1"),
     "a block that leaves its window behind": (
         [S3, "pipeline.stages.0.query_block_tok=1024"],

@@ -29,6 +29,7 @@ class H2O(SelectingMethod):
 
     budgets = ("keep_tok",)
     remembers = True
+    splits = True
     exceptions: ClassVar = {
         Contract.growing: "what a decode step does not keep is gone, so it matters whether the tokens before it were read or decoded",
     }

@@ -16,6 +16,7 @@ from hipexp_kernels.paged import read_by
 from hipexp_kernels.score_chunks.probes import probe_step
 from torch import Tensor
 
+from hipexp.attention.across import best_of_heads
 from hipexp.attention.blocks import QueryBlocks
 from hipexp.attention.method import Call, SelectingMethod
 from hipexp.attention.reads import Scoring
@@ -36,6 +37,7 @@ class Hip(SelectingMethod):
     linear = True
     budgets = ("stages",)
     reuses = True
+    splits = True
 
     @property
     def query_block_tok(self) -> int:
@@ -119,6 +121,8 @@ class Hip(SelectingMethod):
                 q, read_by(call.keys, str(i)), starts, counts, limits,
                 chunk_tok=stage.chunk_tok, representative=stage.representative.value, rotation=rotation, summaries=of_keys,
             )  # fmt: skip
+            if plan.heads is Heads.shared:
+                scores = best_of_heads(scores, call.processes)
             final = i + 1 == len(stages)
             too_late = late and final
             starts, counts = keep_top(

@@ -38,6 +38,7 @@ class HipTree(SelectingMethod):
     linear = True
     budgets = ("keep_tok",)
     per_head = True
+    splits = True
 
     def check(self) -> None:
         for name in ("block_tok", "query_tok", "query_stride_tok", "key_stride_tok"):

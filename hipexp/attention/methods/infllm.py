@@ -18,6 +18,7 @@ import torch
 from hipexp_kernels.paged import whole
 from torch import Tensor
 
+from hipexp.attention.across import sum_of_heads
 from hipexp.attention.logits import KeySums, at_distance, at_positions, chosen_blocks, keep_best, query_logits
 from hipexp.attention.method import Call, SelectingMethod
 from hipexp.attention.selection import Selection
@@ -67,6 +68,7 @@ class InfLLM(SelectingMethod):
     linear = True
     budgets = ("keep_blocks",)
     remembers = True
+    splits = True
 
     def keep(self, decoding: bool) -> int:
         return (self.keep_blocks + 1) * self.block_tok  # and what fills no block yet
@@ -91,7 +93,7 @@ class InfLLM(SelectingMethod):
         for n in range(len(queries)):
             asked = at_distance(queries.q[:, n].float().sum(1), plan.window_tok, call.tables)  # rows that do not exist are zero
             relevance = torch.einsum("kgd,knd->kn", asked.unflatten(0, (len(keys), -1)), stand_for[:, : left[n] // size])
-            relevance = relevance if plan.heads is Heads.per_kv else relevance.sum(0, keepdim=True)
+            relevance = relevance if plan.heads is Heads.per_kv else sum_of_heads(relevance, call.processes)
             best = keep_best(relevance, self.keep_blocks)
             marked.append(torch.cat([best, best.new_ones(len(best), 1)], 1) if left[n] % size else best)
         return chosen_blocks(marked, size, plan.sink_tok)

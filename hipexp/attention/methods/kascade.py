@@ -27,6 +27,7 @@ class Kascade(SelectingMethod):
     query_tok: int = 32
 
     budgets = ("keep_tok",)
+    splits = True
 
     def check(self) -> None:
         if not self.anchors or min(self.anchors) < 0 or sorted(set(self.anchors)) != self.anchors:

@@ -25,6 +25,7 @@ class LmInfinite(DenseMethod):
     """LM-Infinite; its parameters are the pipeline's ``sink_tok`` and ``window_tok``."""
 
     linear = True
+    splits = True
 
     def exact_tok(self, tables: RopeTables | None) -> int:
         return self.plan.window_tok

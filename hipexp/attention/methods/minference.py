@@ -33,6 +33,7 @@ class MInference(SelectingMethod):
 
     budgets = ("verticals", "slashes")
     per_head = True
+    splits = True
     exceptions: ClassVar = {
         Contract.causal: "the last queries decide what all queries before them attend to",
         Contract.chunked: "the last queries of every part decide for that part",

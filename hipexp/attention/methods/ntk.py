@@ -25,6 +25,8 @@ QUERIES = 256
 class Ntk(DenseMethod):
     """It has no parameters."""
 
+    splits = True
+
     def exact_tok(self, tables: RopeTables | None) -> int:
         return tables.trained_tok if tables else EVERYTHING
 

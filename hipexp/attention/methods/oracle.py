@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hipexp.attention.across import sum_of_heads
 from hipexp.attention.logits import block_mass, chosen_blocks, keep_best
 from hipexp.attention.method import Call, SelectingMethod, check_whole_blocks
 from hipexp.attention.selection import Selection
@@ -26,6 +27,7 @@ class Oracle(SelectingMethod):
     block_tok: int = 1
 
     budgets = ("keep_tok",)
+    splits = True
 
     def check(self) -> None:
         check_whole_blocks(self.keep_tok, self.block_tok)
@@ -38,7 +40,7 @@ class Oracle(SelectingMethod):
         marked = []
         for first, mass in block_mass(call, plan.prune, plan.window_tok):
             by_list = mass.unflatten(0, (call.keys.shape[0], -1)).sum(1)  # of key/value heads
-            by_list = by_list if plan.heads is Heads.per_kv else by_list.sum(0, keepdim=True)
+            by_list = by_list if plan.heads is Heads.per_kv else sum_of_heads(by_list, call.processes)
             marked.append(keep_best(_far(by_list, plan.sink_tok, first - plan.window_tok, size), self.keep_tok // size))
         return chosen_blocks(marked, size, plan.sink_tok)
 

@@ -52,6 +52,7 @@ class Quest(SelectingMethod):
 
     budgets = ("keep_tok",)
     per_head = True
+    splits = True
 
     def check(self) -> None:
         if self.page_tok < 1:

@@ -25,6 +25,7 @@ class Random(SelectingMethod):
 
     linear = True
     budgets = ("keep_tok",)
+    splits = True
 
     def check(self) -> None:
         check_whole_blocks(self.keep_tok, self.block_tok)

@@ -29,6 +29,8 @@ class SelfExtend(DenseMethod):
     group_tok: int = 16
     neighbour_tok: int = 1024
 
+    splits = True
+
     def check(self) -> None:
         for name in ("group_tok", "neighbour_tok"):
             if getattr(self, name) < 1:

@@ -16,6 +16,7 @@ class Streaming(SelectingMethod):
     captures = True
     linear = True
     reuses = True
+    splits = True
 
     def keep(self, decoding: bool) -> int:
         return 0

@@ -29,6 +29,7 @@ class XAttention(SelectingMethod):
     mass: float = 0.9
 
     per_head = True
+    splits = True
 
     def check(self) -> None:
         if self.stride_tok < 1 or self.block_tok < 1 or self.block_tok % self.stride_tok or self.plan.sink_tok % self.block_tok:
