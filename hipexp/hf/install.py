@@ -32,6 +32,7 @@ from hipexp.hf.dense import attend_dense
 from hipexp.hf.devices import device_of
 from hipexp.hf.kinds import LayerKind, check_some_attached, decoder_of, layer_kinds
 from hipexp.hf.own import OwnAttention, left_padding
+from hipexp.hf.quantized import compute_dtype
 from hipexp.hf.rotary import Rotary, check_fixed, turn_by_nothing, turned_layers
 from hipexp.hf.selfcheck import same_as_before
 from hipexp.hf.window import check_transformers
@@ -191,7 +192,7 @@ def _places(model: PreTrainedModel, layers: dict[int, LayerAttention], offload: 
     """How large the tiers are and where each layer's keys and values go; nothing if all stay on the device."""
     if offload.name == "none":
         return None, {}
-    facts = ModelFacts(len(layers), 0, *head_sizes(model.config.get_text_config().to_dict()), model.dtype.itemsize)
+    facts = ModelFacts(len(layers), 0, *head_sizes(model.config.get_text_config().to_dict()), compute_dtype(model).itemsize)
     told = sizes(offload, [layer.plan for layer in layers.values()], facts)
     check_sizes(offload, [layer.plan for layer in layers.values()], facts)
     return told, {

@@ -14,10 +14,13 @@ from transformers import PreTrainedModel
 from hipexp.attention import LayerAttention
 from hipexp.config.schema import ConfigError
 from hipexp.hf.devices import input_device
+from hipexp.hf.quantized import is_quantized
 
 PROBE_TOK = 48
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # of the largest output
 HALF_TOLERANCE = 0.05  # in half precision
+# Where activations are quantised too, rounding moves some of them by a step: 8 bits of both, in bf16, sdpa against eager differ by 0.073.
+QUANTIZED_TOLERANCE = 0.15
 _PASSED: WeakKeyDictionary[PreTrainedModel, set[bool]] = WeakKeyDictionary()  # with a pipeline, without
 
 
@@ -41,7 +44,7 @@ def same_as_before(model: PreTrainedModel, decoder: nn.Module, layers: Collectio
         after = _outputs(model, decoder)
         for layer in layers:
             layer.everything = False
-        allowed = TOLERANCE.get(model.dtype, HALF_TOLERANCE)
+        allowed = QUANTIZED_TOLERANCE if is_quantized(model) else TOLERANCE.get(model.dtype, HALF_TOLERANCE)
         if differ(before[-1], after[-1], allowed):
             apart, largest = float((after[-1] - before[-1]).abs().max()), float(before[-1].abs().max())
             at = next((i for i, pair in enumerate(zip(before, after, strict=True)) if differ(*pair, allowed)), len(before) - 1)
