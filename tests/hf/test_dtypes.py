@@ -22,7 +22,9 @@ def answered(dtype):
     """Logits of a whole prompt that is read in parts, and the answers, as a batch of prompts that are pruned and each alone."""
     loaded = load(Model(path="hipexp/needle/model", dtype=dtype))
     encode = LineEncoder(loaded.tokenizer)
-    samples = [infbench.make_sample(name, 0, 1, length, encode, 0, "default") for name, length in (("passkey", 600), ("number_string", 700))]
+    samples = [
+        infbench.make_sample(name, 0, 1, length, encode, 0, "default") for name, length in (("passkey", 600), ("number_string", 700))
+    ]
     prompts = [sample.tokens for sample in samples]
     asked = dict(max_new_tok=12, prefill_chunk_tok=128, stop_ids=end_tokens(loaded.model, loaded.tokenizer))
     with install(loaded.model, PIPELINE, loaded.trained_tok) as installed, torch.inference_mode():
