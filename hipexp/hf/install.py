@@ -32,8 +32,9 @@ from hipexp.hf.cache import NewStore, SequenceLayer, SequenceState
 from hipexp.hf.dense import attend_dense
 from hipexp.hf.devices import device_of
 from hipexp.hf.kinds import LayerKind, check_some_attached, decoder_of, layer_kinds
-from hipexp.hf.own import OwnAttention, left_padding
+from hipexp.hf.own import OwnAttention, check_positions, left_padding
 from hipexp.hf.parallel import sharing_heads
+from hipexp.hf.quantized import compute_dtype
 from hipexp.hf.rotary import Rotary, check_fixed, turn_by_nothing, turned_layers
 from hipexp.hf.selfcheck import same_as_before
 from hipexp.hf.window import check_transformers
@@ -125,7 +126,7 @@ def install(
     layers = {} if pipeline is None else _layer_attentions(model, decoder, kinds, pipeline, rotary, devices, processes)
     own = OwnAttention(before)
     first = next(i for i, kind in enumerate(kinds) if kind.attends)
-    checks = next((i for i, kind in enumerate(kinds) if not kind.keeps), None)  # whose cache tells which positions are due
+    checks = next((i for i, kind in enumerate(kinds) if not kind.keeps), first)  # whose cache tells which positions are due
     offload = offload or Offload()
     told, placements = _places(model, layers, offload)
     installed = Installed(pipeline, layers, kinds, rotary, devices, offload, told, placements, processes)
@@ -147,11 +148,11 @@ def install(
             loose.clear()
             if not rotary.fixed:  # the model was asked by somebody else than our loop
                 installed.fix_rope(None)
+        positions = position_ids if i == checks else None
         if kinds[i].keeps:
-            return own.attend(module, query, key, value, attention_mask, kinds[i].window_tok, scaling, **more), None
+            return own.attend(module, query, key, value, attention_mask, kinds[i].window_tok, scaling, positions, **more), None
         if offload.prefetch and isinstance(key, SequenceLayer) and key.next and key.decodes(query.shape[2]) and i + 1 in layers:
             _read_ahead(key.next, layers[i + 1].plan)
-        positions = position_ids if i == checks else None
         return _attend_batch(layers.get(i), query, key, value, attention_mask, positions, scaling, softcap, loose), None
 
     name = NAME.format(next(_NUMBERS))
@@ -208,7 +209,7 @@ def _places(model: PreTrainedModel, layers: dict[int, LayerAttention], offload: 
     """How large the tiers are and where each layer's keys and values go; nothing if all stay on the device."""
     if offload.name == "none":
         return None, {}
-    facts = ModelFacts(len(layers), 0, *head_sizes(model.config.get_text_config().to_dict()), model.dtype.itemsize)
+    facts = ModelFacts(len(layers), 0, *head_sizes(model.config.get_text_config().to_dict()), compute_dtype(model).itemsize)
     told = sizes(offload, [layer.plan for layer in layers.values()], facts)
     check_sizes(offload, [layer.plan for layer in layers.values()], facts)
     return told, {
@@ -269,7 +270,7 @@ def _attend_batch(
         if skip == Q:
             continue
         if positions is not None and state.step is None:
-            _check_positions(positions[b if len(positions) > 1 else 0, skip:], begin + skip, state.padding)
+            check_positions(positions[b if len(positions) > 1 else 0, skip:], begin + skip, state.padding)
         q = query[b, :, skip:]
         if layer is None:
             rows = attend_dense(q, k, v, scaling, softcap)
@@ -301,16 +302,6 @@ def _read_ahead(layer: SequenceLayer, plan: LayerPlan) -> None:
         if expected and isinstance(state.store, OffloadedStore):
             (starts, counts), chunk_tok = expected
             state.store.expect(starts[:, 0], counts[:, 0], chunk_tok)
-
-
-def _check_positions(positions: Tensor, begin: int, padding: int) -> None:
-    """Positions that are not ``begin``, ``begin + 1``, … (left padding counted or not) mean a cache or a packing that is not understood."""
-    first, last = int(positions[0]), int(positions[-1])
-    if first not in (begin, begin + padding) or last - first != len(positions) - 1 or bool((positions.diff() != 1).any()):
-        raise ValueError(
-            f"position_ids run from {first} to {last} for the {len(positions)} tokens from {begin} on; hipexp needs one sequence per row, "
-            "in order, and a cache that holds its tokens and nothing else (no packing, no static cache)"
-        )
 
 
 def _states_of(key: Tensor, value: Tensor, shared: dict[int, dict]) -> list[SequenceState]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +18,7 @@ from hipexp.config.processes import check_started, started
 from hipexp.config.schema import ConfigError, Model, spans
 from hipexp.hf.kinds import LayerKind, decoder_of, kept_layers, layer_kinds
 from hipexp.hf.parallel import check_plan, note_of
+from hipexp.hf.quantized import Quantization, compute_dtype, is_quantized, quantization_of
 from hipexp.hf.rotary import original_tok, rope_type, turned_layers
 from hipexp.hf.window import check_transformers
 
@@ -39,7 +42,8 @@ class Loaded:
 def load(config: Model) -> Loaded:
     """Load ``config.path`` in evaluation mode, on the GPU if there is one, spread as ``config.device_map`` says, or split over processes.
 
-    Raises ConfigError if a local folder has no ``config.json`` or the model cannot be attached or split, and what the hub raises.
+    Quantised weights are loaded as they are stored, by the package that transformers has for them. Raises ConfigError if a local folder has
+    no ``config.json``, the model cannot be attached or split, or such a package is missing, and what the hub raises.
     """
     check_transformers()
     check_started(config)
@@ -53,24 +57,42 @@ def load(config: Model) -> Loaded:
     text = built.get_text_config()
     # torch's own attention does not cap logits; hipexp's replaces either
     attention = "eager" if getattr(text, "attn_logit_softcapping", None) else None
-    spread: dict[str, Any] = {"device_map": config.device_map} if config.device_map else {}
+    stored = quantization_of(built, config.path)
+    on_gpu = torch.cuda.is_available() and not config.device_map and not config.tp_plan
+    device_map = "cuda" if on_gpu and stored else config.device_map  # quantised weights go where they belong as they are read
+    spread: dict[str, Any] = {"device_map": device_map} if device_map else {}
     if config.tp_plan:
         check_plan(built, config.path)
         spread = {"distributed_config": DistributedConfig(tp_size=started().count, tp_plan=config.tp_plan)}
-    try:
+    with _refusals(config, stored):
         model = AutoModelForCausalLM.from_pretrained(
             source, config=built, dtype=dtype, attn_implementation=attention, **spread, **hub
         ).eval()
+        if on_gpu and not stored:
+            model = model.to("cuda")
+        kinds = layer_kinds(model)
+        notes = notes_of(model, kinds)  # its first pass: some methods ask for their kernels only then
+    trained_tok, form = config.trained_tok or text.max_position_embeddings, str(compute_dtype(model)).removeprefix("torch.")
+    if stored:
+        read = "" if is_quantized(model) else f", which transformers turned into {form} while loading"
+        notes.append(f"weights: {stored}{read}; hipexp did not test it")
+    own_layers = [i for i, kind in enumerate(kinds) if kind.keeps]
+    return Loaded(model, load_tokenizer(config), trained_tok, text.num_hidden_layers, form, own_layers, notes)
+
+
+@contextmanager
+def _refusals(config: Model, stored: Quantization | None) -> Iterator[None]:
+    """Turn what transformers cannot do with quantised weights, or with ``model.device_map``, into ConfigError; memory that ends stays."""
+    try:
+        yield
+    except (ConfigError, torch.OutOfMemoryError):
+        raise
     except (ValueError, ImportError, RuntimeError) as failure:
-        if config.device_map is None:
-            raise
-        raise ConfigError(f"model.device_map={config.device_map} is not possible here: {_first(failure)}") from failure
-    if torch.cuda.is_available() and not spread:
-        model = model.to("cuda")
-    trained_tok = config.trained_tok or text.max_position_embeddings
-    kinds = layer_kinds(model)
-    own_layers, form = [i for i, kind in enumerate(kinds) if kind.keeps], str(model.dtype).removeprefix("torch.")
-    return Loaded(model, load_tokenizer(config), trained_tok, text.num_hidden_layers, form, own_layers, notes_of(model, kinds))
+        if stored and (stored.missing or not config.device_map):
+            raise stored.refusal(config.path, _first(failure)) from failure
+        if config.device_map:
+            raise ConfigError(f"model.device_map={config.device_map} is not possible here: {_first(failure)}") from failure
+        raise
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> set[int]:

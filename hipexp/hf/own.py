@@ -38,12 +38,13 @@ class OwnAttention:
         mask: Tensor | None,
         window_tok: int | None,
         scaling: float,
+        positions: Tensor | None = None,
         **more: Any,
     ) -> Tensor:
         """Return ``[B, Q, H, D]`` of rotated queries ``[B, H, Q, D]``; ``key`` and ``value`` as an attention function of ours gets them.
 
         ``mask`` ``[B, T]`` marks left padding. ``window_tok``: keys that a query sees, its own among them; None: all before it.
-        Raises ValueError for other padding.
+        ``positions`` ``[B or 1, Q]``, if given, are checked. Raises ValueError for them and for other padding.
         """
         told = {name: what for name, what in more.items() if name not in NOT_OURS}
         rows = [row.store for row in key.rows] if isinstance(key, SequenceLayer) else None
@@ -51,10 +52,14 @@ class OwnAttention:
         for b, q in enumerate(query):
             k, v = (key[b], value[b]) if rows is None else map(whole, rows[b].view())
             total = k.shape[1] if rows is None else rows[b].length
-            real = total - left_padding(mask, b, total)
+            padding = left_padding(mask, b, total)
+            real = total - padding
+            cut = rows is None and window_tok is not None and total - q.shape[1] >= window_tok - 1
             k, v = k[:, max(0, k.shape[1] - real) :], v[:, max(0, v.shape[1] - real) :]
             skip = max(0, q.shape[1] - real)  # queries that are padding themselves
             if skip < q.shape[1]:
+                if positions is not None:
+                    check_positions(positions[b if len(positions) > 1 else 0, skip:], real - q.shape[1] + skip, padding, cut)
                 out[b, skip:] = self._row(module, q[:, skip:], k, v, window_tok, scaling, told)
         return out
 
@@ -96,3 +101,17 @@ def left_padding(mask: Tensor | None, row: int, n_tok: int) -> int:
     if not bool(own[padding:].all()):
         raise ValueError(f"attention_mask[{row}] masks tokens after the first real one; only padding on the left is supported")
     return padding
+
+
+def check_positions(positions: Tensor, begin: int, padding: int, cut: bool = False) -> None:
+    """Positions that are not ``begin``, ``begin + 1``, … (left padding counted or not) mean a cache or a packing that is not understood.
+
+    ``cut``: a cache of transformers has dropped keys that no window sees, so ``begin`` is the least that is possible. Raises ValueError.
+    """
+    first, last = int(positions[0]), int(positions[-1])
+    starts = first >= begin if cut else first in (begin, begin + padding)
+    if not starts or last - first != len(positions) - 1 or bool((positions.diff() != 1).any()):
+        raise ValueError(
+            f"position_ids run from {first} to {last} for the {len(positions)} tokens from {begin} on; hipexp needs one sequence per row, "
+            "in order, and a cache that holds its tokens and nothing else (no packing, no static cache)"
+        )

@@ -15,10 +15,13 @@ from hipexp.attention import LayerAttention
 from hipexp.config.schema import ConfigError
 from hipexp.hf.devices import input_device
 from hipexp.hf.parallel import anywhere, processes_of
+from hipexp.hf.quantized import is_quantized
 
 PROBE_TOK = 48
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # of the largest output
 HALF_TOLERANCE = 0.05  # in half precision
+# Where activations are quantised too, rounding moves some of them by a step: 8 bits of both, in bf16, sdpa against eager differ by 0.073.
+QUANTIZED_TOLERANCE = 0.15
 _PASSED: WeakKeyDictionary[PreTrainedModel, set[bool]] = WeakKeyDictionary()  # with a pipeline, without
 
 
@@ -42,7 +45,7 @@ def same_as_before(model: PreTrainedModel, decoder: nn.Module, layers: Collectio
         after = _outputs(model, decoder)
         for layer in layers:
             layer.everything = False
-        allowed = TOLERANCE.get(model.dtype, HALF_TOLERANCE)
+        allowed = QUANTIZED_TOLERANCE if is_quantized(model) else TOLERANCE.get(model.dtype, HALF_TOLERANCE)
         if anywhere(differ(before[-1], after[-1], allowed), processes_of(model), input_device(model)):
             apart, largest = float((after[-1] - before[-1]).abs().max()), float(before[-1].abs().max())
             at = next((i for i, pair in enumerate(zip(before, after, strict=True)) if differ(*pair, allowed)), len(before) - 1)

@@ -13,6 +13,7 @@ from hipexp.config.schema import Pipeline
 from hipexp.hf.install import install
 from hipexp.hf.load import Loaded
 from hipexp.hf.loop import Generation, generate
+from hipexp.hf.quantized import compute_dtype
 
 
 def record(
@@ -32,7 +33,7 @@ def record(
     ``pipeline`` has stages. ``about`` goes into the trace's header. Raises as ``generate``; then the trace has no end and is refused.
     """
     kv_heads, head_dim = head_sizes(loaded.model.config.get_text_config().to_dict())
-    key_bytes = head_dim * loaded.model.dtype.itemsize
+    key_bytes = head_dim * compute_dtype(loaded.model).itemsize
     with install(loaded.model, pipeline, loaded.trained_tok) as installed:
         units = {i: units_of(layer.plan, kv_heads, key_bytes) for i, layer in installed.layers.items()}
         with TraceWriter(path, Header(units, about)) as writer:

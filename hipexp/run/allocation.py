@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from hipexp.config.convert import to_plain
-from hipexp.config.schema import LayerGroup, Pipeline, PruneRope, RopeOverride, StageOverride, spans
+from hipexp.config.schema import LayerGroup, LayerPlan, Pipeline, PruneRope, RopeOverride, StageOverride, spans
 
 # Those by true positions are all `native` within the trained length, so that nothing here could tell what they are beyond it.
 STRATEGIES = (PruneRope.chunk_indexed, PruneRope.relative, PruneRope.infllm, PruneRope.none)
@@ -19,11 +19,12 @@ SURE = 2  # standard errors by which another strategy has to be better than the 
 Choice = tuple[PruneRope | None, int]  # strategy (None: as the base has it) and tokens kept by the last stage
 
 
-def planned(base: Pipeline, choices: Sequence[Choice], name: str = "") -> Pipeline:
-    """``base`` with a choice for every layer, as groups behind its own; of those the ones that then change nothing are left out."""
+def planned(base: Pipeline, choices: Sequence[Choice | None], name: str = "") -> Pipeline:
+    """``base`` with a choice for every layer (None: it stays), as groups behind its own; of those that then change nothing are left out."""
     last, layers = str(len(base.stages) - 1), dict[Choice, list[int]]()
     for layer, choice in enumerate(choices):
-        layers.setdefault(choice, []).append(layer)
+        if choice is not None:
+            layers.setdefault(choice, []).append(layer)
     groups = {
         f"{rope.value if rope else 'final'}_{keep}": LayerGroup(spans(chosen), RopeOverride(rope), {last: StageOverride(keep_tok=keep)})
         for (rope, keep), chosen in layers.items()
@@ -47,9 +48,8 @@ def strategies_of(base: Pipeline, n_layers: int) -> list[PruneRope | None]:
     return [next(iter(found)) if len(found) == 1 and found <= set(STRATEGIES) else None for found in ropes]
 
 
-def budgets_of(base: Pipeline, n_layers: int, step_tok: int) -> list[int]:
-    """What the last stage is tried to keep: parts of the base's most, and what the base keeps, in whole ``step_tok``."""
-    plans = base.plan(n_layers)
+def budgets_of(plans: Sequence[LayerPlan], step_tok: int) -> list[int]:
+    """What the last stage is tried to keep: parts of the most in the base's ``plans``, and what these keep, in whole ``step_tok``."""
     own = {plan.stages[-1].keep_tok for plan in plans}
     limit = min((plan.stages[-2].keep_tok for plan in plans if len(plan.stages) > 1), default=2 * max(own))
     tried = {max(1, int(max(own) * part) // step_tok) * step_tok for part in BUDGETS}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from hipexp.config.compose import compose
 from hipexp.config.model import read_facts
 from hipexp.config.overrides import check_pipeline_name, conf_dir, group_options
-from hipexp.config.schema import ConfigError, Experiment, Pipeline, PruneRope, spans
+from hipexp.config.schema import ConfigError, Experiment, Pipeline, PruneRope
 from hipexp.report.figures import draw_layers
 from hipexp.report.tables import text_table
 from hipexp.run import allocation, judged, recall
@@ -55,23 +56,27 @@ Held = dict[Any, dict[int, tuple[float, float, float]]]
 
 @dataclasses.dataclass
 class Bench:
-    """Prompts on which pipelines are measured: ``texts`` of a subtask and length in each part. What the ledger has stays."""
+    """Prompts on which pipelines are measured: ``texts`` of a subtask and length in each part. What the ledger has stays.
+
+    ``at_hand``: the model, if it is loaded already.
+    """
 
     experiment: Experiment
     texts: int
     ledger: Ledger
+    at_hand: Loaded | None = None
 
     @cached_property
     def loaded(self) -> Loaded:
-        """The model. Raises ``ConfigError`` for prompts that are too long or too short for it."""
-        found = load_model(self.experiment.model)
-        recall.check_lengths(self.experiment, LineEncoder(found.tokenizer), found.trained_tok)
-        if found.own_layers:
-            raise ConfigError(
-                f"calibrate needs a model whose layers all get the pipeline, and of {self.experiment.model.path} layers "
-                f"{spans(found.own_layers)} keep their own attention; give its groups by hand, as in pipeline.layers.<name>.range"
-            )
-        return found
+        """The model. Raises as :func:`model_of`."""
+        return self.at_hand or model_of(self.experiment)
+
+    @cached_property
+    def layers(self) -> list[int]:
+        """The layers that get the pipeline: those of every stored text, else the model's."""
+        for row in self.ledger.rows:
+            return sorted(map(int, next(iter(row["held"].values()))))
+        return attached(self.loaded)
 
     def measure(
         self, part: int, pipelines: Mapping[Any, tuple[Pipeline, int]], patterns: bool = False
@@ -125,8 +130,26 @@ class Bench:
                     found[name].append(text(name, block))
             held |= {name: {i: _means(blocks, i) for i in heard} for name, blocks in found.items()}
             if patterns:
-                sums = _patterns(own, heard, next(iter(layers.values())))
+                sums = _patterns(own, heard, next(iter(layers.values())), self.loaded.n_layers)
         return held, sums
+
+
+def attached(loaded: Loaded) -> list[int]:
+    """The layers of a model that get a pipeline; the others keep their own attention."""
+    return [i for i in range(loaded.n_layers) if i not in loaded.own_layers]
+
+
+def model_of(experiment: Experiment) -> Loaded:
+    """The model, once it had the pipeline installed. Raises ``ConfigError`` for one that cannot have it, or prompts that do not fit."""
+    from hipexp import hf
+
+    found, task, pipeline = load_model(experiment.model), experiment.task, experiment.pipeline
+    assert pipeline is not None and task.contexts_tok is not None
+    recall.check_lengths(experiment, LineEncoder(found.tokenizer), found.trained_tok)
+    with hf.install(found.model, pipeline, found.trained_tok):
+        plans = pipeline.plan(found.n_layers)
+    judged.check_blocks(task, task.contexts_tok, [plans[i] for i in attached(found)])
+    return found
 
 
 def _word(name: Any) -> str:
@@ -135,16 +158,16 @@ def _word(name: Any) -> str:
     return " ".join(part.value if isinstance(part, PruneRope) else str(part) for part in parts)
 
 
-def _patterns(experiment: Experiment, heard: Any, layers: Any) -> list[list[float]]:
+def _patterns(experiment: Experiment, heard: Any, layers: Any, n_layers: int) -> list[list[float]]:
     from hipexp.attention.patterns import pattern_mass
     from hipexp.attention.recall import logits_in_place
 
     assert experiment.pipeline is not None
-    plans, sums = experiment.pipeline.plan(len(heard)), list[list[float]]()
+    plans, sums = experiment.pipeline.plan(n_layers), list[list[float]]()
     for i, (q, k) in heard.items():
         logits, folds, attention = [], [], layers[i]
         for block in range(experiment.task.samples):
-            begin = judged.block_of(plans, q.shape[1], block, experiment.task)
+            begin = judged.block_of([plans[layer] for layer in heard], q.shape[1], block, experiment.task)
             for row in judged.rows_of(min(plans[i].stages[0].query_block_tok, q.shape[1] - begin)):
                 n = begin + row + 1
                 table = attention.tables and attention.tables.upto(n)
@@ -162,10 +185,14 @@ def _means(blocks: Sequence[dict[int, judged.Stages]], layer: int) -> tuple[floa
 
 @dataclasses.dataclass
 class Calibration:
-    """What was found: by layer the diagonal and vertical share and the choice, the contestants, and what they hold of held-out texts."""
+    """What was found: by layer the diagonal and vertical share and the choice, the contestants, and what they hold of held-out texts.
 
-    shares: list[tuple[float, float]]
-    choices: list[Choice]
+    Of ``n_layers`` those that keep their own attention have no choice.
+    """
+
+    n_layers: int
+    shares: dict[int, tuple[float, float]]
+    choices: dict[int, Choice]
     divisors: list[int]
     pipelines: dict[str, Pipeline]
     held: list[Held]  # by contestant and divisor
@@ -184,30 +211,40 @@ def calibrate(bench: Bench, name: str) -> Calibration:
     """Choose on one part of the prompts, judge on the other."""
     base, facts, divisors = bench.experiment.pipeline, read_facts(bench.experiment.model), bench.experiment.task.divisors
     assert base is not None and facts is not None and divisors is not None
-    n_layers = facts.layers
+    n_layers, layers = facts.layers, bench.layers
     step_tok = divisors[-1] * base.stages[-1].chunk_tok
-    own, before = allocation.strategies_of(base, n_layers), [plan.stages[-1].keep_tok for plan in base.plan(n_layers)]
-    budgets = allocation.budgets_of(base, n_layers, step_tok)
+    strategies, whole = allocation.strategies_of(base, n_layers), base.plan(n_layers)
+    own, plans = [strategies[i] for i in layers], [whole[i] for i in layers]
+    before = [plan.stages[-1].keep_tok for plan in plans]
+    budgets = allocation.budgets_of(plans, step_tok)
+
+    def made(choices: Sequence[Choice], name: str = "") -> Pipeline:
+        """The base with these choices in the layers that get it."""
+        of = dict(zip(layers, choices, strict=True))
+        return planned(base, [of.get(i) for i in range(n_layers)], name)
+
     tried = [*STRATEGIES, *([None] if None in own else [])]
-    grid = {(rope, keep): (planned(base, [(rope, keep)] * n_layers), divisors[-1]) for rope in tried for keep in budgets}
+    grid = {(rope, keep): (made([(rope, keep)] * len(layers)), divisors[-1]) for rope in tried for keep in budgets}
     seen, sums = bench.measure(0, grid, patterns=True)
     ropes = [
         allocation.strategy_of(
-            {rope: [statistics.fmean(one[rope, keep][i][0] for keep in budgets) for one in seen] for rope in tried}, own[i]
+            {rope: [statistics.fmean(one[rope, keep][i][0] for keep in budgets) for one in seen] for rope in tried}, mine
         )
-        for i in range(n_layers)
+        for i, mine in zip(layers, own, strict=True)
     ]
-    curves = [{keep: statistics.fmean(one[rope, keep][i][1] for one in seen) for keep in budgets} for i, rope in enumerate(ropes)]
-    keeps, early = allocation.allocate(curves, sum(before)), [layer < EARLY for layer in range(n_layers)]
+    curves = [
+        {keep: statistics.fmean(one[rope, keep][i][1] for one in seen) for keep in budgets} for i, rope in zip(layers, ropes, strict=True)
+    ]
+    keeps, early = allocation.allocate(curves, sum(before)), [layer < EARLY for layer in layers]
     paper = [PruneRope.chunk_indexed if first else PruneRope.relative for first in early]
     fixed = allocation.shared_out(sum(before), [1 + first for first in early], step_tok)
     pipelines = {
         BASE: base,
-        FIXED: planned(base, list(zip(paper, fixed, strict=True))),
-        "uniform": planned(base, [(PruneRope.relative, keep) for keep in allocation.shared_out(sum(before), [1] * n_layers, step_tok)]),
-        "strategies only": planned(base, list(zip(ropes, before, strict=True))),
-        "budgets only": planned(base, list(zip(own, keeps, strict=True))),
-        CALIBRATED: planned(base, list(zip(ropes, keeps, strict=True)), name),
+        FIXED: made(list(zip(paper, fixed, strict=True))),
+        "uniform": made([(PruneRope.relative, keep) for keep in allocation.shared_out(sum(before), [1] * len(layers), step_tok)]),
+        "strategies only": made(list(zip(ropes, before, strict=True))),
+        "budgets only": made(list(zip(own, keeps, strict=True))),
+        CALIBRATED: made(list(zip(ropes, keeps, strict=True)), name),
     }
     if rules(base, n_layers) == rules(pipelines[FIXED], n_layers):
         del pipelines[FIXED]
@@ -215,15 +252,17 @@ def calibrate(bench: Bench, name: str) -> Calibration:
     pipelines = {key: one for key, one in pipelines.items() if allocation.fits(one, n_layers)}
     held, _ = bench.measure(1, {(name, divisor): (one, divisor) for name, one in pipelines.items() for divisor in divisors})
     shares = [(x / max(left, 1e-12), y / max(left, 1e-12)) for x, y, left in sums]
-    return Calibration(shares, list(zip(ropes, keeps, strict=True)), divisors, pipelines, held)
+    choices = zip(ropes, keeps, strict=True)
+    return Calibration(n_layers, dict(zip(layers, shares, strict=True)), dict(zip(layers, choices, strict=True)), divisors, pipelines, held)
 
 
 def layer_table(found: Calibration) -> str:
     """By layer: what its attention follows, what was chosen, and what that holds of held-out texts where the budget is least."""
     divisor, base, rows = found.divisors[-1], found.base, list[list[Any]]()
-    for i, ((diagonal, vertical), (rope, keep)) in enumerate(zip(found.shares, found.choices, strict=True)):
+    for i, (rope, keep) in found.choices.items():
+        diagonal, vertical = found.shares[i]
         rule = PruneRope.chunk_indexed if diagonal > max(vertical, 0) else PruneRope.relative
-        before = found.pipelines[base].plan(len(found.choices))[i].stages[-1]
+        before = found.pipelines[base].plan(found.n_layers)[i].stages[-1]
         outside = statistics.fmean(found.values(base, divisor, 2, i))
         held = [statistics.fmean(found.values(name, divisor, what, i)) for what in (0, 1) for name in (base, CALIBRATED)]
         strategies = [rule.value, before.rope.value if before.rope else None, rope.value if rope else "as before"]
@@ -268,14 +307,21 @@ def summary(found: Calibration, run_key: str) -> dict[str, Any]:
 
 
 def picture(path: Path, heading: str, found: Calibration) -> None:
-    """Shares, budgets and held-out recall by layer."""
-    divisor, n = found.divisors[-1], len(found.choices)
+    """Shares, budgets and held-out recall by layer; nothing where a layer keeps its own attention."""
+    divisor, n = found.divisors[-1], found.n_layers
+
+    def by_layer(values: Mapping[int, float]) -> list[float]:
+        return [values.get(i, math.nan) for i in range(n)]
+
     both = {name: found.pipelines[name] for name in (found.base, CALIBRATED)}
+    plans = {name: one.plan(n) for name, one in both.items()}
     panels: dict[str, dict[str, Sequence[float]]] = {
-        "explained share of the attention": {"diagonal": [x for x, _ in found.shares], "vertical": [y for _, y in found.shares]},
-        "tokens kept by the last stage": {name: [plan.stages[-1].keep_tok for plan in one.plan(n)] for name, one in both.items()},
+        "explained share of the attention": {
+            name: by_layer({i: shares[part] for i, shares in found.shares.items()}) for part, name in enumerate(("diagonal", "vertical"))
+        },
+        "tokens kept by the last stage": {name: by_layer({i: plans[name][i].stages[-1].keep_tok for i in found.choices}) for name in both},
         f"recall, held out, 1/{divisor} of the budget": {
-            name: [statistics.fmean(found.values(name, divisor, 0, i)) for i in range(n)] for name in both
+            name: by_layer({i: statistics.fmean(found.values(name, divisor, 0, i)) for i in found.choices}) for name in both
         },
     }
     draw_layers(path, heading, panels)
@@ -314,11 +360,12 @@ def main(argv: list[str]) -> int:
     folder = Path(own["out"]).expanduser() if "out" in own else runs_root() / "calibrate" / f"{file_name(model)}_{name}"
     texts = int(own.get("texts", TEXTS))
     path = folder / f"{name}.yaml"
+    loaded = None if folder.exists() else model_of(experiment)  # what it refuses leaves no folder
     with open_ledger(folder, hashlib.sha256(f"{VERSION} {key_of(experiment)} {texts}".encode()).hexdigest()) as ledger:
         ledger.status("running")
         ledger.write("config.yaml", to_yaml(resolved(experiment)))
-        found = calibrate(Bench(experiment, texts, ledger), name)
-        n_layers, best = len(found.choices), found.pipelines[CALIBRATED]
+        found = calibrate(Bench(experiment, texts, ledger, loaded), name)
+        n_layers, best = found.n_layers, found.pipelines[CALIBRATED]
         commands = [shlex.join(["python", "-m", "hipexp", *words]) for words in ([f"+pipeline={path}"], ["calibrate", *argv])]
         ledger.write(path.name, allocation.yaml_of(best, [commands[0], f"made by: {commands[1]}", model_line(experiment.model)]))
         made = compose([f"+pipeline='{path}'"]).pipeline  # what was written is what was measured
@@ -327,7 +374,7 @@ def main(argv: list[str]) -> int:
         ledger.write("table.txt", text + "\n")
         picture(folder / "layers.png", f"{name} on {model}", found)
         of = {"name": model, "revision": model_revision(experiment.model)}
-        ledger.write("card.json", {"model": of, "strategy": describe(best, n_layers)})
+        ledger.write("card.json", {"model": of, "strategy": describe(best, n_layers, own_layers=set(range(n_layers)) - set(found.choices))})
         ledger.write("summary.json", summary(found, ledger.key))
         ledger.status("done")
     print(text)

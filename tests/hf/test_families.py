@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import StaticCache
 
 from hipexp.config.compose import compose
 from hipexp.config.schema import ConfigError, LayerGroup, Model, Offload, Pipeline, Stage
@@ -147,6 +148,45 @@ def test_positions_that_are_no_single_sequence_are_refused(family, pruned, small
     model = make(FAMILIES[family])
     with install(model, small if pruned else None), pytest.raises(ValueError, match="one sequence per row"):
         logits(model, tokens[:100], position_ids=positions, use_cache=False)
+
+
+WINDOWS_ONLY = {
+    "Mistral": ("MistralConfig", {"sliding_window": 40}),
+    "Phi-3": ("Phi3Config", {"sliding_window": 40}),
+    "StarCoder 2": ("Starcoder2Config", {"sliding_window": 40}),
+    "Qwen 3": ("Qwen3Config", {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 0, "head_dim": 16}),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS_ONLY)
+@pytest.mark.parametrize("what", ["packed", "stretched", "behind", "static"])
+def test_positions_are_checked_also_where_all_layers_have_windows(name, what, tokens):
+    """Dense: without hipexp such a model would see the packing; its own attention here is asked row by row, in order."""
+    config, changes = WINDOWS_ONLY[name]
+    model, n = tiny(config, "sdpa", **changes), 20 if what == "static" else 100
+    more = {
+        "packed": lambda: dict(position_ids=(torch.arange(100) % 50)[None], use_cache=False),
+        "stretched": lambda: dict(position_ids=3 * torch.arange(100)[None], use_cache=False),
+        "behind": lambda: dict(position_ids=7 + torch.arange(100)[None], use_cache=False),
+        "static": lambda: dict(past_key_values=StaticCache(config=model.config, max_cache_len=512)),
+    }
+    with install(model, None), pytest.raises(ValueError, match="one sequence per row"):
+        logits(model, tokens[:n], **more[what]())
+
+
+@pytest.mark.parametrize("name", WINDOWS_ONLY)
+def test_windows_with_the_cache_of_transformers_are_read_as_they_are(name, tokens):
+    """It drops keys that no window sees, so where a step begins is no longer known; with padding in it and behind it."""
+    config, changes = WINDOWS_ONLY[name]
+    model = tiny(config, "sdpa", **changes)
+    ids = torch.tensor([tokens[:130], [0] * 37 + tokens[200:293]])
+    mask = (ids > 0).long() | torch.tensor([[1], [0]])
+    asked = dict(attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    expected = model.generate(ids, **asked)
+    with install(model, None):
+        assert torch.equal(model.generate(ids, **asked), expected)
+        for part in (16, 64):
+            assert torch.equal(model.generate(ids, prefill_chunk_size=part, **asked), expected)
 
 
 def test_layers_that_share_keys_are_not_read_one_by_one(small, tokens):

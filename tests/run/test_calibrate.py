@@ -103,7 +103,7 @@ def test_strategies_and_budgets_of_a_base():
     assert strategies_of(base(), 5) == [CHUNKS] * 3 + [RELATIVE] * 2
     mixed = dataclasses.replace(base(), stages=[Stage(32, 256), Stage(8, 128, rope=PruneRope.none)], layers={})
     assert strategies_of(mixed, 1) == [None]
-    assert budgets_of(base(), 5, 64) == [512, 1024, 2048, 3072, 4096, 8192]
+    assert budgets_of(base().plan(5), 64) == [512, 1024, 2048, 3072, 4096, 8192]
     assert planned(mixed, [(None, 64)]).plan(1)[0].stages[1].rope is PruneRope.none
 
 
@@ -182,6 +182,56 @@ def test_a_killed_calibration_goes_on(tmp_path, monkeypatch, capsys):
     assert calibrate.main(words) == 0
     assert capsys.readouterr().out == out
     assert (tmp_path / "here" / "samples.jsonl").read_bytes() == whole
+
+
+def of_family(name, folder, **changes):
+    """Words for a model of a family with four layers, trained to 1024 tokens."""
+    family = FAMILIES[name]
+    longer = dataclasses.replace(family, sizes={**family.sizes, "max_position_embeddings": 1024, **changes})
+    return ["model=hf", f"model.path={models_table.checkpoint(longer, folder)}"]
+
+
+@pytest.mark.parametrize("family", ["Gemma 3 (windows)", "Qwen 3-Next (linear attention)", "Gemma 3n (shared keys)"])
+def test_layers_with_their_own_attention_are_left_out(family, tmp_path, monkeypatch, capsys):
+    """The others share what they kept together; what the base says of layers 0-2 stays where it is of no use."""
+    monkeypatch.setattr(allocation, "BUDGETS", (1 / 2, 1, 2))
+    monkeypatch.setattr(calibrate, "STRATEGIES", (CHUNKS, RELATIVE))
+    groups = ["+pipeline.layers.early={range: 0-2, stages: {1: {keep_tok: 256}}}"]
+    words = [*SMALL, *TEXT, *groups, *of_family(family, tmp_path / "model"), "texts=1", f"out={tmp_path}/here", "name=mine"]
+    assert calibrate.main(words) == 0
+    out, n = capsys.readouterr().out, 6 if "3n" in family else 4
+    attached = [0] if "3n" in family else [1, 3]
+    rows = [json.loads(line) for line in (tmp_path / "here" / "samples.jsonl").read_text().splitlines()]
+    assert {layer for row in rows for held in row["held"].values() for layer in held} == {str(i) for i in attached}
+    assert all(len(row["patterns"]) in (0, len(attached)) for row in rows)
+    made, before = compose([f"+pipeline='{tmp_path}/here/mine.yaml'"]).pipeline.plan(n), calibrate.read_words(words)[0].pipeline.plan(n)
+    assert sum(made[i].stages[-1].keep_tok for i in attached) == sum(before[i].stages[-1].keep_tok for i in attached)
+    for i in set(range(n)) - set(attached):
+        assert dataclasses.replace(made[i], groups=[]) == dataclasses.replace(before[i], groups=[])
+    lines = out.split("layer  outside")[1].split("\n\n")[0].splitlines()[1:]
+    assert [int(line.split()[0]) for line in lines if line.split()[0].isdecimal()] == attached
+    strategy = "\n".join(json.loads((tmp_path / "here" / "card.json").read_text())["strategy"])
+    assert all(f"layer {i} (" in strategy for i in attached) and "layer 2" not in strategy
+
+    monkeypatch.setattr(calibrate, "load_model", lambda model: pytest.fail("there is nothing to measure"))
+    assert calibrate.main(words) == 0 and capsys.readouterr().out == out
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words", "message"),
+    [
+        ("Mistral 0.2", {"sliding_window": 40}, [], "no layer of it sees all tokens"),
+        ("Llama 3", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}, [], "RoPE of type 'dynamic'"),
+        ("Gemma 3 (windows)", {}, ["task.contexts_tok=[300]"], r"task\.contexts_tok\[0\]=300 is too short: nothing is pruned"),
+        ("Gemma 3 (windows)", {}, ["task.samples=99"], r"task\.samples=99 must be at most"),
+    ],
+)
+def test_what_is_refused_leaves_no_folder(family, changes, words, message, tmp_path):
+    asked = {word.split("=")[0] for word in words}
+    kept = [word for word in [*SMALL, *TEXT] if word.split("=")[0] not in asked]
+    with pytest.raises(ConfigError, match=message):
+        calibrate.main([*kept, *words, *of_family(family, tmp_path / "model", **changes), f"out={tmp_path}/here"])
+    assert not (tmp_path / "here").exists()
 
 
 def test_contestants_that_fit(tmp_path):
