@@ -35,7 +35,7 @@ from hipexp.hf.kinds import LayerKind, check_some_attached, decoder_of, layer_ki
 from hipexp.hf.own import OwnAttention, check_positions, left_padding
 from hipexp.hf.parallel import sharing_heads
 from hipexp.hf.quantized import compute_dtype
-from hipexp.hf.rotary import Rotary, check_fixed, turn_by_nothing, turned_layers
+from hipexp.hf.rotary import Rotary, check_fixed, turned_by_nothing, turned_layers
 from hipexp.hf.selfcheck import same_as_before
 from hipexp.hf.window import check_transformers
 
@@ -163,9 +163,7 @@ def install(
         stack.enter_context(rotary.in_charge())
         stack.callback(model.set_attn_implementation, before)
         model.set_attn_implementation(name)
-        for i in layers:
-            hook = decoder.layers[i].self_attn.register_forward_pre_hook(turn_by_nothing, with_kwargs=True)
-            stack.callback(hook.remove)
+        stack.enter_context(turned_by_nothing(decoder.layers[i].self_attn for i in layers))
         check()
         yield installed
 

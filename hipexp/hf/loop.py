@@ -207,7 +207,7 @@ def _steps(
     def step(begin: int, end: int) -> int:
         choosers = [chooser] if chooser and end == len(prompt) else []
         logits = _logits(model, cache, ids[:, begin:end], torch.arange(begin, end, device=ids.device)[None])
-        return _chosen(logits, end - 1, processes_of(model), choosers, not_first)[0]
+        return choose(logits, end - 1, processes_of(model), choosers, not_first)[0]
 
     cuts = [(begin, min(begin + chunk_tok, len(prompt))) for begin in range(0, len(prompt), chunk_tok)]
     return [(partial(step, begin, end), end - begin) for begin, end in cuts]
@@ -243,7 +243,7 @@ def decode(
         if graphed is None or live != before:
             graphed = GraphedSteps.of(model, installed, mine)
         logits = graphed.logits(tokens) if graphed else _step(model, mine, tokens)
-        chosen = _chosen(logits, mine[0].get_seq_length() - 1, processes, [choosers[i] for i in live if choosers])
+        chosen = choose(logits, mine[0].get_seq_length() - 1, processes, [choosers[i] for i in live if choosers])
         for i, token in zip(live, chosen, strict=True):
             last[i] = token
         elapsed = (time.perf_counter() - started) * 1e3
@@ -265,8 +265,8 @@ def _logits(model: PreTrainedModel, cache: SequenceCache, ids: Tensor, positions
     return model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
 
-def _chosen(
-    logits: Tensor, position: int, processes: ProcessGroup | None, choosers: Sequence[Chooser], banned: Collection[int] = ()
+def choose(
+    logits: Tensor, position: int, processes: ProcessGroup | None = None, choosers: Sequence[Chooser] = (), banned: Collection[int] = ()
 ) -> list[int]:
     """The next token of every row, none of ``banned``; no ``choosers``: the most likely ones. ``position``: where an error would be.
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
+from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -154,14 +157,65 @@ def _keys(model: PreTrainedModel, decoder: nn.Module, turn: bool) -> dict[int, T
             stack.callback(registry._global_mapping.pop, LISTEN)
         stack.callback(model.set_attn_implementation, before)
         model.set_attn_implementation(LISTEN)
-        for layer in () if turn else decoder.layers:
-            if hasattr(layer, "self_attn"):
-                stack.callback(layer.self_attn.register_forward_pre_hook(turn_by_nothing, with_kwargs=True).remove)
+        if not turn:
+            stack.enter_context(turned_by_nothing(layer.self_attn for layer in decoder.layers if hasattr(layer, "self_attn")))
         model(input_ids=torch.arange(1, 5, device=input_device(model))[None], use_cache=False)
     return found
 
 
-def turn_by_nothing(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """A hook before an attention: it gets an angle of zero for every position, so that its keys stay raw."""
-    cos, sin = kwargs["position_embeddings"]
-    return args, {**kwargs, "position_embeddings": (torch.ones_like(cos[:1, :1]), torch.zeros_like(sin[:1, :1]))}
+@contextmanager
+def turned_by_nothing(attentions: Iterable[nn.Module]) -> Iterator[None]:
+    """Let attentions have an angle of zero for every position, so that their keys stay raw.
+
+    The function of transformers that would multiply by ones and add zeros is not run for them, where it is found.
+    """
+    attentions = list(attentions)
+    with ExitStack() as stack:
+        for name in {type(attention).__module__ for attention in attentions}:
+            stack.enter_context(_leaving(sys.modules[name]))
+        for attention in attentions:
+            stack.callback(attention.register_forward_pre_hook(_turn_by_nothing, with_kwargs=True).remove)
+        yield
+
+
+def _turn_by_nothing(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """A hook before an attention."""
+    cos, _ = kwargs["position_embeddings"]
+    return args, {**kwargs, "position_embeddings": _nothing(cos.shape[-1], cos.ndim, cos.dtype, cos.device)}
+
+
+@cache
+def _nothing(size: int, ndim: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin of an angle of zero."""
+    with torch.inference_mode(False):
+        cos, sin = (make((1,) * (ndim - 1) + (size,), dtype=dtype, device=device) for make in (torch.ones, torch.zeros))
+    cos.turns_nothing = True
+    return cos, sin
+
+
+@contextmanager
+def _leaving(module: ModuleType) -> Iterator[None]:
+    """Let a modeling module's ``apply_rotary_pos_emb`` return what an angle of zero would, as it is."""
+    found = vars(module).get("apply_rotary_pos_emb")
+    if found is None:
+        yield
+        return
+    shared = found if isinstance(found, _Leaving) else _Leaving(found)
+    vars(module)["apply_rotary_pos_emb"] = shared
+    shared.users += 1
+    try:
+        yield
+    finally:
+        shared.users -= 1
+        if not shared.users:
+            vars(module)["apply_rotary_pos_emb"] = shared.original
+
+
+class _Leaving:
+    """``apply_rotary_pos_emb`` of a module, while it has ``users``: models whose keys stay raw."""
+
+    def __init__(self, original: Callable[..., tuple[Tensor, Tensor]]):
+        self.original, self.users = original, 0
+
+    def __call__(self, q: Tensor, k: Tensor, cos: Tensor, *more: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        return (q, k) if hasattr(cos, "turns_nothing") else self.original(q, k, cos, *more, **named)

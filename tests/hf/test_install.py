@@ -1,10 +1,19 @@
 """A pipeline in a transformers model: exact when it fits, invisible when it is gone."""
 
+import copy
 import dataclasses
 
 import pytest
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    StaticCache,
+)  # fmt: skip
 
 from hipexp.config.schema import AttendRope, ConfigError, LayerGroup, Pipeline, PruneRope, Rope, Stage, StageOverride
 from hipexp.hf import generate, install
@@ -291,3 +300,25 @@ def test_the_check_of_a_model_needs_no_room_in_a_method_with_an_attention_of_its
     with install(model, pipeline, 512):
         pruned = logits(model, ids)
     assert not torch.allclose(pruned, logits(model, ids), atol=1e-3)
+
+
+def test_what_an_angle_of_zero_would_do_is_not_done(loaded, pipeline, tokens, monkeypatch):
+    """Also where two models of a family have a pipeline, and the first one is done first; all is as before in the end."""
+    from transformers.models.llama import modeling_llama
+
+    calls, original = [], modeling_llama.apply_rotary_pos_emb
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
+    here, ids = modeling_llama.apply_rotary_pos_emb, torch.tensor([tokens[:64]])
+    other = LlamaForCausalLM(copy.deepcopy(loaded.model.config)).eval()
+    first, second = install(loaded.model, pipeline), install(other, pipeline)
+    with torch.inference_mode():
+        first.__enter__()
+        second.__enter__()
+        calls.clear()
+        loaded.model(ids)
+        first.__exit__(None, None, None)
+        other(ids)
+        assert not calls
+        loaded.model(ids)
+        second.__exit__(None, None, None)
+    assert len(calls) == 4 and modeling_llama.apply_rotary_pos_emb is here
