@@ -159,7 +159,7 @@ def held_bytes(plan: LayerPlan, shape: Shape, n_keys: int) -> int:
 
 
 def summary_pieces(plan: LayerPlan, n_keys: int) -> Iterator[int]:
-    """How many pieces of each size are summarized of ``n_keys`` keys (:class:`hipexp.cache.summaries.KeySummaries`); none without ``bounds``."""
+    """How many pieces of each size are summarized of ``n_keys`` keys (:class:`hipexp.cache.summaries.KeySummaries`), for ``bounds``."""
     scored = [stage for stage in (*plan.stages, *plan.decode) if stage.representative is Representative.bounds]
     if not scored or n_keys <= _selecting(plan).exact_tok(False):
         return
@@ -271,7 +271,8 @@ def _stages(
         if shape.triton:
             taken.transient += 0 if pooled else X * it
         else:
-            scored = _score_vectorized(shape, stage, N, R, C, n_keys, i == 0, piece_tok(plan, stage) if _by_bounds(stage) else 0, turns_keys)
+            piece = piece_tok(plan, stage) if stage.representative is Representative.bounds else 0
+            scored = _score_vectorized(shape, stage, N, R, C, n_keys, i == 0, piece, turns_keys)
             cut = lists * N * C
             best = 2 * cut * SINGLE + 4 * cut + 2 * cut * INDEX + lists * N * keep * INDEX
             pick = lists * N * keep * INDEX + kept * (INDEX + 3) + cut * SINGLE
@@ -281,10 +282,6 @@ def _stages(
         M = keep * (stage.chunk_tok // following) * following
         before = kept * INDEX + scores
     return M, found
-
-
-def _by_bounds(stage: Stage) -> bool:
-    return stage.representative is Representative.bounds
 
 
 def _score_vectorized(

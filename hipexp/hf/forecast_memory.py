@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedModel
 
@@ -19,6 +20,7 @@ from hipexp.hf.skeleton import Pass, bytes_of, measure_pass
 
 SLOT_BYTES, UNIT_BYTES = 17, 4  # of :class:`hipexp.cache.residency.Residency`: a slot, and an entry of its table
 FIRST_ROWS = 4096  # of a table of angles (:class:`hipexp.attention.rope.RopeTables`)
+_PASSED: WeakKeyDictionary[PreTrainedModel, dict[tuple[int, int, bool], Pass]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,8 @@ def forecast(model: PreTrainedModel, pipeline: Pipeline | None, offload: Offload
     of a part of the prompt; of an offload what its tiers hold (:mod:`hipexp.config.offload`). Landmarks are two rows for each piece.
     Activations: what the model's own code holds in a pass over one part, watched on ``meta`` (:func:`measure_pass`), and where attention
     begins what that takes (:mod:`hipexp.attention.footprint`); the most over all parts and layers. Layers without RoPE count as if they
-    had it. Other methods than ``hip`` and ``streaming`` count as dense, with what they note of keys ``left_out``. What an operation of torch
-    allocates for itself, a device's context and code are not in it. Raises ConfigError as ``layer_kinds`` and ``check_sizes``.
+    had it. Other methods than ``hip`` and ``streaming`` count as dense, what they note of keys is ``left_out``. What an operation of
+    torch allocates for itself, a device's context and code are not in it. Raises ConfigError as ``layer_kinds`` and ``check_sizes``.
     """
     return _Sum(model, pipeline, offload, work, gpu).total()
 
@@ -131,31 +133,39 @@ class _Sum:
     @cached_property
     def passed(self) -> dict[int, Pass]:
         """A pass of the model by the number of its tokens: a part of the prompt, what is left of it, and the step of a batch."""
-        parts = {end - begin for begin, end in zip([0, *self.work.ends], self.work.ends)}
-        return {n: measure_pass(self.model, self.kinds, 1, n, behind=n < self.work.prompt_tok) for n in parts}
+        parts = {end - begin for begin, end in self._parts}
+        return {n: self._pass(1, n, behind=n < self.work.prompt_tok) for n in parts}
+
+    @property
+    def _parts(self) -> list[tuple[int, int]]:
+        """Where the parts of a prompt begin and end."""
+        return list(zip([0, *self.work.ends[:-1]], self.work.ends, strict=True))
+
+    def _pass(self, rows: int, n_tok: int, behind: bool) -> Pass:
+        known = _PASSED.setdefault(self.model, {})
+        if (rows, n_tok, behind) not in known:
+            known[rows, n_tok, behind] = measure_pass(self.model, self.kinds, rows, n_tok, behind)
+        return known[rows, n_tok, behind]
 
     def total(self) -> Forecast:
         work, end = self.work, self.work.prompt_tok + self.work.new_tok
-        parts = list(zip([0, *work.ends], work.ends))
         scratch, peaks = Footprint(), []
-        for begin, stop in parts:
+        for begin, stop in self._parts:
             attention = self._prefill(stop - begin, stop)
             scratch.join(attention)
             caches = self._kept(stop) + (work.batch - 1) * self._kept(work.prompt_tok)
             passed = self.passed[stop - begin]
             beside = max(passed.beside, passed.at_attention + attention.transient)
             peaks.append(caches + beside + scratch.scratch_bytes + self._tables(stop) + self._reading(stop - begin))
-        step = measure_pass(self.model, self.kinds, work.batch, 1, behind=False)
+        step = self._pass(work.batch, 1, behind=False)
         attention = self._decode(end)
         scratch.join(attention)
         host, disk = (0, 0) if self.tiers is None else needs(self.tiers, end, work.batch)
         kv, summaries = work.batch * self._keys(end), work.batch * self._summaries(end)
         held = work.batch * sum(footprint.held_bytes(plan, self.shape, end) for plan in self.plans)
         steps = max(step.beside, step.at_attention + attention.transient) + scratch.scratch_bytes + self._tables(end) + held
-        return Forecast(
-            bytes_of(self.model), kv, summaries, max(0, max(peaks) - kv - summaries - (0 if self.gpu else host)), steps, host, disk, self.gpu,
-            self.left_out,
-        )  # fmt: skip
+        reading = max(peaks) - kv - summaries - (0 if self.gpu else host)
+        return Forecast(bytes_of(self.model), kv, summaries, max(0, reading), steps, host, disk, self.gpu, self.left_out)
 
     def _kept(self, n_tok: int) -> int:
         """Bytes in memory of one sequence's caches once ``n_tok`` tokens are read."""
@@ -164,8 +174,7 @@ class _Sum:
 
     def _keys(self, n_tok: int) -> int:
         """Of keys and values on the device. Of what is reserved a CPU has only what was written."""
-        recent = next(iter(self.passed.values())).recent if self.work.prompt_tok else 0
-        recent = max(passed.recent for passed in self.passed.values()) if self.passed else recent
+        recent = max(passed.recent for passed in self.passed.values())
         if self.tiers is None:
             reserved = self.work.prompt_tok + self.work.new_tok if self.gpu else n_tok
             return recent + len(self.full) * self.token * reserved
@@ -184,28 +193,22 @@ class _Sum:
 
     def _summaries(self, n_tok: int) -> int:
         """Landmarks ``[K, P, 2, D]``: two rows of keys for a piece."""
-        return sum(self.token * (self._room(pieces) if self.gpu else pieces) for plan in self.plans for pieces in self._pieces(plan, n_tok))
-
-    def _pieces(self, plan: LayerPlan, n_tok: int) -> Iterator[int]:
-        return footprint.summary_pieces(plan, n_tok)
-
-    def _room(self, pieces: int) -> int:
-        """Room for rows that grow by half when it is outgrown: at most, as the lengths on the way are those of the prompt's parts."""
-        return pieces + pieces // 2
+        pieces = sum(n for plan in self.plans for n in footprint.summary_pieces(plan, n_tok))
+        return self.token * (pieces + pieces // 2 if self.gpu else pieces)  # room grows by half; a CPU has what was written
 
     def _tables(self, n_tok: int) -> int:
         """Angles in fp32, as cosine and sine, and on a CPU as a complex number; a table that was outgrown stays."""
-        first = self.work.ends[0]
-        least, most = (max((footprint.table_rows(p, min(first, self.work.chunk_tok), n) for p in self.plans), default=0) for n in (first, n_tok))
-        if not most:
+        if not self.plans:
             return 0
+        first = self.work.ends[0]
+        least, most = (max(footprint.table_rows(plan, first, n) for plan in self.plans) for n in (first, n_tok))
         rows = [max(FIRST_ROWS, 1 << (least - 1).bit_length())]
         while rows[-1] < most:
             rows.append(2 * rows[-1])
         return sum(rows) * self.shape.rotary // 2 * (8 if self.gpu else 16)
 
     def _reading(self, n_queries: int) -> int:
-        """What a prompt takes besides while it is read: its numbers, and of an offload the part that is read or, layer by layer, all of it."""
+        """What a prompt takes besides while it is read: its numbers; of an offload the part that is read or, layer by layer, all of it."""
         ids = 8 * self.work.prompt_tok
         if self.tiers is None:
             return ids

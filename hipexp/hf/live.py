@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 from weakref import ref
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

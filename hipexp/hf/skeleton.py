@@ -18,7 +18,7 @@ from hipexp.cache.recent import RecentStore
 from hipexp.cache.store import KVStore
 from hipexp.cache.traffic import TrafficLog
 from hipexp.config.schema import ConfigError
-from hipexp.hf.cache import SequenceCache, SequenceLayer
+from hipexp.hf.cache import SequenceCache
 from hipexp.hf.kinds import LayerKind, decoder_of
 from hipexp.hf.live import LiveBytes
 from hipexp.hf.own import QUERIES, OwnAttention
