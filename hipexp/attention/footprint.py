@@ -58,12 +58,11 @@ class Footprint:
     """
 
     transient: int = 0
-    scratch: dict[tuple[str, int], int] = field(default_factory=dict)
+    scratch: dict[str, int] = field(default_factory=dict)
 
     def hold(self, purpose: str, numbers: int, itemsize: int) -> None:
         """Scratch memory for so many numbers."""
-        key = purpose, itemsize
-        self.scratch[key] = max(self.scratch.get(key, 0), numbers * itemsize)
+        self.scratch[purpose] = max(self.scratch.get(purpose, 0), numbers * itemsize)
 
     def join(self, other: Footprint) -> None:
         """What both take, one after the other."""
@@ -222,7 +221,8 @@ def _attend_vectorized(shape: Shape, call: _Call) -> Footprint:
     selected = call.lists * N * call.M
     turned = SINGLE if shape.rotary else 0
     until_end = (
-        (keys * shape.converted if once else 0) + X * shape.converted + selected * INDEX + K * call.n_true * D * shape.converted
+        (keys * shape.converted if once else 0) + X * shape.converted + selected * INDEX
+        + K * call.n_true * D * (shape.converted + (it if shape.paged else 0))
         + 2 * X * it + SINGLE * X // D
     )  # fmt: skip
     aligned = turned if H > K else it if shape.cast else 0  # side by side for one product, and in the model's format
@@ -233,7 +233,10 @@ def _attend_vectorized(shape: Shape, call: _Call) -> Footprint:
         found.transient = max(found.transient, keys * (shape.converted + (shape.cast if shape.rotary else 0)))
     tile = K // call.lists * (min(call.sink_tok, T) + call.M + min(call.window_tok, T)) * D
     gathered = max(tile if call.n_true < T else 0, K * N * call.size * D)
-    found.hold("attended keys", gathered, shape.converted if once and shape.converted else it)
+    if once and shape.converted:
+        found.hold("attended keys, converted", gathered, SINGLE)
+    else:
+        found.hold("attended keys", gathered, it)
     found.hold("attended values", gathered, it)
     if not once and shape.rotary:
         found.hold("attended keys, paired", gathered, SINGLE)
@@ -268,15 +271,16 @@ def _stages(
         kept = lists * N * keep * (stage.chunk_tok // following)
         scores = K * N * C * SINGLE
         taken = Footprint(before + pooled + scores)
-        if shape.triton:
+        descends = stage.representative is Representative.descent
+        if shape.triton and not (shape.paged and descends):
             taken.transient += 0 if pooled else X * it
-        else:
+        else:  # a descent into paged keys is vectorized on a GPU too
             piece = piece_tok(plan, stage) if stage.representative is Representative.bounds else 0
             scored = _score_vectorized(shape, stage, N, R, C, n_keys, i == 0, piece, turns_keys)
             cut = lists * N * C
             best = 2 * cut * SINGLE + 4 * cut + 2 * cut * INDEX + lists * N * keep * INDEX
             pick = lists * N * keep * INDEX + kept * (INDEX + 3) + cut * SINGLE
-            taken.transient += max(scored.transient, best, pick)
+            taken.transient += scored.transient if shape.triton else max(scored.transient, best, pick)
             taken.scratch = scored.scratch
         found.append(taken)
         M = keep * (stage.chunk_tok // following) * following
@@ -322,8 +326,10 @@ def _score_vectorized(
     width = min(width, C)
     heads = 1 if few else K if step_tok or at_once else H
     tokens = step * width * (chunk if at_once else probes)
-    raw = it if not once or not (turns_keys or shape.cast) else SINGLE
-    found.hold("probed keys", heads * tokens * D, raw)
+    if once and (turns_keys or shape.cast):
+        found.hold("probed keys, complex" if turns_keys else "probed keys, fp32", heads * tokens * D, SINGLE)
+    else:
+        found.hold("probed keys", heads * tokens * D, it)
     if turns_keys and not once:
         found.hold("probed keys, paired", heads * tokens * D, SINGLE)
     products = H * R * (2 if at_once else 1) * tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from weakref import WeakKeyDictionary
 
@@ -20,7 +20,7 @@ from hipexp.hf.skeleton import Pass, bytes_of, measure_pass
 
 SLOT_BYTES, UNIT_BYTES = 17, 4  # of :class:`hipexp.cache.residency.Residency`: a slot, and an entry of its table
 FIRST_ROWS = 4096  # of a table of angles (:class:`hipexp.attention.rope.RopeTables`)
-_PASSED: WeakKeyDictionary[PreTrainedModel, dict[tuple[int, int, bool], Pass]] = WeakKeyDictionary()
+_PASSED: WeakKeyDictionary[PreTrainedModel, dict[tuple[int, int, int], Pass]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -134,18 +134,18 @@ class _Sum:
     def passed(self) -> dict[int, Pass]:
         """A pass of the model by the number of its tokens: a part of the prompt, what is left of it, and the step of a batch."""
         parts = {end - begin for begin, end in self._parts}
-        return {n: self._pass(1, n, behind=n < self.work.prompt_tok) for n in parts}
+        return {n: self._pass(1, n, before_tok=self.work.prompt_tok - n) for n in parts}
 
     @property
     def _parts(self) -> list[tuple[int, int]]:
         """Where the parts of a prompt begin and end."""
         return list(zip([0, *self.work.ends[:-1]], self.work.ends, strict=True))
 
-    def _pass(self, rows: int, n_tok: int, behind: bool) -> Pass:
-        known = _PASSED.setdefault(self.model, {})
-        if (rows, n_tok, behind) not in known:
-            known[rows, n_tok, behind] = measure_pass(self.model, self.kinds, rows, n_tok, behind)
-        return known[rows, n_tok, behind]
+    def _pass(self, rows: int, n_tok: int, before_tok: int) -> Pass:
+        known, key = _PASSED.setdefault(self.model, {}), (rows, n_tok, before_tok)
+        if key not in known:
+            known[key] = measure_pass(self.model, self.kinds, *key)
+        return known[key]
 
     def total(self) -> Forecast:
         work, end = self.work, self.work.prompt_tok + self.work.new_tok
@@ -153,11 +153,11 @@ class _Sum:
         for begin, stop in self._parts:
             attention = self._prefill(stop - begin, stop)
             scratch.join(attention)
-            caches = self._kept(stop) + (work.batch - 1) * self._kept(work.prompt_tok)
+            caches = self._kept(stop, reading=True) + (work.batch - 1) * self._kept(work.prompt_tok, reading=True)
             passed = self.passed[stop - begin]
             beside = max(passed.beside, passed.at_attention + attention.transient)
             peaks.append(caches + beside + scratch.scratch_bytes + self._tables(stop) + self._reading(stop - begin))
-        step = self._pass(work.batch, 1, behind=False)
+        step = self._pass(work.batch, 1, before_tok=work.prompt_tok)
         attention = self._decode(end)
         scratch.join(attention)
         host, disk = (0, 0) if self.tiers is None else needs(self.tiers, end, work.batch)
@@ -167,28 +167,40 @@ class _Sum:
         reading = max(peaks) - kv - summaries - (0 if self.gpu else host)
         return Forecast(bytes_of(self.model), kv, summaries, max(0, reading), steps, host, disk, self.gpu, self.left_out)
 
-    def _kept(self, n_tok: int) -> int:
-        """Bytes in memory of one sequence's caches once ``n_tok`` tokens are read."""
-        host = 0 if self.tiers is None or self.gpu else needs(self.tiers, n_tok, 1)[0]
-        return self._keys(n_tok) + self._summaries(n_tok) + host
+    @cached_property
+    def by_layer(self) -> bool:
+        """Whether the prompt is read layer by layer, as :meth:`hipexp.hf.install.Installed.reads_by_layer` says."""
+        return self.tiers is not None and self.work.prompt_tok * self.tiers.token_bytes <= self.offload.prefill_bytes
 
-    def _keys(self, n_tok: int) -> int:
+    def _kept(self, n_tok: int, reading: bool) -> int:
+        """Bytes in memory of one sequence's caches once ``n_tok`` tokens are read; layer by layer the last one reads, the others are full."""
+        n_tok = self.work.prompt_tok if self.by_layer else n_tok
+        host = 0 if self.tiers is None or self.gpu else needs(self.tiers, n_tok, 1)[0]
+        return self._keys(n_tok, reading) + self._summaries(n_tok) + host
+
+    def _keys(self, n_tok: int, reading: bool = False) -> int:
         """Of keys and values on the device. Of what is reserved a CPU has only what was written."""
         recent = max(passed.recent for passed in self.passed.values())
+        if not reading:  # a decode step moves what a window sees into room for two of them
+            recent = min(recent, sum(2 * (kind.window_tok - 1) * self.token for kind in self.kinds if kind.window_tok))
         if self.tiers is None:
             reserved = self.work.prompt_tok + self.work.new_tok if self.gpu else n_tok
             return recent + len(self.full) * self.token * reserved
         resident = len(self.full) - len(self.plans)
-        return recent + resident * self.token * n_tok + sum(self._pool(plan, self.tiers, n_tok) for plan in self.plans)
+        return recent + resident * self.token * n_tok + sum(self._pool(plan, self.tiers, n_tok, reading) for plan in self.plans)
 
-    def _pool(self, plan: LayerPlan, tiers: Sizes, n_tok: int) -> int:
-        """What :class:`hipexp.cache.offloaded.OffloadedStore` has on the device between two parts: newest tokens, pool, and its table."""
+    def _pool(self, plan: LayerPlan, tiers: Sizes, n_tok: int, reading: bool) -> int:
+        """What :class:`hipexp.cache.offloaded.OffloadedStore` has on the device between two parts: newest tokens, pool, and its table.
+
+        Nothing is fetched while a prompt is read layer by layer.
+        """
         newest = plan.window_tok + tiers.page_tok
         slots = tiers.device_tok - newest
         lists = self.shape.kv_heads if plan.heads is Heads.per_kv else 1
         units = 2 * lists * n_tok // unit_tok_of(plan)
         scales = 0 if self.offload.format != "fp8" else 2 * self.shape.kv_heads * 4 * (n_tok // tiers.page_tok)
-        used = slots if self.gpu else min(slots, max(plan.sink_tok, n_tok - newest))
+        fetched = 0 if reading and self.by_layer else n_tok - newest
+        used = slots if self.gpu else min(slots, max(plan.sink_tok, fetched))
         return (newest + used) * self.token + SLOT_BYTES * 2 * lists * slots // unit_tok_of(plan) + UNIT_BYTES * units + scales
 
     def _summaries(self, n_tok: int) -> int:
@@ -213,14 +225,16 @@ class _Sum:
         if self.tiers is None:
             return ids
         n = self.work.prompt_tok
-        if n * self.tiers.token_bytes <= self.offload.prefill_bytes:
-            return ids + n * self.hidden + (n + self.work.new_tok) * self.token
+        if self.by_layer:  # the last layer gives hidden states back while it fills the host's tier
+            given_back = 0 if self.gpu else min(n * self.hidden, needs(self.tiers, n, 1)[0] // self.tiers.layers)
+            return ids + n * self.hidden - given_back + (n + self.work.new_tok) * self.token
         return ids + n_queries * self.token
 
     def _prefill(self, n_queries: int, n_keys: int) -> Footprint:
         if not self.plans:
             return footprint.dense(self.shape, n_queries, n_keys)
-        return self._most(lambda plan: footprint.prefill(plan, self.shape, n_queries, n_keys))
+        shape = replace(self.shape, paged=self.shape.paged and not self.by_layer)
+        return self._most(lambda plan: footprint.prefill(plan, shape, n_queries, n_keys))
 
     def _decode(self, n_keys: int) -> Footprint:
         if not self.plans:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.masking_utils import flash_attention_mask
 
@@ -64,17 +65,16 @@ def bytes_of(model: nn.Module) -> int:
 
 
 @torch.inference_mode()
-def measure_pass(model: PreTrainedModel, kinds: list[LayerKind], rows: int, n_tok: int, behind: bool) -> Pass:
-    """Run ``rows`` sequences of ``n_tok`` tokens each through a :func:`skeleton`, and watch what is alive.
+def measure_pass(model: PreTrainedModel, kinds: list[LayerKind], rows: int, n_tok: int, before_tok: int) -> Pass:
+    """Run ``rows`` sequences of ``n_tok`` tokens each through a :func:`skeleton`, behind ``before_tok`` others, and watch what is alive.
 
-    ``behind``: there are as many tokens before them, which a sliding window sees. Layers that keep their own attention do it, what that of
-    the others takes is left out: it depends on the method.
+    Attention of a sliding window is in it, that of the others is not: it depends on the method.
     """
     without = [i for i, kind in enumerate(kinds) if not kind.attends]
     cache = SequenceCache(len(kinds), decoding=False, new_store=lambda i: _store(kinds[i]), without_keys=without)
-    watched = _Watched(kinds)
+    watched = _Watched(kinds, before_tok)
     with watched.installed(model), watched.live:
-        for begin in (0, n_tok) if behind and any(kind.keeps for kind in kinds) else (0,):
+        for begin in (0, n_tok) if before_tok and any(kind.keeps for kind in kinds) else (0,):
             watched.restart()
             ids = torch.empty(rows, n_tok, dtype=torch.int64, device="meta")
             at = torch.arange(begin, begin + n_tok, device="meta")[None].expand(rows, -1)
@@ -89,8 +89,9 @@ def _store(kind: LayerKind) -> KVStore:
 class _Watched:
     """Stands for the attention of all layers, and notes what is alive when it is asked."""
 
-    def __init__(self, kinds: list[LayerKind]) -> None:
-        self.kinds, self.live, self.at_attention = kinds, LiveBytes(), 0
+    def __init__(self, kinds: list[LayerKind], before_tok: int) -> None:
+        self.kinds, self.before_tok = kinds, before_tok
+        self.live, self.at_attention = LiveBytes(), 0
 
     def restart(self) -> None:
         """Forget what was the most so far."""
@@ -102,7 +103,7 @@ class _Watched:
             return OwnAttention("eager").attend(module, query, key, value, None, kind.window_tok, scaling, **more), None
         out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
         if kind.keeps:
-            query.new_empty(own_bytes(query, kind.window_tok or query.shape[2]), dtype=torch.uint8)
+            query.new_empty(own_bytes(query, min(kind.window_tok or self.before_tok, self.before_tok)), dtype=torch.uint8)
         else:
             self.at_attention = max(self.at_attention, self.live.live)
         return out, None
@@ -117,21 +118,31 @@ class _Watched:
                 stack.callback(registry._global_mapping.pop, NAME)
             stack.callback(model.set_attn_implementation, str(model.config._attn_implementation))
             model.set_attn_implementation(NAME)
+            stack.enter_context(_AnyFormat())
             if getattr(rotary, "rope_type", None) == "longrope":  # values decide which factors count, and there are none
                 stack.callback(setattr, rotary, "rope_type", "longrope")
                 rotary.rope_type = "default"
             yield
 
 
-def own_bytes(query: Tensor, window_tok: int) -> int:
-    """What torch's attention takes for a sliding window, ``QUERIES`` queries ``[B, H, Q, D]`` at a time, besides the output.
+def own_bytes(query: Tensor, before_tok: int) -> int:
+    """What torch's attention takes, ``QUERIES`` queries ``[B, H, Q, D]`` at a time that see ``before_tok`` others, besides the output.
 
     Keys and values once for every query head, a mask as bools and as numbers, and the parts of the output before they are one.
     """
     _, H, Q, D = query.shape
     at_once = min(QUERIES, Q)
-    seen = at_once + min(window_tok, Q)
+    seen = at_once + before_tok
     return 2 * H * seen * D * query.itemsize + at_once * seen * (1 + query.itemsize) + 2 * H * Q * D * query.itemsize
+
+
+class _AnyFormat(TorchFunctionMode):
+    """Experts in other formats than bfloat16, which torch multiplies but of whose products it does not know the shape on ``meta``."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.nn.functional.grouped_mm:
+            return args[0].new_empty(*args[0].shape[:-1], args[1].shape[-1])
+        return function(*args, **(kwargs or {}))
 
 
 class _Nowhere(KVStore):

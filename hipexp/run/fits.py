@@ -120,7 +120,7 @@ def work_of(experiment: Experiment) -> Work:
 
 
 def repairs(words: Sequence[str], verdict: Verdict, model: PreTrainedModel) -> Iterator[list[str]]:
-    """Overrides that make a run fit, each tried as a whole, those that change least first. None changes what comes out."""
+    """Overrides that make a run fit, each tried as a whole, those that change least first: only a smaller format changes what comes out."""
     room = verdict.has["device" if verdict.forecast.gpu else "host"]
     if room is not None and verdict.forecast.weights > room:
         return
@@ -146,6 +146,9 @@ def _changes(experiment: Experiment) -> Iterator[list[str]]:
         for change in moved:
             for part in ([], smaller[1:2], smaller[-1:]) if smaller else ([],):
                 yield [*change, *alone, *part]
+    for form in ("fp8", "int4"):
+        for change in moved:
+            yield [*change, f"offload.format={form}", *fewer[-1:], *smaller[-1:]]
 
 
 def _widened(words: Sequence[str], change: list[str], verdict: Verdict, model: PreTrainedModel) -> list[str]:
@@ -241,6 +244,7 @@ def _text(verdict: Verdict, repair: list[str] | None) -> str:
 
 def _advice(verdict: Verdict, repair: list[str] | None) -> str:
     if repair:
-        return f"does not fit; it would with {' '.join(repair)}"
+        rounds = ", which rounds keys and values" if any(word.startswith("offload.format=") for word in repair) else ""
+        return f"does not fit; it would with {' '.join(repair)}{rounds}"
     more = "" if verdict.experiment.pipeline else " (offload needs a pipeline that reads few keys, as in +pipeline=3stage)"
     return f"does not fit, whatever is offloaded{more}; try a shorter context, or a smaller model"
