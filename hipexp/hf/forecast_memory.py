@@ -84,7 +84,7 @@ class Forecast:
 
 
 def forecast(model: PreTrainedModel, pipeline: Pipeline | None, offload: Offload, work: Work, gpu: bool) -> Forecast:
-    """What ``work`` on ``model`` takes (of which only shapes are read: a :func:`hipexp.hf.skeleton.skeleton` will do).
+    """What ``work`` takes on the model that ``model`` is the :func:`hipexp.hf.skeleton.skeleton` of.
 
     Keys and values of a layer that sees everything are ``2 · K · D · itemsize`` bytes a token, of a sliding window those of two windows or
     of a part of the prompt; of an offload what its tiers hold (:mod:`hipexp.config.offload`). Landmarks are two rows for each piece.
@@ -173,7 +173,7 @@ class _Sum:
         return self.tiers is not None and self.work.prompt_tok * self.tiers.token_bytes <= self.offload.prefill_bytes
 
     def _kept(self, n_tok: int, reading: bool) -> int:
-        """Bytes in memory of one sequence's caches once ``n_tok`` tokens are read; layer by layer the last one reads, the others are full."""
+        """Bytes in memory of one sequence's caches once ``n_tok`` tokens are read; layer by layer while the last one reads."""
         n_tok = self.work.prompt_tok if self.by_layer else n_tok
         host = 0 if self.tiers is None or self.gpu else needs(self.tiers, n_tok, 1)[0]
         return self._keys(n_tok, reading) + self._summaries(n_tok) + host

@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import flash_attention_mask
 
 from hipexp.cache.recent import RecentStore
@@ -49,14 +49,18 @@ def skeleton(folder: Path, dtype: str) -> PreTrainedModel:
     check_transformers()
     try:
         config = AutoConfig.from_pretrained(folder)
-        told = config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=told).eval()
+        return without_weights(config, config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype))
     except ValueError as failure:
         raise ConfigError(
             f"{folder / 'config.json'} describes no causal language model that transformers {transformers.__version__} has: "
             f"{str(failure).splitlines()[0]}"
         ) from failure
+
+
+def without_weights(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a configuration of transformers, with all its parameters on ``meta``. Raises ValueError if there is none."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def bytes_of(model: nn.Module) -> int:
@@ -140,7 +144,7 @@ class _AnyFormat(TorchFunctionMode):
     """Experts in other formats than bfloat16, which torch multiplies but of whose products it does not know the shape on ``meta``."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.nn.functional.grouped_mm:
+        if getattr(function, "__name__", "") in ("grouped_mm", "_grouped_mm"):
             return args[0].new_empty(*args[0].shape[:-1], args[1].shape[-1])
         return function(*args, **(kwargs or {}))
 
