@@ -40,9 +40,9 @@ def main(argv: list[str]) -> int:
     """
     words = [word for word in argv if word != "--json"]
     if any("=" in word for word in words):
-        from hipexp.run import fits
+        from hipexp.run.fits import main as tell
 
-        return fits.main(words, as_json=len(words) < len(argv))
+        return tell(words, as_json=len(words) < len(argv))
     if words:
         raise ConfigError(f"doctor takes no argument {words[0]!r}; only --json, and overrides as in model=llama31_8b +pipeline=3stage")
     packages = [examine(name) for name in PACKAGES]

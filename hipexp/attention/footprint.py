@@ -174,7 +174,7 @@ def table_rows(plan: LayerPlan, n_queries: int, n_keys: int) -> int:
     rows = min(plan.sink_tok + plan.window_tok + kept, n_keys) + 2 * size
     if plan.attend in (AttendRope.native, AttendRope.dynamic) or method.exact_tok(n_queries == 1) >= EVERYTHING:
         rows = max(rows, n_keys + size)
-    if n_keys > method.exact_tok(False):
+    if plan.stages and n_keys > method.exact_tok(False):
         for stage, n_chunks in _candidates(plan, plan.stages, n_keys):
             scan = max(0, plan.window_tok - plan.stages[0].chunk_tok)
             rows = max(rows, scan + n_chunks + 1 if stage.rope is PruneRope.chunk_indexed else scan + 2)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hipexp.config.check import check_layers
-from hipexp.config.compose import compose_point, read_line
+from hipexp.config.compose import compose
 from hipexp.config.model import read_config
 from hipexp.config.offload import check_fits, room_for, show_bytes, sizes
 from hipexp.config.schema import ConfigError, Experiment, Model
@@ -60,17 +60,14 @@ def main(words: Sequence[str], as_json: bool) -> int:
     """
     from hipexp.hf.skeleton import skeleton
 
-    line = read_line(list(words))
-    if line.sweep or line.show:
-        raise ConfigError("doctor looks at one point; leave out -m, --multirun and --cfg")
-    experiment = compose_point(line.overrides)
+    experiment = compose(words)
     model = experiment.model
     if model.base_url is not None or experiment.task.geometry is not None:
         what = f"model.base_url={model.base_url} is served elsewhere" if model.base_url else "a task with a geometry loads no model"
         raise ConfigError(f"doctor tells what a model takes here, and {what}; choose a model to load")
     made = skeleton(_config_path(model).parent, model.dtype)
     verdict = judge(experiment, made)
-    repair = None if verdict.fits else next(repairs(line.overrides, verdict, made), None)
+    repair = None if verdict.fits else next(repairs(words, verdict, made), None)
     print(json.dumps(_plain(verdict, repair), indent=2) if as_json else _text(verdict, repair))
     return 0 if verdict.fits else 1
 
@@ -126,7 +123,7 @@ def repairs(words: Sequence[str], verdict: Verdict, model: PreTrainedModel) -> I
         return
     for change in _changes(verdict.experiment):
         try:
-            changed = judge(compose_point(_with(words, change)), model)
+            changed = judge(compose(_with(words, change)), model)
         except ConfigError:
             continue  # no change that a run would take
         if changed.fits:
@@ -160,7 +157,7 @@ def _widened(words: Sequence[str], change: list[str], verdict: Verdict, model: P
     told = sizes(one.offload, one.pipeline.plan(facts.layers), facts)
     more = (room - verdict.needs["host"]) // (one.task.batch * told.bytes_of(told.page_tok)) * told.page_tok
     wider = [word.replace(f"{HOST_TOK}={LEAST_HOST_TOK}", f"{HOST_TOK}={(LEAST_HOST_TOK + more) // 4096 * 4096}") for word in change]
-    return wider if judge(compose_point(_with(words, wider)), model).fits else change
+    return wider if judge(compose(_with(words, wider)), model).fits else change
 
 
 def _halves(most: int, least: int) -> list[int]:
@@ -181,7 +178,7 @@ def _with(words: Sequence[str], change: list[str]) -> list[str]:
 
 
 def _key(word: str) -> str:
-    return word.lstrip("+").partition("=")[0]
+    return word.lstrip("+-").partition("=")[0]
 
 
 def _config_path(model: Model) -> Any:
