@@ -233,7 +233,7 @@ class _Sum:
     def _prefill(self, n_queries: int, n_keys: int) -> Footprint:
         if not self.plans:
             return footprint.dense(self.shape, n_queries, n_keys)
-        shape = replace(self.shape, paged=self.shape.paged and not self.by_layer)
+        shape = replace(self.shape, paged=self.shape.paged and not self.by_layer and n_keys > n_queries)  # the first part is at hand
         return self._most(lambda plan: footprint.prefill(plan, shape, n_queries, n_keys))
 
     def _decode(self, n_keys: int) -> Footprint:
