@@ -325,14 +325,15 @@ def _score_vectorized(
     step = max(1, min(N, width // C))
     width = min(width, C)
     heads = 1 if few else K if step_tok or at_once else H
-    tokens = step * width * (chunk if at_once else probes)
+    each = width * (chunk if at_once else probes)
+    tokens = each if first and (step_tok or at_once) else step * each  # blocks share the first list
     if once and (turns_keys or shape.cast):
         found.hold("probed keys, complex" if turns_keys else "probed keys, fp32", heads * tokens * D, SINGLE)
     else:
         found.hold("probed keys", heads * tokens * D, it)
     if turns_keys and not once:
         found.hold("probed keys, paired", heads * tokens * D, SINGLE)
-    products = H * R * (2 if at_once else 1) * tokens
+    products = H * R * (2 if at_once else 1) * step * each
     found.hold("products", products, SINGLE)
     flight = heads * tokens * (INDEX + (D * shape.cast if not once else 0)) + products // R * SINGLE * (1 if R > 1 else 0)
     if turns_keys:
