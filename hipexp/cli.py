@@ -30,7 +30,7 @@ COMMANDS = {
     "score": ("hipexp.run.score:main", "official scores of predictions made elsewhere, as JSON"),
     "replay": ("hipexp.run.replay:main", "hits and traffic of caches of any size and policy in a recorded run; replay record records one"),
     "repro": ("hipexp.run.repro:main", "a published table beside ours, as in repro table2 size=needle task.samples=5"),
-    "doctor": ("hipexp.doctor:main", "versions, device, what is missing"),
+    "doctor": ("hipexp.doctor:main", "versions, device, what is missing; doctor +pipeline=3stage task=ruler: does that run fit?"),
 }
 DONE, FAILED, BAD_INPUT = 0, 1, 2
 
@@ -190,7 +190,8 @@ def _explain(error: Exception) -> int:
 
     if classify(error) == "out_of_memory":
         first = str(error).strip().split("\n")[0]
-        return _complain(f"out of memory ({first}); try a shorter length, task.batch=1, or a smaller model.prefill_chunk_tok", FAILED)
+        repair = "try a shorter length, task.batch=1, or a smaller model.prefill_chunk_tok; doctor with the same words tells what would fit"
+        return _complain(f"out of memory ({first}); {repair}", FAILED)
     if kind != "RunFailed":
         traceback.print_exception(error)
     return _complain(str(error) if kind == "RunFailed" else f"{kind}: {error}", FAILED)

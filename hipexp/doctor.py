@@ -1,4 +1,7 @@
-"""``python -m hipexp doctor``: what is installed, what is missing and for what, and what stands in the way."""
+"""``python -m hipexp doctor``: what is installed, what is missing and for what, and what stands in the way.
+
+With the overrides of a run it tells whether that fits this machine (:mod:`hipexp.run.fits`).
+"""
 
 from __future__ import annotations
 
@@ -31,10 +34,17 @@ PACKAGES: dict[str, tuple[str, tuple[str, str], str]] = {
 
 
 def main(argv: list[str]) -> int:
-    """Print the report, with ``--json`` as JSON; 0 if everything that is always needed is there, else 1."""
-    unknown = [word for word in argv if word != "--json"]
-    if unknown:
-        raise ConfigError(f"doctor takes no argument {unknown[0]!r}; only --json")
+    """Print the report, with ``--json`` as JSON; 0 if everything that is always needed is there, else 1.
+
+    ``argv`` may hold overrides: then the report is on that run, and 0 means that it fits.
+    """
+    words = [word for word in argv if word != "--json"]
+    if any("=" in word for word in words):
+        from hipexp.run.fits import main as tell
+
+        return tell(words, as_json=len(words) < len(argv))
+    if words:
+        raise ConfigError(f"doctor takes no argument {words[0]!r}; only --json, and overrides as in model=llama31_8b +pipeline=3stage")
     packages = [examine(name) for name in PACKAGES]
     report = {"hipexp": __version__, "python": platform.python_version(), "packages": packages, "device": device(), "kernels": shadowed()}
     print(json.dumps(report, indent=2) if argv else _text(report))

@@ -18,7 +18,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "hipexp/__init__.py": (set(), set()),
     "hipexp/__main__.py": ({"hipexp.cli"}, set()),
     "hipexp/cli.py": (CONFIG, {"hipexp.run.ledger", "hipexp.run.point"}),
-    "hipexp/doctor.py": (CONFIG, {"torch"}),
+    "hipexp/doctor.py": (CONFIG, {"hipexp.run.fits", "torch"}),
     "hipexp/library.py": (CONFIG | {"hipexp.hf"}, {"transformers"}),
     "hipexp/config": ({"hipexp.config"}, {"hipexp.suites"}),
     "hipexp/config/schema.py": (set(), set()),
