@@ -14,7 +14,8 @@ from hipexp.config.schema import Experiment, Offload
 RESULT_VERSION = 3
 # Where the model came from and how it is asked; what it is, is said by ``model_revision``.
 MODEL_SOURCE = (
-    *("path", "name", "revision", "device_map", "tp_plan", "base_url", "tokenizer", "prompt", "server", "concurrent", "timeout_s"),
+    *("path", "name", "revision", "device_map", "tp_plan", "cuda_graphs"),
+    *("base_url", "tokenizer", "prompt", "server", "concurrent", "timeout_s"),
 )
 
 

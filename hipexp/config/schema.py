@@ -278,6 +278,7 @@ class Model:
                           None: the GPU if there is one
     ``tp_plan``           ``auto``: each process that torchrun started has a part of every layer, as transformers plans it for the class;
                           None: one process has the model
+    ``cuda_graphs``       on a GPU, decode steps are recorded and replayed where that is possible
     ``prefill_chunk_tok`` tokens given to the model at once during prefill
     ``trained_tok``       trained length; None takes ``max_position_embeddings`` from the model's ``config.json``
     ``base_url``          of an OpenAI-compatible server, as in ``http://localhost:8000/v1``; None loads the model here. The rest is for it:
@@ -294,6 +295,7 @@ class Model:
     dtype: str = "auto"
     device_map: str | None = None
     tp_plan: str | None = None
+    cuda_graphs: bool = True
     prefill_chunk_tok: int = 8192
     trained_tok: int | None = None
     base_url: str | None = None

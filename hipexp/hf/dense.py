@@ -7,11 +7,15 @@ import torch.nn.functional as F
 from hipexp_kernels import attend_blocks, merge_lse
 from hipexp_kernels.attend_blocks.vectorized import attend_all
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from hipexp.attention.blocks import QueryBlocks
 from hipexp.attention.method import QUERY_BLOCK_TOK
 from hipexp.attention.selection import Selection
+
+# Not cuDNN's, which torch would take for a single query: it gives all keys of a head to one program.
+SPLIT = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def attend_dense(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None) -> Tensor:
@@ -30,7 +34,8 @@ def attend_dense(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float |
         rows = q.reshape(K, H // K, D)
         if q.device.type == "cpu":
             return attend_all(rows, k, v, scale)[0].reshape(H, 1, D)
-        return F.scaled_dot_product_attention(rows[None], k[None], v[None], scale=scale)[0].reshape(H, 1, D)
+        with sdpa_kernel(SPLIT):
+            return F.scaled_dot_product_attention(rows[None], k[None], v[None], scale=scale)[0].reshape(H, 1, D)
     if q.device.type != "cpu":
         grouped = q.dtype != torch.float32  # the kernel for fp32 wants as many key as query heads
         k, v = (k, v) if grouped else (x.repeat_interleave(H // K, 0) for x in (k, v))

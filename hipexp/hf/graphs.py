@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("hipexp")
 NUMBERS = 3  # of a Step
+WARM_PERIODS = 3  # of refreshes, behind which every pattern has its graph: the first steps of a sequence are unlike later ones
 
 Replay = Callable[[], None]
 Record = Callable[[Callable[[], Tensor]], tuple[Tensor, Replay]]

@@ -26,6 +26,7 @@ from hipexp.attention.inputs import Geometry, drifting
 from hipexp.config.schema import Pipeline
 from hipexp.hf import Generation, install
 from hipexp.hf.cache import SequenceCache
+from hipexp.hf.graphs import WARM_PERIODS as WARM
 from hipexp.hf.graphs import record_cuda
 from hipexp.hf.loop import choose, decode
 from hipexp.run.attention_latency import period_of
@@ -66,15 +67,15 @@ def rewind(cache: SequenceCache, n_tok: int) -> None:
 
 
 def pipeline_row(model: PreTrainedModel, cache: SequenceCache, pipeline: Pipeline, periods: int) -> dict[str, Any]:
-    """Steps of whole refresh periods: the first by the host, one in which graphs are made, then ``periods`` that are measured."""
+    """Steps of whole refresh periods: the first by the host, ``WARM`` until every pattern has its graph, then ``periods`` measured ones."""
     made, begun_tok = Generation(), cache.get_seq_length()
     with install(model, pipeline) as installed:
         period = max(period_of(layer.plan) for layer in installed.layers.values())
         for i, layer in enumerate(cache.own_layers):
             layer.rows[0].state = installed.layers[i].method.new_state()
-        decode(model, [cache], [TOKEN], [made], (2 + periods) * period + 1, set(), installed=installed)
+        decode(model, [cache], [TOKEN], [made], (WARM + periods) * period + 1, set(), installed=installed)
     rewind(cache, begun_tok)
-    return {"by_host_ms": statistics.fmean(made.decode_ms[1:period])} | times(made.decode_ms[2 * period :])
+    return {"by_host_ms": statistics.fmean(made.decode_ms[1:period])} | times(made.decode_ms[WARM * period :])
 
 
 def dense_row(model: PreTrainedModel, cache: SequenceCache) -> dict[str, Any]:

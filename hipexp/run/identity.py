@@ -59,6 +59,8 @@ def data_identity(experiment: Experiment) -> dict[str, Any]:
         model, spread = experiment.model, dict[str, Any]()
         if model.device_map:
             spread["device_map"] = model.device_map
+        if not model.cuda_graphs:
+            spread["cuda_graphs"] = False
         if model.tp_plan:
             spread["tp_processes"] = started().count
         return {"machine": machine() | spread, "template": infbench.template_id("passkey", "default")}

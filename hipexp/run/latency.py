@@ -89,8 +89,9 @@ def measure(experiment: Experiment, loaded: Loaded, ledger: Ledger, trackers: Tr
         for point in todo:
             bar.set_description(f"latency {point.subtask}")
             sample = prompt(encode, point.length_tok, task.decode_steps, experiment.seed)
-            made = timed(experiment, loaded, point.impl, sample, task.decode_steps, bar.update)
-            row = row_of(point, sample, made)
+            warm = warm_steps(experiment, point.impl, loaded.n_layers)
+            made = timed(experiment, loaded, point.impl, sample, warm + task.decode_steps, bar.update)
+            row = row_of(point, sample, dataclasses.replace(made, decode_ms=made.decode_ms[warm:]))
             ledger.append(row)
             trackers.log(row, {})
             bar.advance_to(point.length_tok)
@@ -110,6 +111,17 @@ def prompt(encode: LineEncoder, length_tok: int, decode_steps: int, seed: int) -
     return infbench.digits_sample("passkey", 0, 0.5, length_tok - decode_steps, encode, rng)
 
 
+def warm_steps(experiment: Experiment, impl: str, n_layers: int) -> int:
+    """Decode steps before those that are timed: on a GPU, until every pattern of refreshes has its CUDA graph."""
+    import torch
+
+    from hipexp.hf.graphs import WARM_PERIODS
+
+    if impl == "dense" or not experiment.model.cuda_graphs or not torch.cuda.is_available():
+        return 0
+    return WARM_PERIODS * refresh_pattern(experiment.pipeline, n_layers)[0]
+
+
 def timed(
     experiment: Experiment, loaded: Loaded, impl: str, sample: Sample, decode_steps: int, progress: Progress | None = None
 ) -> Generation:
@@ -123,6 +135,7 @@ def timed(
             [sample.tokens],
             max_new_tok=decode_steps + 1,
             prefill_chunk_tok=experiment.model.prefill_chunk_tok,
+            graphs=experiment.model.cuda_graphs,
             stop_ids=set(),
             progress=progress,
             installed=installed,

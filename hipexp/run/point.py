@@ -371,6 +371,7 @@ def answer(
         not_first=stops if samples[0].one_line else (),
         progress=progress,
         installed=installed,
+        graphs=experiment.model.cuda_graphs,
     )
     for sample, made in zip(samples, answers, strict=True):
         del made.tokens[sample.max_new_tok :]

@@ -64,7 +64,7 @@ REFUSED = {
     "attention sinks": (
         "GptOssConfig",
         {**ALL_FULL, "num_local_experts": 2, "num_experts_per_tok": 1},
-        "'gpt_oss' is not supported.*the attention of layer 0 does something else",
+        "'gpt_oss' is not supported.*the attention of layer 0 does something else: .* away from the model's own",
     ),
     "dynamic RoPE": ("LlamaConfig", rope("dynamic", factor=4.0), "RoPE of type 'dynamic'"),
 }

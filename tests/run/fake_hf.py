@@ -95,7 +95,7 @@ def _times(counts, factor):
     return {name: value * factor for name, value in counts.items()}
 
 
-def generate(loaded, prompts, *, max_new_tok, prefill_chunk_tok, stop_ids=(), not_first=(), progress=None, installed=None):
+def generate(loaded, prompts, *, max_new_tok, prefill_chunk_tok, stop_ids=(), not_first=(), progress=None, installed=None, graphs=True):
     out = []
     for prompt in prompts:
         SETTINGS.calls += 1
