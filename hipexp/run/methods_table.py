@@ -6,9 +6,9 @@ that each of them makes, and how recall is measured.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from hipexp.hf import Loaded
 
 DIVISOR = 8  # of a budget, where recall is measured and there is one
+TIMED_STEPS = 32  # whole refresh periods
+CUTTING = "task.truncate_tok="
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,11 @@ class Comparison:
     recall_words: dict[str, list[str]]
     specs: tuple[Spec, ...]
     recalls: dict[str, list[str]]
+
+    @property
+    def longest(self) -> int:
+        """The longest prompts that all read, in trained lengths."""
+        return max(spec.times for spec in self.specs if not spec.linear)
 
 
 def read_comparison(name: str, fast: bool) -> Comparison:
@@ -166,6 +173,19 @@ def recall_points(comparison: Comparison, overrides: Sequence[str]) -> dict[tupl
     return found
 
 
+def time_points(comparison: Comparison, overrides: Sequence[str]) -> dict[str, Named]:
+    """The times of every contestant, by its name: of a prompt of the longest length that all read, or of what is left of it."""
+    trained_tok = trained_length(compose(["task=infbench", *resident(overrides)]).model)
+    made = {}
+    for name, chosen in comparison.words.items():
+        length_tok = trained_tok * (1 if _cuts(chosen) else comparison.longest)
+        own = ["task=latency", f"task.length_tok={length_tok}", "task.repeats=1", f"task.decode_steps={TIMED_STEPS}"]
+        own += ["task.dense_max_tok=1"] * (_pipeline(tuple(chosen)) is not None)
+        words = [word for word in chosen if not word.startswith(CUTTING)]
+        made[name] = compose_named(f"{name}, times", [*own, *words], overrides)
+    return made
+
+
 @cache
 def _pipeline(words: tuple[str, ...]) -> Pipeline | None:
     """The pipeline that words choose."""
@@ -192,7 +212,7 @@ def _linear(pipeline: Pipeline | None) -> bool:
 
 def _cuts(words: Sequence[str]) -> bool:
     """Whether prompts are cut to the trained length."""
-    return any(word.startswith("task.truncate_tok=") for word in words)
+    return any(word.startswith(CUTTING) for word in words)
 
 
 def decode_bytes(pipeline: Pipeline | None, facts: ModelFacts, heads: int, n_tok: int) -> tuple[float, float]:
@@ -220,16 +240,17 @@ def tell_expected_time(todo: Sequence[Point], loaded: Loaded, jobs: int) -> None
         left = task.samples * len(task.subtasks or SUBTASKS[task.name]) - len(point.run.rows())
         total[point.name] = total.get(point.name, 0.0) + left * rates[point.name].seconds(length_tok)
     text = duration(sum(total.values()) / jobs)
-    print(f"expected time of the scores: {text}, at most, without recall; interrupt it as you like, the same command continues")
+    print(f"expected time of the scores: {text}, at most, without recall and times; interrupt it as you like, the same command continues")
     for name, expected in total.items():
         print(f"  {duration(expected / jobs):>7}  {name}")
 
 
 Results = dict[tuple[str, Spec], dict[str, Any]]
 Recalls = dict[tuple[str, str], dict[str, Any]]
+Times = dict[str, dict[str, Any]]
 
 
-def table(results: Results, recalls: Recalls, costs: dict[str, tuple[float, float]]) -> str:
+def table(results: Results, recalls: Recalls, times: Times, costs: dict[str, tuple[float, float]]) -> str:
     """A line for every contestant: scores by run (with their 95 % interval where it is of one subtask), recall, times, bytes."""
     specs = list(dict.fromkeys(spec for _, spec in results))
     longest = max(spec.times for spec in specs if not spec.linear)
@@ -240,10 +261,8 @@ def table(results: Results, recalls: Recalls, costs: dict[str, tuple[float, floa
     for name in costs:
         scores = [_score(results.get((name, spec), {})) for spec in specs]
         held = [_mass(recalls.get((name, column), {})) for column in columns]
-        times = [
-            found["latency"] for (contestant, spec), found in results.items() if found and contestant == name and spec.times == longest
-        ]
-        shown = [_mean(times, "prefill_ms", 1e-3), _mean(times, "decode_ms", 1.0)]
+        rows = {row["phase"]: row["mean_ms"] for row in times[name]["latency"]["rows"]} if times.get(name) else {}
+        shown = [f"{rows['prefill'] / 1e3:.1f}", f"{rows['decode']:.1f}"] if rows else [None, None]
         lines.append([name, *scores, *held, *shown, *(f"{size / 1e6:.2f}" for size in costs[name])])
     return markdown_table(header, lines, left=1)
 
@@ -261,16 +280,13 @@ def _mass(summary: dict[str, Any]) -> str | None:
     return f"{fmean(held):.3f}" if held else None
 
 
-def _mean(times: Sequence[dict[str, Any]], key: str, factor: float) -> str | None:
-    values = [one[key] for one in times if one.get(key) is not None]
-    return f"{fmean(values) * factor:.1f}" if values else None
-
-
-def write_table(comparison: Comparison, todo: Sequence[Point], recalls: dict[tuple[str, str], Named], trained_tok: int) -> Path:
+def write_table(
+    comparison: Comparison, todo: Sequence[Point], recalls: dict[tuple[str, str], Named], timed: dict[str, Named], trained_tok: int
+) -> Path:
     """Write ``table.md`` from what is done so far, and ``picture.png``; returns the folder."""
     model = todo[0].run.experiment.model
     results = {(point.name, point.spec): point.run.summary() for point in todo}
-    facts, longest = read_facts(model), max(point.spec.times for point in todo if not point.spec.linear)
+    facts, longest = read_facts(model), comparison.longest
     folder = model_folder(model)
     assert facts is not None and folder is not None, "trained_length refuses it"
     heads = read_json(folder / "config.json")["num_attention_heads"]
@@ -284,8 +300,8 @@ def write_table(comparison: Comparison, todo: Sequence[Point], recalls: dict[tup
         f"{model_line(model)}. Trained length {trained_tok} tokens; scores 0 to 100, own prompts and generated samples (not official). "
         f"Bytes: of a mean decode step behind {longest * trained_tok} tokens, all layers, in the model's number format, by each rule. "
         "Recall: of the attention outside a contestant's own sinks and window, the share that is selected in the end; layers that a method "
-        f"keeps dense count as 1. {_told(comparison)}",
-        table(results, {key: run.summary() for key, run in recalls.items()}, costs),
+        f"keeps dense count as 1. {_told(comparison)} Times: of one prompt, one contestant after the other{_machines(timed.values())}.",
+        table(results, {key: run.summary() for key, run in recalls.items()}, {name: run.summary() for name, run in timed.items()}, costs),
         "![accuracy against bytes](picture.png)",
     ]
     folder = table_folder(comparison, todo)
@@ -311,6 +327,11 @@ def _told(comparison: Comparison) -> str:
     return told.replace("{divisor}", str(DIVISOR)) + f". Budgets are divided by {DIVISOR} where it says so, and where there is one."
 
 
+def _machines(runs: Iterable[Named]) -> str:
+    found = dict.fromkeys(machine for run in runs if (machine := run.machine()))
+    return f" ({'; '.join(found)})" if found else ""
+
+
 def _long_scores(results: Results, name: str, longest: int) -> list[float]:
     return [found["average"] for (contestant, spec), found in results.items() if found and contestant == name and spec.times == longest]
 
@@ -326,20 +347,21 @@ def main(argv: list[str]) -> int:
     overrides = [word for word in words if word not in ("--dry-run", "fast=true", *data) and not word.startswith("of=")]
     refuse_own("methods", overrides, ("task.data",))
     comparison = read_comparison((of or ["methods"])[-1], "fast=true" in argv)
-    todo, recalls = points(comparison, overrides, data), recall_points(comparison, overrides)
+    todo, recalls, timed = points(comparison, overrides, data), recall_points(comparison, overrides), time_points(comparison, overrides)
     trained_tok, load = trained_length(todo[0].run.experiment.model), load_once()
     runs = [*recalls.values(), *(point.run for point in todo)]
-    for run in runs:  # a refusal is told before anything takes long
+    for run in [*runs, *timed.values()]:  # a refusal is told before anything takes long
         check_point(run.experiment)
     left = [point for point in todo if not stored(point.run.experiment)]
-    dry = "--dry-run" in argv
+    dry, write = "--dry-run" in argv, partial(write_table, comparison, todo, recalls, timed, trained_tok)
     with helpers([] if dry else runs, jobs, table_folder(comparison, todo)):
         if left:
             tell_expected_time(left, load(todo[0].run.experiment.model), jobs)
         if dry:
             return 0
-        run_all(runs, load, after=lambda: write_table(comparison, todo, recalls, trained_tok))
-    folder = write_table(comparison, todo, recalls, trained_tok)
+        run_all(runs, load, write)
+    run_all([*timed.values()], load, write)
+    folder = write()
     print((folder / "table.md").read_text(encoding="utf-8"))
     print(f"table:   {folder / 'table.md'}\npicture: {folder / 'picture.png'}")
     return 0
