@@ -180,3 +180,20 @@ def test_without_a_gpu_nothing_is_recorded(loaded, pipeline):
     with install(loaded.model, pipeline) as installed:
         assert GraphedSteps.of(loaded.model, installed, []) is None
         assert GraphedSteps.of(loaded.model, None, []) is None
+
+
+@torch.inference_mode()
+def test_tokens_per_second_of_a_whole_model(record, monkeypatch, loaded, pipeline):
+    """The measurement runs here too, with a recorder in place of a GPU; no time is looked at."""
+    from hipexp.run import decode_speed
+
+    of = GraphedSteps.of
+    monkeypatch.setattr(decode_speed, "record_cuda", record)
+    monkeypatch.setattr(GraphedSteps, "of", lambda model, installed, caches: of(model, installed, caches, record))
+    cache = decode_speed.filled(loaded.model, 1000, 1000 + 100)
+    made = {"dense": decode_speed.dense_row(loaded.model, cache), "3stage": decode_speed.pipeline_row(loaded.model, cache, pipeline, 1)}
+    assert made["3stage"]["steps"] == 16 and cache.get_seq_length() == 1000
+    assert all(0 < row["p10_ms"] <= row["worst_ms"] and row["tokens_per_s"] == 1e3 / row["mean_ms"] for row in made.values())
+    if not ON_GPU:
+        assert record.replays >= 16  # all that are timed
+        assert decode_speed.main([]) == 2

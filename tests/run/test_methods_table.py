@@ -35,6 +35,18 @@ def test_recall_is_of_what_selects():
     assert set(ALL.words) - measured == {"dense", "dense, middle cut out", "ntk", "self_extend", "lm_infinite"}
 
 
+def test_times_are_of_the_longest_prompt_that_all_read():
+    made = methods_table.time_points(ALL, [])
+    assert list(made) == list(ALL.words) and ALL.longest == 8
+    lengths = {name: run.experiment.task.length_tok for name, run in made.items()}
+    assert lengths.pop("dense, middle cut out") == 6144 and set(lengths.values()) == {49_152}
+    for name, run in made.items():
+        task, pipeline = run.experiment.task, run.experiment.pipeline
+        assert task.name == "latency" and (task.dense_max_tok is None) == (pipeline is None) and task.truncate_tok is None
+        check_point(run.experiment)
+        assert pipeline is None or name.startswith(pipeline.name)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(path.stem for path in (conf_dir() / "comparison").glob("*.yaml")))
 def test_every_run_and_every_recall_can_run(name, tmp_path):
