@@ -190,7 +190,10 @@ def _explain(error: Exception) -> int:
 
     if classify(error) == "out_of_memory":
         first = str(error).strip().split("\n")[0]
-        repair = "try a shorter length, task.batch=1, or a smaller model.prefill_chunk_tok; doctor with the same words tells what would fit"
+        repair = (
+            "try a shorter length, task.batch=1, or a smaller model.prefill_chunk_tok; doctor with the same words (without model.tp_plan) "
+            "tells what would fit"
+        )
         return _complain(f"out of memory ({first}); {repair}", FAILED)
     if kind != "RunFailed":
         traceback.print_exception(error)

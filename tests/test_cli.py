@@ -89,7 +89,7 @@ def test_layers_are_checked_before_a_point_runs(points, capsys):
         (
             MemoryError("cannot allocate 9 GB\nat allocator.cpp"),
             1,
-            "error: out of memory (cannot allocate 9 GB); try a shorter length, task.batch=1, or a smaller model.prefill_chunk_tok; doctor with the same words tells what would fit\n",
+            "error: out of memory (cannot allocate 9 GB); try a shorter length, task.batch=1, or a smaller model.prefill_chunk_tok; doctor with the same words (without model.tp_plan) tells what would fit\n",
         ),
         (KeyboardInterrupt(), 1, "error: interrupted; the same command continues\n"),
     ],

@@ -26,6 +26,15 @@ def started() -> Processes:
     return Processes(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
 
 
+def check_shared(model: Model) -> None:
+    """Refuse to do the same in several processes; raises ConfigError."""
+    if model.tp_plan is None and started().count > 1:
+        raise ConfigError(
+            f"torchrun started {started().count} processes, and without model.tp_plan=auto each would do the whole run; add it, or start "
+            "one with `python -m hipexp …`"
+        )
+
+
 def check_started(model: Model) -> None:
     """Refuse to split a model over one process; raises ConfigError."""
     if model.tp_plan is not None and started().count == 1:

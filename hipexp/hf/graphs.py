@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("hipexp")
 NUMBERS = 3  # of a Step
+PATIENCE = 16  # steps before the first is recorded: a short answer would not get back what that costs
 WARM_PERIODS = 3  # of refreshes, behind which every pattern has its graph: the first steps of a sequence are unlike later ones
 
 Replay = Callable[[], None]
@@ -66,13 +67,14 @@ class _Graph:
 class GraphedSteps:
     """The decode steps of some sequences together, each with its own ``cache``; nothing else may write into those meanwhile.
 
-    A pattern that comes for the second time is recorded: the first time everything it needs is compiled and has its place. Where that
-    fails, steps run as they are, and the log says why. ``record`` runs a function, on the device or not, and returns its result, which it
-    writes again when what else it returns is called; it raises RuntimeError if it cannot.
+    A pattern that comes again is recorded, once ``PATIENCE`` steps were made: the first time everything it needs is compiled and has its
+    place. Where that fails, steps run as they are, under this installation from then on, and the log says why. ``record`` runs a function,
+    on the device or not, and returns its result, which it writes again when what else it returns is called; it raises RuntimeError if it
+    cannot.
     """
 
     def __init__(self, model: PreTrainedModel, installed: Installed, caches: Sequence[SequenceCache], record: Record):
-        self._model, self._record, self._able = model, record, True
+        self._model, self._installed, self._record, self._patience = model, installed, record, PATIENCE
         self._known: dict[tuple[int, ...], _Graph | None] = {}
         with SequenceCache.of(list(caches)) as merged:  # no layer has states of its own to hand back
             self._cache = merged
@@ -100,7 +102,7 @@ class GraphedSteps:
         """
         if installed is None or processes_of(model) or len(installed.layers) < len(installed.kinds):
             return None
-        if installed.sizes or len(set(installed.devices.values())) > 1:
+        if not installed.records or installed.sizes or len(set(installed.devices.values())) > 1:
             return None
         if record is None and next(iter(installed.devices.values())).type != "cuda":
             return None
@@ -119,11 +121,15 @@ class GraphedSteps:
         """Feed the next token of every sequence; return the logits ``[B, V]``, good until the next call."""
         positions = self._tell(tokens)
         pattern = tuple(part.due() for part in self._parts)
-        if pattern in self._known and self._known[pattern] is None and self._able:
+        if pattern in self._known and self._known[pattern] is None and self._patience <= 0 and self._installed.records:
             self._known[pattern] = self._recorded()
         graph = self._known.setdefault(pattern, None)
+        self._patience -= 1
         if graph is None:
+            before = self._lists()
             found = self._run()
+            if any(now[stage] is not starts for old, now in zip(before, self._lists(), strict=True) for stage, starts in old.items()):
+                self._known.clear()  # a list is elsewhere now, as its length has changed: graphs would read the old one
         else:
             graph.replay()
             found = graph.logits
@@ -136,6 +142,9 @@ class GraphedSteps:
     def _tell(self, tokens: Sequence[int]) -> list[int]:
         """Write what the device reads, and the landmarks of pieces that are whole by now; return the positions of the tokens."""
         positions = [part.store.length for part in self._parts[: len(tokens)]]  # of the first layer
+        for position, part in zip(positions, self._parts, strict=False):
+            if position >= (room := part.store.room[0].shape[1]):
+                raise ValueError(f"a token at position {position} is past the room of {room} tokens that was reserved for this sequence")
         numbers = [*tokens, *positions]
         for part in self._parts:
             position = positions[part.sequence]
@@ -158,16 +167,19 @@ class GraphedSteps:
         try:
             made = self._record(self._run)
         except RuntimeError as failure:
-            self._able = False
+            self._installed.records = False
             LOG.warning("decode steps run without CUDA graphs: %s", str(failure).splitlines()[0])
         pruned = [part.state.pruned_blocks - old for part, (_, _, old) in zip(self._parts, before, strict=True)]
         for part, (step, lists, _), n in zip(self._parts, before, pruned, strict=True):
-            moved = [stage for stage, (starts, _) in part.state.memory.lists.items() if starts is not lists[stage][0]]
+            moved = any(starts is not lists[stage][0] for stage, (starts, _) in part.state.memory.lists.items())
             part.state.memory.lists = lists
             self._count(part, step - part.state.memory.step, -n)
-            if moved and made:
-                raise AssertionError(f"stage {moved[0]} wrote its result to another place, which no later step would read")
+            made = None if moved else made  # it would write where nobody reads; run as it is, and that becomes the place
         return _Graph(*made, pruned) if made else None
+
+    def _lists(self) -> list[dict[int, Tensor]]:
+        """The lists that the stages of every part left, by stage."""
+        return [{stage: starts for stage, (starts, _) in part.state.memory.lists.items()} for part in self._parts]
 
     def _count(self, part: _Part, steps: int, pruned: int) -> None:
         part.state.memory.step += steps

@@ -50,7 +50,8 @@ _NUMBERS = itertools.count()
 class Installed:
     """What :func:`install` put into a model: the attention of attached layers (none if the pipeline is None), every layer's kind.
 
-    ``processes``: those that share the heads of its layers, and the bytes of ``sizes``; None: all are here.
+    ``processes``: those that share the heads of its layers, and the bytes of ``sizes``; None: all are here. ``records``: whether decode
+    steps may be recorded (see :mod:`hipexp.hf.graphs`); no longer once that failed.
     """
 
     pipeline: Pipeline | None
@@ -62,6 +63,7 @@ class Installed:
     sizes: Sizes | None
     placements: dict[int, Placement]
     processes: ProcessGroup | None
+    records: bool = True
 
     def new_sequence(self) -> NewStore:
         """What makes the stores of a new sequence, layer by layer; those of a sliding window keep what it sees."""

@@ -207,7 +207,7 @@ def _steps(
     def step(begin: int, end: int) -> int:
         choosers = [chooser] if chooser and end == len(prompt) else []
         logits = _logits(model, cache, ids[:, begin:end], torch.arange(begin, end, device=ids.device)[None])
-        return choose(logits, end - 1, processes_of(model), choosers, not_first)[0]
+        return choose(logits, [end - 1], processes_of(model), choosers, not_first)[0]
 
     cuts = [(begin, min(begin + chunk_tok, len(prompt))) for begin in range(0, len(prompt), chunk_tok)]
     return [(partial(step, begin, end), end - begin) for begin, end in cuts]
@@ -240,10 +240,12 @@ def decode(
             return
         started = time.perf_counter()
         mine, tokens = [caches[i] for i in live], [last[i] for i in live]
-        if graphed is None or live != before:
-            graphed = GraphedSteps.of(model, installed, mine)
+        if live != before:
+            graphed = None  # its memory first
+        graphed = graphed or GraphedSteps.of(model, installed, mine)
         logits = graphed.logits(tokens) if graphed else _step(model, mine, tokens)
-        chosen = choose(logits, mine[0].get_seq_length() - 1, processes, [choosers[i] for i in live if choosers])
+        positions = [cache.get_seq_length() - 1 for cache in mine]
+        chosen = choose(logits, positions, processes, [choosers[i] for i in live if choosers])
         for i, token in zip(live, chosen, strict=True):
             last[i] = token
         elapsed = (time.perf_counter() - started) * 1e3
@@ -266,9 +268,13 @@ def _logits(model: PreTrainedModel, cache: SequenceCache, ids: Tensor, positions
 
 
 def choose(
-    logits: Tensor, position: int, processes: ProcessGroup | None = None, choosers: Sequence[Chooser] = (), banned: Collection[int] = ()
+    logits: Tensor,
+    positions: Sequence[int],
+    processes: ProcessGroup | None = None,
+    choosers: Sequence[Chooser] = (),
+    banned: Collection[int] = (),
 ) -> list[int]:
-    """The next token of every row, none of ``banned``; no ``choosers``: the most likely ones. ``position``: where an error would be.
+    """The next token of every row, none of ``banned``; no ``choosers``: the most likely ones. ``positions``: where they stand, for errors.
 
     ``processes`` that share the model all take what the first of them chose.
     """
@@ -277,7 +283,8 @@ def choose(
         logits[:, list(banned)] = float("-inf")
     found, good = torch.stack([logits.argmax(-1), finite.long()]).tolist()  # the host waits once
     if not all(good):
-        raise FloatingPointError(f"the model's logits are not finite at position {position}; no token can be chosen from them")
+        at = positions[good.index(0)]
+        raise FloatingPointError(f"the model's logits are not finite at position {at}; no token can be chosen from them")
     if any(chooser.sampling.temperature > 0 for chooser in choosers):
         found = [chooser.choose(row) for chooser, row in zip(choosers, logits, strict=True)]
     return found if processes is None else agreed(torch.tensor(found, device=logits.device), processes).tolist()

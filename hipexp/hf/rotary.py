@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,7 +22,8 @@ from hipexp.config.schema import ConfigError
 from hipexp.hf.devices import device_of, input_device
 from hipexp.hf.kinds import FULL
 
-LISTEN = "hipexp_listen"
+LISTEN = "hipexp_listen_{}"  # in transformers' registries; every search has its own
+_NUMBERS = itertools.count()
 _TURNED: WeakKeyDictionary[PreTrainedModel, frozenset[int]] = WeakKeyDictionary()
 
 
@@ -149,14 +151,14 @@ def _keys(model: PreTrainedModel, decoder: nn.Module, turn: bool) -> dict[int, T
         found[module.layer_idx] = key
         return torch.zeros_like(query.transpose(1, 2)), None
 
-    before = model.config._attn_implementation
+    before, name = model.config._attn_implementation, LISTEN.format(next(_NUMBERS))
     with ExitStack() as stack:
-        AttentionInterface.register(LISTEN, listen)
-        AttentionMaskInterface.register(LISTEN, lambda *_, **__: None)
+        AttentionInterface.register(name, listen)
+        AttentionMaskInterface.register(name, lambda *_, **__: None)
         for registry in (AttentionInterface, AttentionMaskInterface):
-            stack.callback(registry._global_mapping.pop, LISTEN)
+            stack.callback(registry._global_mapping.pop, name)
         stack.callback(model.set_attn_implementation, before)
-        model.set_attn_implementation(LISTEN)
+        model.set_attn_implementation(name)
         if not turn:
             stack.enter_context(turned_by_nothing(layer.self_attn for layer in decoder.layers if hasattr(layer, "self_attn")))
         model(input_ids=torch.arange(1, 5, device=input_device(model))[None], use_cache=False)
@@ -207,7 +209,7 @@ def _leaving(module: ModuleType) -> Iterator[None]:
         yield
     finally:
         shared.users -= 1
-        if not shared.users:
+        if not shared.users and vars(module)["apply_rotary_pos_emb"] is shared:
             vars(module)["apply_rotary_pos_emb"] = shared.original
 
 

@@ -50,7 +50,7 @@ def skeleton(folder: Path, dtype: str) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(folder)
         return without_weights(config, config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype))
-    except ValueError as failure:
+    except (ValueError, OSError) as failure:
         raise ConfigError(
             f"{folder / 'config.json'} describes no causal language model that transformers {transformers.__version__} has: "
             f"{str(failure).splitlines()[0]}"

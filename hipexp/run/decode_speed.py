@@ -23,15 +23,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from hipexp.attention import Memory
 from hipexp.attention.blocks import Step
 from hipexp.attention.inputs import Geometry, drifting
+from hipexp.cache.resident import ResidentStore
 from hipexp.config.schema import Pipeline
 from hipexp.hf import Generation, install
 from hipexp.hf.cache import SequenceCache
 from hipexp.hf.graphs import WARM_PERIODS as WARM
 from hipexp.hf.graphs import record_cuda
 from hipexp.hf.loop import choose, decode
-from hipexp.run.attention_latency import period_of
 from hipexp.run.gpu import preset, table
 from hipexp.run.latency import quantile
+from hipexp.run.strategy import refresh_pattern
 from hipexp.run.timing import describe_machine
 
 SIZES = dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, vocab_size=128_256)
@@ -55,7 +56,11 @@ def filled(model: PreTrainedModel, n_tok: int, room_tok: int) -> SequenceCache:
     cache = SequenceCache(config.num_hidden_layers, room_tok, decoding=True)
     for one in cache.own_layers:
         one.lazy_initialization(layer.keys[None], layer.values[None])
-        one.rows[0].store.append(layer.keys, layer.values)
+        store = one.rows[0].store
+        assert isinstance(store, ResidentStore)
+        store.append(layer.keys, layer.values)
+        for part in store.room:
+            part[:, n_tok:] = 0  # dense steps see it
     return cache
 
 
@@ -70,7 +75,7 @@ def pipeline_row(model: PreTrainedModel, cache: SequenceCache, pipeline: Pipelin
     """Steps of whole refresh periods: the first by the host, ``WARM`` until every pattern has its graph, then ``periods`` measured ones."""
     made, begun_tok = Generation(), cache.get_seq_length()
     with install(model, pipeline) as installed:
-        period = max(period_of(layer.plan) for layer in installed.layers.values())
+        period, _ = refresh_pattern(pipeline, len(installed.layers))
         for i, layer in enumerate(cache.own_layers):
             layer.rows[0].state = installed.layers[i].method.new_state()
         decode(model, [cache], [TOKEN], [made], (WARM + periods) * period + 1, set(), installed=installed)
@@ -90,12 +95,12 @@ def dense_row(model: PreTrainedModel, cache: SequenceCache) -> dict[str, Any]:
     with install(model, None):
         for layer in cache.own_layers:
             layer.rows[0].step = step
-        by_host = [_timed(lambda: choose(run(), n_tok)) for _ in range(4)]
+        by_host = [_timed(lambda: choose(run(), [n_tok])) for _ in range(4)]
         logits, replay = record_cuda(run)
 
         def replayed() -> None:
             replay()
-            choose(logits, n_tok)
+            choose(logits, [n_tok])
 
         found = [_timed(replayed) for _ in range(DENSE_STEPS + 2)][2:]
     rewind(cache, n_tok)
@@ -141,9 +146,10 @@ def main(argv: list[str] | None = None) -> int:
         model = build(args.layers, device)
         if args.compile:
             compile_parts(model)
+        longest = max((WARM + args.periods) * refresh_pattern(preset(name), args.layers)[0] + 2 for name in args.presets)
         for n_tok in sorted(args.lengths):
             torch.cuda.empty_cache()
-            cache = filled(model, n_tok, n_tok + 256)
+            cache = filled(model, n_tok, n_tok + longest)
             found = {"dense": dense_row(model, cache)}
             found |= {name: pipeline_row(model, cache, preset(name), args.periods) for name in args.presets}
             for name, row in found.items():

@@ -243,5 +243,13 @@ def _advice(verdict: Verdict, repair: list[str] | None) -> str:
     if repair:
         rounds = ", which rounds keys and values" if any(word.startswith("offload.format=") for word in repair) else ""
         return f"does not fit; it would with {' '.join(repair)}{rounds}"
+    weights, place = verdict.forecast.weights, "device" if verdict.forecast.gpu else "host"
+    room = verdict.has[place]
+    if room is not None and weights >= room:
+        more = "in bfloat16 (model.dtype=bfloat16), " if verdict.experiment.model.dtype == "float32" else ""
+        return (
+            f"does not fit: the weights alone take {show_bytes(weights)}, and {show_bytes(max(0, room))} can be had; try a smaller model, "
+            f"{more}more devices (model.device_map=auto), or more processes (torchrun, model.tp_plan=auto)"
+        )
     more = "" if verdict.experiment.pipeline else " (offload needs a pipeline that reads few keys, as in +pipeline=3stage)"
     return f"does not fit, whatever is offloaded{more}; try a shorter context, or a smaller model"

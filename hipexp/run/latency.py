@@ -56,14 +56,15 @@ def points(experiment: Experiment, trained_tok: int) -> list[Point]:
     ]
 
 
-def card(experiment: Experiment) -> ProtocolCard:
+def card(experiment: Experiment, n_layers: int) -> ProtocolCard:
     """The protocol of a latency run: what is timed, on what text."""
-    task = experiment.task
+    task, warm = experiment.task, warm_steps(experiment, "pruned", n_layers)
+    behind = f" (of the pipeline behind {warm} in which CUDA graphs are made)" * bool(warm)
     limit = "at every length" if task.dense_max_tok is None else f"up to {task.dense_max_tok} tokens only"
     return ProtocolCard(
         suite="latency",
         protocol="hipexp",
-        edition=f"whole-prompt prefill, then {task.decode_steps} decode steps; {task.repeats} round(s), median; dense {limit}",
+        edition=f"whole-prompt prefill, then {task.decode_steps} decode steps{behind}; {task.repeats} round(s), median; dense {limit}",
         template={"passkey": infbench.template_id("passkey", "default")},
         wording="default",
         metric={},
@@ -88,8 +89,8 @@ def measure(experiment: Experiment, loaded: Loaded, ledger: Ledger, trackers: Tr
             timed(experiment, loaded, impl, prompt(encode, WARM_TOK, 2, experiment.seed), 2)
         for point in todo:
             bar.set_description(f"latency {point.subtask}")
-            sample = prompt(encode, point.length_tok, task.decode_steps, experiment.seed)
             warm = warm_steps(experiment, point.impl, loaded.n_layers)
+            sample = prompt(encode, point.length_tok, warm + task.decode_steps, experiment.seed)
             made = timed(experiment, loaded, point.impl, sample, warm + task.decode_steps, bar.update)
             row = row_of(point, sample, dataclasses.replace(made, decode_ms=made.decode_ms[warm:]))
             ledger.append(row)
@@ -112,14 +113,16 @@ def prompt(encode: LineEncoder, length_tok: int, decode_steps: int, seed: int) -
 
 
 def warm_steps(experiment: Experiment, impl: str, n_layers: int) -> int:
-    """Decode steps before those that are timed: on a GPU, until every pattern of refreshes has its CUDA graph."""
+    """Decode steps before those that are timed: on a GPU, until every pattern of refreshes has its CUDA graph, where it may get one."""
     import torch
 
+    pipeline = experiment.pipeline
+    if impl == "dense" or pipeline is None or not experiment.model.cuda_graphs or experiment.offload.on or not torch.cuda.is_available():
+        return 0
+    from hipexp.attention.methods import make_method
     from hipexp.hf.graphs import WARM_PERIODS
 
-    if impl == "dense" or not experiment.model.cuda_graphs or not torch.cuda.is_available():
-        return 0
-    return WARM_PERIODS * refresh_pattern(experiment.pipeline, n_layers)[0]
+    return WARM_PERIODS * refresh_pattern(pipeline, n_layers)[0] if make_method(pipeline.plan_alone(None)).captures else 0
 
 
 def timed(

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from hipexp.hf import Loaded
 
 DIVISOR = 8  # of a budget, where recall is measured and there is one
-TIMED_STEPS = 32  # whole refresh periods
+TIMED_STEPS = 32  # whole refresh periods of the presets
 CUTTING = "task.truncate_tok="
 
 

@@ -18,7 +18,7 @@ from hipexp.config.check import OFFLOADING, check_layers, check_model
 from hipexp.config.convert import to_plain
 from hipexp.config.model import model_folder
 from hipexp.config.offload import Room
-from hipexp.config.processes import started
+from hipexp.config.processes import check_shared, started
 from hipexp.config.schema import ConfigError, Experiment, Model, Offload, Track
 from hipexp.report.tables import text_table
 from hipexp.run import environment
@@ -84,6 +84,7 @@ def check_point(experiment: Experiment) -> None:
     For a model on a hub the run does it, once the files it needs are here. Raises ``ConfigError``. Imports torch for methods with
     parameters of their own.
     """
+    check_shared(experiment.model)
     check_method(experiment)
     if experiment.task.name == "recall":
         from hipexp.run import recall
@@ -241,7 +242,7 @@ def model_job(experiment: Experiment, ledger: Ledger, load: Load | None) -> Job:
     if load is not None:
         check_room(experiment, facts, suite)
     strategy = describe(experiment.pipeline, loaded.n_layers, experiment.offload, loaded.own_layers, loaded.notes)
-    card = card_of(experiment, suite.card() if suite else latency.card(experiment), loaded) | {"strategy": strategy}
+    card = card_of(experiment, suite.card() if suite else latency.card(experiment, loaded.n_layers), loaded) | {"strategy": strategy}
     if suite is None:
         points = [(one.subtask, one.repeat) for one in latency.points(experiment, loaded.trained_tok)]
         return Job(points, card, partial(latency.measure, experiment, loaded))

@@ -201,12 +201,31 @@ class Stepped(torch.nn.Linear):
         return super().forward((x / step).round() * step)
 
 
-def test_the_check_on_installation_allows_for_rounded_activations(pipeline):
-    model = make(FAMILIES["Llama 3"]).to(torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_model_with_rounded_activations_passes_the_check(pipeline, dtype):
+    model = make(FAMILIES["Llama 3"]).to(dtype)
     for layer in model.model.layers:
         for part in (*layer.self_attn.children(), *layer.mlp.children()):
             if isinstance(part, torch.nn.Linear):
                 part.__class__ = Stepped
+    model.is_quantized = True
+    with install(model, pipeline):
+        pass
+
+
+def test_the_check_on_installation_allows_for_rounded_activations(pipeline, monkeypatch):
+    """In fp32 too: an attention whose scale is 2 % off is refused there, and not where activations are quantised."""
+    module = import_module("hipexp.hf.install")
+    made = module._layer_attentions
+
+    def off(*args):
+        layers = made(*args)
+        for layer in layers.values():
+            layer.scale *= 1.02
+        return layers
+
+    monkeypatch.setattr(module, "_layer_attentions", off)
+    model = make(FAMILIES["Llama 3"])
     with pytest.raises(ConfigError, match="is not supported"), install(model, pipeline):
         pass
     model.is_quantized = True
