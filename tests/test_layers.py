@@ -40,7 +40,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "hipexp/track": (CONFIG | {"hipexp.track"}, {"wandb"}),
     "hipexp/report": (
         CONFIG | {"hipexp.report", "hipexp.run.ledger", "hipexp.suites"},
-        {"duckdb", "matplotlib", "numpy", "pyarrow", "yaml"},
+        {"duckdb", "matplotlib", "numpy", "pandas", "pyarrow", "yaml"},
     ),
     "hipexp/run": (
         CONFIG | {"hipexp.report", "hipexp.run", "hipexp.suites", "hipexp.track"},

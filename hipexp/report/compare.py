@@ -50,8 +50,8 @@ def compare(a: Run, b: Run) -> dict[str, Any]:
     what differs. Raises ``ConfigError`` for a run that has no protocol card, and for one with scores beside one with times.
     """
     for run in (a, b):
-        if not run.card:
-            raise ConfigError(f"{run.name} has no card.json that can be read, so nobody knows what its numbers mean; run it again")
+        if not {"protocol", "suite"} <= run.card.keys():
+            raise ConfigError(f"{run.name} has no protocol card (card.json), so nobody knows what its numbers mean; run it again")
     timed = [run.card.get("suite") == "latency" for run in (a, b)]
     if timed[0] != timed[1]:
         raise ConfigError(f"{a.name} and {b.name} have nothing in common: one has scores and the other times; choose two runs of one task")

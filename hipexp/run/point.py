@@ -207,6 +207,7 @@ def _run(experiment: Experiment, ledger: Ledger, load: Load | None, say: Say) ->
     else:
         job = model_job(experiment, ledger, load)
     ledger.keep(job.points)
+    ledger.status("running")  # now with the number of samples
     if ledger.dropped:
         say(f"{ledger.dropped} line(s) dropped that are damaged, repeated or of no sample of this run: what is missing is done again")
     say("\n".join(job.card["strategy"]))

@@ -234,7 +234,7 @@ def test_wrong_words(root, words, message):
 def test_a_run_without_a_card_means_nothing(root):
     folder = write(root, "dense", rows(A))
     (folder / "card.json").unlink()
-    with pytest.raises(ConfigError, match=r"has no card\.json"):
+    with pytest.raises(ConfigError, match=r"has no protocol card"):
         compare.main(["dense", "dense"])
 
 
