@@ -40,21 +40,21 @@ def record(run: Run) -> dict[str, Any]:
     ``samples`` are finished, of ``of`` (None where nobody knows yet); ``average`` is None unless the run is done: part of the samples
     make no score; ``age_s``: seconds since its status was written.
     """
-    facts, status, failed = run.facts, run.status, run.state == "failed"
+    status, failed, updated = run.status, run.state == "failed", str(run.status.get("updated", ""))
     of = status.get("of", status.get("finished") if run.state == "done" else None)
     return {
         "task": run.folder.parent.name,
         "run": run.folder.name,
         "state": state_in_words(run),
-        "samples": facts["finished"],
+        "samples": len(run.samples()),
         "of": of,
-        "average": facts["average"],
-        "protocol": facts["protocol"] or run.card.get("protocol"),
+        "average": run.summary.get("average"),
+        "protocol": run.summary.get("protocol") or run.card.get("protocol"),
         "class": run.failure,
         "message": status.get("message") if failed else None,
-        "updated": facts["updated"],
-        "age_s": age_s(facts["updated"]),
-        "folder": facts["folder"],
+        "updated": updated,
+        "age_s": age_s(updated),
+        "folder": str(run.folder),
     }
 
 

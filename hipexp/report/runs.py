@@ -62,7 +62,7 @@ class Run:
 
         path = self.folder / "config.yaml"
         try:
-            found = yaml.safe_load(path.read_text(encoding="utf-8"))
+            found = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # in C: a tenth of the time
         except (FileNotFoundError, NotADirectoryError):
             return {}
         except (OSError, UnicodeDecodeError, yaml.YAMLError):
@@ -90,6 +90,10 @@ class Run:
     def samples(self) -> list[dict[str, Any]]:
         """The finished samples, also of a run that is not done."""
         return read_rows(self.folder)
+
+    def frame(self) -> Any:
+        """One row per finished sample; as :meth:`Runs.frame`."""
+        return table_of([{name: value for name, value in row.items() if name not in NESTED} for row in self.samples()])
 
     @property
     def facts(self) -> dict[str, Any]:
