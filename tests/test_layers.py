@@ -17,7 +17,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "kernels/hipexp_kernels": ({"hipexp_kernels", "torch", "triton"}, set()),
     "hipexp/__init__.py": (set(), set()),
     "hipexp/__main__.py": ({"hipexp.cli"}, set()),
-    "hipexp/cli.py": (CONFIG, {"hipexp.run.ledger", "hipexp.run.point"}),
+    "hipexp/cli.py": (CONFIG, {"hipexp.run.ledger", "hipexp.run.plan", "hipexp.run.point"}),
     "hipexp/doctor.py": (CONFIG, {"hipexp.run.fits", "torch"}),
     "hipexp/library.py": (CONFIG | {"hipexp.hf"}, {"transformers"}),
     "hipexp/config": ({"hipexp.config"}, {"hipexp.suites"}),
