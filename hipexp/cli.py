@@ -35,6 +35,7 @@ COMMANDS = {
     "score": ("hipexp.run.score:main", "official scores of predictions made elsewhere, as JSON"),
     "replay": ("hipexp.run.replay:main", "hits and traffic of caches of any size and policy in a recorded run; replay record records one"),
     "repro": ("hipexp.run.repro:main", "a published table beside ours, as in repro table2 size=needle task.samples=5"),
+    "completion": ("hipexp.completion:main", "completion of this command line for a shell: source <(hipexp completion bash)"),
     "doctor": ("hipexp.doctor:main", "versions, device, what is missing; doctor +pipeline=3stage task=ruler: does that run fit?"),
 }
 DONE, FAILED, BAD_INPUT = 0, 1, 2

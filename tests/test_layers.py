@@ -18,6 +18,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "hipexp/__init__.py": (set(), set()),
     "hipexp/__main__.py": ({"hipexp.cli"}, set()),
     "hipexp/cli.py": (CONFIG, {"hipexp.run.ledger", "hipexp.run.plan", "hipexp.run.point"}),
+    "hipexp/completion.py": (CONFIG, {"hipexp.cli", "hipexp.report.runs"}),
     "hipexp/doctor.py": (CONFIG, {"hipexp.run.fits", "torch"}),
     "hipexp/library.py": (CONFIG | {"hipexp.hf"}, {"transformers"}),
     "hipexp/config": ({"hipexp.config"}, {"hipexp.suites"}),
