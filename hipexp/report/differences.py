@@ -97,8 +97,8 @@ def brief(value: Any) -> str:
     """A value of a configuration in a line: of a pipeline or stage that the other run lacks, its name or its fields that say something."""
     if value is None:
         return "–"
+    text = str(value)
     if isinstance(value, dict):
         fields = ", ".join(f"{name} {part}" for name, part in value.items() if part is not None)
-        return str(value.get("name") or value.get("method") or fields)
-    text = str(value)
+        text = str(value.get("name") or value.get("method") or fields)
     return text if len(text) <= 60 else text[:59] + "…"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from hipexp.config.schema import ConfigError
@@ -19,13 +18,8 @@ USAGE = f"python -m hipexp ls [{'=… '.join(FILTERS)}=…] [--json]"
 REASON = 150  # characters of a reason
 
 
-def state_of(folder: Path) -> str:
-    """What became of a run: done, running, failed with its class, or stopped or damaged (the same command continues it)."""
-    return state_in_words(Run(folder))
-
-
 def state_in_words(run: Run) -> str:
-    """The state of a run, of a failed one with its class."""
+    """What became of a run: done, running, failed with its class, or stopped or damaged (the same command continues it)."""
     return run.state if run.failure is None else f"failed: {run.failure}"
 
 

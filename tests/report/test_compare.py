@@ -54,6 +54,15 @@ def test_scores_and_paired_differences(root, capsys):
     assert not found["refused"] and not found["left_out"] and not found["times"]
 
 
+def test_the_interval_is_that_of_all_resamples(root, capsys):
+    a, b = [10.0, 20.0, 30.0, 40.0, 50.0, 60.0], [17.0, 11.0, 44.0, 60.0, 49.0, 91.0]
+    write(root, "dense", rows(a))
+    write(root, "3stage", rows(b))
+    (passkey,) = told(capsys, "dense", "3stage")["scores"]
+    assert passkey["interval"] == pytest.approx(brute_interval([y - x for x, y in zip(a, b, strict=True)]), abs=1.5)
+    assert passkey["difference"] == pytest.approx(62 / 6)
+
+
 def test_flipped_answers(root, capsys):
     write(root, "dense", rows(A))
     write(root, "3stage", rows(B))

@@ -6,6 +6,7 @@ import pytest
 from hipexp.config.schema import ConfigError
 from hipexp.report import listing
 from hipexp.report.figures import Axis, HeatMap, draw_heat_maps
+from hipexp.report.runs import Run
 from hipexp.report.tables import duration, markdown_table, show, text_table
 from hipexp.run.ledger import SCORED, WHOLE, RunFailed, open_ledger
 
@@ -78,8 +79,8 @@ def test_runs_are_listed_with_what_became_of_them(tmp_path, monkeypatch, capsys)
 def test_a_run_that_is_held_is_running(tmp_path):
     with open_ledger(tmp_path, KEY) as book:
         book.status("running")
-        assert listing.state_of(tmp_path) == "running"
-    assert listing.state_of(tmp_path) == "stopped"
+        assert listing.state_in_words(Run(tmp_path)) == "running"
+    assert listing.state_in_words(Run(tmp_path)) == "stopped"
 
 
 @pytest.mark.parametrize(
