@@ -5,10 +5,13 @@ Nothing heavy is imported before it is needed: help and a mistake in the configu
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib import import_module
 from io import TextIOWrapper
 from pathlib import Path
@@ -19,6 +22,8 @@ from hipexp.config.schema import ConfigError, Experiment
 COMMANDS = {
     "demo": ("hipexp.run.demo:main", "dense against 3stage on the embedded model: a table and a picture"),
     "ls": ("hipexp.report.listing:main", "the runs there are and how far they got"),
+    "retry": ("hipexp.run.retry:main", "go on with runs that failed or were stopped; retry --dry-run lists them"),
+    "compare": ("hipexp.report.compare:main", "two runs side by side: scores, paired differences, flipped answers, or times"),
     "models": ("hipexp.run.models_table:main", "every family of models that fits, tried on small checkpoints of its real classes"),
     "methods": ("hipexp.run.methods_table:main", "every method beside each other; methods --dry-run tells how long, fast=true is short"),
     "calibrate": (
@@ -30,9 +35,11 @@ COMMANDS = {
     "score": ("hipexp.run.score:main", "official scores of predictions made elsewhere, as JSON"),
     "replay": ("hipexp.run.replay:main", "hits and traffic of caches of any size and policy in a recorded run; replay record records one"),
     "repro": ("hipexp.run.repro:main", "a published table beside ours, as in repro table2 size=needle task.samples=5"),
+    "completion": ("hipexp.completion:main", "completion of this command line for a shell: source <(hipexp completion bash)"),
     "doctor": ("hipexp.doctor:main", "versions, device, what is missing; doctor +pipeline=3stage task=ruler: does that run fit?"),
 }
 DONE, FAILED, BAD_INPUT = 0, 1, 2
+DRY, QUIET, JSON = "--dry-run", "--quiet", "--json"
 
 HELP = """hipexp: experiments on long-context attention that prunes its keys in stages (InfiniteHiP).
 
@@ -48,6 +55,9 @@ groups (the first option is the default):
 
 keys: every field of the configuration, as in pipeline.stages.2.keep_tok=4096 task.samples=20 seed=1;
       --cfg job prints all of them with their values and runs nothing.
+
+flags: --dry-run shows the configuration, what attention would do and what is left, and loads no weights; --quiet prints the
+       run folder only, --json the summary as one line of JSON (everything else goes to stderr). All go with -m too.
 
 examples:
   python -m hipexp +pipeline=3stage task=infbench
@@ -125,24 +135,73 @@ def _run_command(name: str, words: list[str]) -> int:
 def _run_overrides(words: list[str]) -> int:
     from hipexp.config import compose
 
+    flags = frozenset(words) & {DRY, QUIET, JSON}
+    words = [word for word in words if word not in flags]
     line = compose.read_line(words)
     if line.show:
         print(compose.to_yaml(compose.compose_point(line.overrides)), end="")
         return DONE
     if line.sweep:
-        return _run_sweep(line.overrides)
-    return _run_point(compose.compose_point(line.overrides), words)
+        return _run_sweep(line.overrides, flags)
+    experiment = compose.compose_point(line.overrides)
+    return _show_plans([("", experiment)], flags) if DRY in flags else _run_point(experiment, words, flags)
 
 
-def _run_point(experiment: Experiment, words: list[str]) -> int:
+def _run_point(experiment: Experiment, words: list[str], flags: frozenset[str]) -> int:
+    from hipexp.config.processes import started
     from hipexp.run.point import check_point, run_point
 
     check_point(experiment)
-    run_point(experiment, words)
+    with _aside(flags):
+        folder = run_point(experiment, words)
+    if started().number:
+        return DONE
+    if JSON in flags:
+        from hipexp.run.ledger import read_json
+
+        print(json.dumps(read_json(folder / "summary.json") | {"folder": str(folder)}, ensure_ascii=False), flush=True)
+    elif QUIET in flags:
+        print(folder, flush=True)
     return DONE
 
 
-def _run_sweep(overrides: list[str]) -> int:
+@contextmanager
+def _aside(flags: frozenset[str]) -> Iterator[None]:
+    """Keep what is said inside the block off stdout: with ``--quiet`` it goes nowhere (the run's log has it), with ``--json`` to stderr."""
+    if QUIET in flags:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            yield
+    elif JSON in flags:
+        with redirect_stdout(sys.stderr):
+            yield
+    else:
+        yield
+
+
+def _show_plans(points: list[tuple[str, Experiment]], flags: frozenset[str]) -> int:
+    """Print what points would do, each with its overrides (empty: the only one, shown with its configuration)."""
+    from hipexp.config import compose
+    from hipexp.run.plan import plan, sweep_text, text
+    from hipexp.run.point import check_point
+
+    told = []
+    for words, experiment in points:
+        check_point(experiment)
+        with _aside(flags):
+            told.append((words, plan(experiment)))
+    if JSON in flags:
+        for words, one in told:
+            print(json.dumps(one | ({"overrides": words} if words else {}), ensure_ascii=False))
+    elif QUIET in flags:
+        print("\n".join(one["folder"] for _, one in told))
+    elif len(told) == 1 and not told[0][0]:
+        print(text(told[0][1], compose.to_yaml(points[0][1])))
+    else:
+        print(sweep_text(told))
+    return DONE
+
+
+def _run_sweep(overrides: list[str], flags: frozenset[str]) -> int:
     """Check all points, then run them through Hydra's launcher: a point that fails does not stop the others."""
     _check_one_process(overrides, "a sweep (-m)")
     from hipexp.config import compose
@@ -150,17 +209,24 @@ def _run_sweep(overrides: list[str]) -> int:
     from hipexp.run.point import check_point
 
     points: list[Experiment] = []
+    named: list[list[str]] = []
     if any(word.lstrip("+").startswith("hydra/sweeper=") for word in overrides):  # it chooses its points as it goes
+        if DRY in flags:
+            raise ConfigError("--dry-run cannot tell the points of a hydra/sweeper that chooses them as it goes; leave one of them out")
         compose.compose_point([word for word in overrides if is_hydra(word)])
     else:
-        points = [compose.compose_point(point) for point in compose.sweep_points(overrides)]
+        named = compose.sweep_points(overrides)
+        points = [compose.compose_point(point) for point in named]
         for experiment in points:
             check_point(experiment)
+    if DRY in flags:
+        titles = [" ".join(word.lstrip("+") for word in words) or "defaults" for words in named]
+        return _show_plans(list(zip(titles, points, strict=True)), flags)
     codes: list[int] = []
 
     def job(experiment: Experiment, words: list[str]) -> None:
         try:
-            codes.append(_run_point(experiment, words))
+            codes.append(_run_point(experiment, words, flags))
         except Exception as error:
             codes.append(_explain(error))
 

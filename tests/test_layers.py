@@ -17,7 +17,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "kernels/hipexp_kernels": ({"hipexp_kernels", "torch", "triton"}, set()),
     "hipexp/__init__.py": (set(), set()),
     "hipexp/__main__.py": ({"hipexp.cli"}, set()),
-    "hipexp/cli.py": (CONFIG, {"hipexp.run.ledger", "hipexp.run.point"}),
+    "hipexp/cli.py": (CONFIG, {"hipexp.run.ledger", "hipexp.run.plan", "hipexp.run.point"}),
+    "hipexp/completion.py": (CONFIG, {"hipexp.cli", "hipexp.report.runs"}),
     "hipexp/doctor.py": (CONFIG, {"hipexp.run.fits", "torch"}),
     "hipexp/library.py": (CONFIG | {"hipexp.hf"}, {"transformers"}),
     "hipexp/config": ({"hipexp.config"}, {"hipexp.suites"}),
@@ -40,7 +41,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "hipexp/track": (CONFIG | {"hipexp.track"}, {"wandb"}),
     "hipexp/report": (
         CONFIG | {"hipexp.report", "hipexp.run.ledger", "hipexp.suites"},
-        {"duckdb", "matplotlib", "numpy", "pyarrow", "yaml"},
+        {"duckdb", "matplotlib", "numpy", "pandas", "pyarrow", "yaml"},
     ),
     "hipexp/run": (
         CONFIG | {"hipexp.report", "hipexp.run", "hipexp.suites", "hipexp.track"},

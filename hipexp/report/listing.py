@@ -3,50 +3,104 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import time
+from datetime import datetime
 from typing import Any
 
 from hipexp.config.schema import ConfigError
-from hipexp.report.tables import text_table
-from hipexp.run.ledger import is_done, is_held, read_json, read_rows, runs_root
+from hipexp.report.runs import Run, Runs, load_runs
+from hipexp.report.tables import duration, text_table
+from hipexp.run.ledger import FAILURES, runs_root
+
+FILTERS = ("task", "model", "pipeline", "state", "class", "protocol")
+UNFINISHED = ("failed", "stopped", "damaged")
+USAGE = f"python -m hipexp ls [{'=… '.join(FILTERS)}=…] [--json]"
+REASON = 150  # characters of a reason
 
 
-def state_of(folder: Path) -> str:
+def state_in_words(run: Run) -> str:
     """What became of a run: done, running, failed with its class, or stopped or damaged (the same command continues it)."""
-    status = read_json(folder / "status.json")
-    match status.get("state"):
-        case "running":
-            return "running" if is_held(folder) else "stopped"
-        case "failed":
-            return f"failed: {status.get('class', 'error')}"
-        case "done" if is_done(folder, status.get("run_key", "")):
-            return "done"
-    return "damaged"
+    return run.state if run.failure is None else f"failed: {run.failure}"
 
 
-def list_runs(root: Path) -> list[dict[str, Any]]:
-    """One record per run folder under ``root``, oldest first."""
-    runs = []
-    for path in root.glob("*/*/status.json"):
-        folder, status = path.parent, read_json(path)
-        summary = read_json(folder / "summary.json")
-        record = {"task": folder.parent.name, "run": folder.name, "state": state_of(folder), "samples": len(read_rows(folder))}
-        record |= {"average": summary.get("average"), "protocol": summary.get("protocol")}
-        runs.append(record | {"updated": str(status.get("updated", "")), "folder": str(folder)})
-    return sorted(runs, key=lambda run: run["updated"])
+def list_runs(runs: Runs) -> list[dict[str, Any]]:
+    """One record per run, in the order of ``runs``; see :func:`record`."""
+    return [record(run) for run in runs]
+
+
+def record(run: Run) -> dict[str, Any]:
+    """What ``ls`` tells of a run.
+
+    ``samples`` are finished, of ``of`` (None where nobody knows yet); ``average`` is None unless the run is done: part of the samples
+    make no score; ``age_s``: seconds since its status was written.
+    """
+    status, failed, updated = run.status, run.state == "failed", str(run.status.get("updated", ""))
+    of = status.get("of", status.get("finished") if run.state == "done" else None)
+    return {
+        "task": run.folder.parent.name,
+        "run": run.folder.name,
+        "state": state_in_words(run),
+        "samples": len(run.samples()),
+        "of": of,
+        "average": run.summary.get("average"),
+        "protocol": run.summary.get("protocol") or run.card.get("protocol"),
+        "class": run.failure,
+        "message": status.get("message") if failed else None,
+        "updated": updated,
+        "age_s": age_s(updated),
+        "folder": str(run.folder),
+    }
+
+
+def age_s(updated: str) -> int | None:
+    """Seconds since a time as ``status.json`` writes it; None for one that is damaged."""
+    try:
+        return max(0, round(time.time() - datetime.strptime(updated, "%Y-%m-%dT%H:%M:%S%z").timestamp()))
+    except ValueError:
+        return None
 
 
 def main(argv: list[str]) -> int:
-    """List the runs; ``--json`` prints them as JSON."""
-    unknown = [word for word in argv if word != "--json"]
-    if unknown:
-        raise ConfigError(f"ls takes no argument {unknown[0]!r}; only --json")
-    runs = list_runs(runs_root())
+    """List the runs that pass the filters; ``--json`` prints them as JSON. Raises ``ConfigError`` for other words."""
+    filters = read_filters([word for word in argv if word != "--json"])
+    runs = list_runs(load_runs(None, **filters))
     if "--json" in argv:
-        print(json.dumps(runs, indent=2))
+        print(json.dumps(runs, indent=2, ensure_ascii=False))
     elif not runs:
-        print(f"no runs under {runs_root()} yet")
+        print(f"no runs {'like that ' if filters else ''}under {runs_root()}{'' if filters else ' yet'}")
     else:
-        columns = ["task", "run", "state", "samples", "average", "protocol", "updated"]
-        print(text_table(columns, [[run[column] for column in columns] for run in runs], left=3))
+        print(text(runs))
     return 0
+
+
+def read_filters(words: list[str]) -> dict[str, list[str]]:
+    """Filters ``name=value,value``. Raises ``ConfigError`` for what is none, and for a class that there is not."""
+    filters: dict[str, list[str]] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name not in FILTERS or not equals:
+            raise ConfigError(f"ls takes no argument {word!r}: {USAGE}")
+        filters[name] = value.split(",")
+    for one in filters.get("class", ()):
+        if one not in FAILURES:
+            raise ConfigError(f"class={one} must be one of {', '.join(FAILURES)}")
+    return filters
+
+
+def text(runs: list[dict[str, Any]]) -> str:
+    """Records as a table, why runs failed, and how to go on with those that are not done."""
+    columns = ["task", "run", "state", "samples", "average", "protocol", "age"]
+    rows = []
+    for run in runs:
+        progress = str(run["samples"]) if run["of"] is None else f"{run['samples']}/{run['of']}"
+        shown = {"samples": progress, "age": None if run["age_s"] is None else duration(run["age_s"])}
+        rows.append([(run | shown)[column] for column in columns])
+    lines = [text_table(columns, rows, left=3)]
+    for run in runs:
+        if run["message"]:
+            reason = " ".join(str(run["message"]).split())
+            lines.append(f"{run['task']}/{run['run']}: {reason if len(reason) <= REASON else reason[: REASON - 1] + '…'}")
+    left = sum(run["state"].split(":")[0] in UNFINISHED for run in runs)
+    if left:
+        lines.append(f"{left} not done: `python -m hipexp retry` goes on with them, finished samples are kept (retry --dry-run lists them)")
+    return "\n".join(lines)

@@ -210,12 +210,13 @@ def is_done(folder: Path, key: str) -> bool:
 class Ledger:
     """A run folder held by this process; made by ``open_ledger``.
 
-    ``rows`` are the finished samples; ``dropped`` counts lines that do not count: damaged, repeated, or of a sample that
-    the run does not have.
+    ``rows`` are the finished samples, of ``of`` (known from :meth:`keep` on); ``dropped`` counts lines that do not count: damaged,
+    repeated, or of a sample that the run does not have.
     """
 
     def __init__(self, folder: Path, key: str):
         self.folder, self.key = folder, key
+        self.of: int | None = None
         self._path = folder / "samples.jsonl"
         self._check_key()
         with on_disk(self._path):
@@ -229,7 +230,8 @@ class Ledger:
         write_text(self._path, "".join(map(_line, self.rows)))
 
     def keep(self, samples: Collection[tuple[str, int]]) -> None:
-        """Drop the lines of all other samples: they are none of this run."""
+        """These are the samples of the run: drop the lines of all others."""
+        self.of = len(samples)
         strange = self._finished - set(samples)
         if strange:
             self.rows = [row for row in self.rows if (row["subtask"], row["sample"]) not in strange]
@@ -278,7 +280,8 @@ class Ledger:
     def status(self, state: str, **more: Any) -> None:
         """Replace ``status.json``: ``state`` is running, done or failed; ``more`` holds class and message of a failure."""
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        text = _json({"state": state, "run_key": self.key, "updated": now, "finished": len(self.rows), **more})
+        told = {"state": state, "run_key": self.key, "updated": now, "finished": len(self.rows)}
+        text = _json(told | ({} if self.of is None else {"of": self.of}) | more)
         path = self.folder / "status.json"
         try:
             write_text(path, text)

@@ -32,7 +32,7 @@ from hipexp.run.tokenizer_file import read_tokenizer
 from hipexp.run.traffic import thrashing, traffic_table
 from hipexp.suites import OWN
 from hipexp.suites.sample import Item, LineEncoder, ProtocolCard, Sample, Suite
-from hipexp.suites.scoring import open_rules, score_rows
+from hipexp.suites.scoring import score_rows, scores_behind
 from hipexp.suites.scoring.statistics import describe as describe_scores
 from hipexp.suites.scoring.statistics import paired_difference
 from hipexp.track import Trackers, open_trackers
@@ -208,6 +208,7 @@ def _run(experiment: Experiment, ledger: Ledger, load: Load | None, say: Say) ->
     else:
         job = model_job(experiment, ledger, load)
     ledger.keep(job.points)
+    ledger.status("running")  # now with the number of samples
     if ledger.dropped:
         say(f"{ledger.dropped} line(s) dropped that are damaged, repeated or of no sample of this run: what is missing is done again")
     say("\n".join(job.card["strategy"]))
@@ -560,9 +561,7 @@ def grouped(summary: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, di
     """Scores of single samples (by subtask and number) behind each score of a summary: of a subtask, or of a group of its samples."""
     found: dict[str, dict[tuple[str, int], float]] = {}
     for row in rows:
-        own = {row["subtask"]: row["score"]}
-        scores = own if summary["protocol"] == OWN else open_rules(summary["task"]).grouped(row, row["score"])
-        for name, score in scores.items():
+        for name, score in scores_behind(summary["protocol"], summary["task"], row).items():
             found.setdefault(name, {})[row["subtask"], row["sample"]] = score
     return found
 

@@ -6,6 +6,7 @@ import pytest
 from hipexp.config.schema import ConfigError
 from hipexp.report import listing
 from hipexp.report.figures import Axis, HeatMap, draw_heat_maps
+from hipexp.report.runs import Run
 from hipexp.report.tables import duration, markdown_table, show, text_table
 from hipexp.run.ledger import SCORED, WHOLE, RunFailed, open_ledger
 
@@ -25,7 +26,7 @@ def test_markdown_tables():
     assert markdown_table(["a", "b"], [["x", 1.0]]).splitlines() == ["| a | b |", "| --- | ---: |", "| x | 1.0 |"]
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(3, "3 s"), (200, "3 min"), (9000, "2.5 h")])
+@pytest.mark.parametrize(("seconds", "text"), [(3, "3 s"), (200, "3 min"), (9000, "2.5 h"), (259200, "3 d")])
 def test_durations(seconds, text):
     assert duration(seconds) == text
 
@@ -61,10 +62,10 @@ def test_runs_are_listed_with_what_became_of_them(tmp_path, monkeypatch, capsys)
     text = capsys.readouterr().out
     assert "failed: out_of_memory" in text
     assert "stopped" in text
-    assert text.count(" 100.0  own data  ") == 3 and "average  protocol" in text
+    assert text.count("  100.0  own data  ") == 1 and "average  protocol" in text  # part of the samples make no score
     assert listing.main(["--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
-    assert {(one["average"], one["protocol"]) for one in listed} == {(100.0, "own data")}
+    assert {one["state"]: one["average"] for one in listed} == {"done": 100.0, "failed: out_of_memory": None, "stopped": None}
     states = {one["run"]: one["state"] for one in listed}
     assert states == {
         "needle_dense_0123456789": "done",
@@ -78,8 +79,8 @@ def test_runs_are_listed_with_what_became_of_them(tmp_path, monkeypatch, capsys)
 def test_a_run_that_is_held_is_running(tmp_path):
     with open_ledger(tmp_path, KEY) as book:
         book.status("running")
-        assert listing.state_of(tmp_path) == "running"
-    assert listing.state_of(tmp_path) == "stopped"
+        assert listing.state_in_words(Run(tmp_path)) == "running"
+    assert listing.state_in_words(Run(tmp_path)) == "stopped"
 
 
 @pytest.mark.parametrize(

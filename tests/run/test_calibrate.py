@@ -12,7 +12,7 @@ import pytest
 from hipexp.config.compose import compose
 from hipexp.config.schema import ConfigError, LayerGroup, PruneRope, RopeOverride, Stage, StageOverride, spans
 from hipexp.hf.families import FAMILIES
-from hipexp.report.listing import state_of
+from hipexp.report.runs import Run
 from hipexp.run import allocation, calibrate, judged, models_table
 from hipexp.run.allocation import allocate, budgets_of, planned, rules, shared_out, strategies_of, strategy_of, yaml_of
 from hipexp.run.ledger import RunFailed, open_ledger
@@ -158,7 +158,7 @@ def test_a_calibration(tmp_path, monkeypatch, capsys):
     assert out.startswith((tmp_path / "he, re" / "table.txt").read_text().rstrip())
     assert matplotlib.image.imread(tmp_path / "he, re" / "layers.png").std() > 0.05
     folder = tmp_path / "he, re"
-    assert state_of(folder) == "done"
+    assert Run(folder).state == "done"
     lines = (folder / "samples.jsonl").read_text().splitlines()
     assert [json.loads(line)["subtask"].split(" passkey")[0] for line in lines] == ["calibration", "held out"]
 

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from hipexp.config.schema import ConfigError
+from hipexp.suites import OWN
 from hipexp.suites.scoring.statistics import describe
 
 SUITES = ("infbench", "longbench", "longbench2", "ruler")
@@ -63,6 +64,14 @@ def sample_scores(
         for name, score in rules.grouped(row, rules.score_row(row, edition, **flags)).items():
             found.setdefault(name, []).append(score)
     return found
+
+
+def scores_behind(protocol: str, suite: str, row: Mapping[str, Any]) -> dict[str, float]:
+    """The score of a row under every name that a summary has for it: its subtask, or the groups of an official scorer.
+
+    ``row`` holds its ``score``. Raises ``ConfigError`` for a suite without rules.
+    """
+    return {row["subtask"]: row["score"]} if protocol == OWN else open_rules(suite).grouped(row, row["score"])
 
 
 def place_of(rules: ModuleType, name: str) -> int:

@@ -1,0 +1,114 @@
+"""``--dry-run``, ``--quiet`` and ``--json`` of points and sweeps."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hipexp import cli
+from hipexp.config.schema import ConfigError, Pipeline
+from hipexp.run import plan as module
+from hipexp.run.ledger import read_json
+from hipexp.run.plan import plan, progress
+from hipexp.run.point import execute, folder_of
+
+WORDS = ["task=infbench", "task.subtasks=[passkey]", "task.length_tok=600", "task.samples=3"]
+
+
+@pytest.fixture
+def fast(fake, monkeypatch, model_folder):
+    """The fake model; its layers are all alike. Gives the words that choose it."""
+    monkeypatch.setattr(module, "layers_of", lambda folder, dtype: ([], []))
+    return ["model=hf", f"model.path={model_folder}", *WORDS]
+
+
+def test_what_is_left(fake, fast, experiment):
+    one, calls = experiment(), fake.calls
+    told = plan(one)
+    assert (told["samples"], told["finished"], told["left"], told["stored"]) == (8, 0, 8, False)
+    assert told["folder"] == str(folder_of(one)) and not folder_of(one).exists() and fake.calls == calls
+    assert told["config"]["task"]["samples"] == 4 and progress(told) == "not begun: 8 sample(s), 8 left"
+    execute(one)
+    assert (plan(one)["left"], plan(one)["finished"], plan(one)["stored"]) == (0, 8, True)
+    path = folder_of(one) / "samples.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
+    told = plan(one)
+    assert (told["left"], told["finished"], told["stored"]) == (5, 3, False)
+    assert progress(told) == "3 of 8 sample(s) finished, 5 left"
+
+
+def test_the_plan_is_what_the_run_prints(fast, experiment):
+    one = experiment(Pipeline("streaming", "streaming"))
+    told = plan(one)
+    assert told["strategy"] == read_json(execute(one) / "card.json")["strategy"]
+    assert told["run_key"] == read_json(folder_of(one) / "summary.json")["run_key"]
+
+
+def test_measurements_are_counted(fast, experiment):
+    assert plan(experiment(name="latency", lengths_tok=[600, 700], repeats=3, decode_steps=4))["samples"] == 6
+    streaming = Pipeline("streaming", "streaming")
+    assert plan(experiment(streaming, name="latency", lengths_tok=[600, 700], repeats=3, decode_steps=4, dense_max_tok=600))["samples"] == 9
+    assert plan(experiment(name="passkey", lengths_tok=[600, 700], depths=[0.5], samples=2))["samples"] == 4
+
+
+def test_what_the_run_would_refuse(fast, experiment):
+    with pytest.raises(ConfigError, match="use at least"):
+        plan(experiment(length_tok=40))
+
+
+def test_a_dry_run_of_a_point(fast, fake, capsys):
+    calls = fake.calls
+    assert cli.main([*fast, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "  length_tok: 600\n" in out and "\nattention: dense, every token\nnot begun: 3 sample(s), 3 left\n" in out
+    folder = out.splitlines()[-1]
+    assert cli.main([*fast, "--dry-run", "--quiet"]) == 0
+    assert capsys.readouterr().out == folder + "\n"
+    assert cli.main([*fast, "--dry-run", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["folder"], told["left"], told["config"]["pipeline"]) == (folder, 3, None)
+    assert fake.calls == calls
+
+
+def test_a_dry_run_of_a_sweep(fast, fake, capsys):
+    assert cli.main([*fast, "--quiet"]) == 0
+    calls = fake.calls
+    capsys.readouterr()
+    assert cli.main(["-m", "pipeline=dense,streaming", "seed=0,1", *fast, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("stored: all 3") == 1 and out.count("not begun: 3") == 3 and "[2/4] pipeline=dense seed=1 " in out
+    assert out.endswith("\n\n4 run(s), 9 sample(s) left\n") and fake.calls == calls
+    assert cli.main(["-m", "seed=0,1", *fast, "--dry-run", "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(one["left"], one["config"]["seed"]) for one in lines] == [(0, 0), (3, 1)] and lines[1]["overrides"].startswith("seed=1")
+    assert cli.main(["-m", "hydra/sweeper=basic", "seed=0,1", *fast, "--dry-run"]) == 2
+    assert "chooses them as it goes" in capsys.readouterr().err
+
+
+def test_quiet_and_json_say_one_thing_on_stdout(fast, capsys):
+    assert cli.main([*fast, "--quiet"]) == 0
+    told = capsys.readouterr()
+    folder = told.out.removesuffix("\n")
+    assert read_json(Path(folder) / "summary.json")["average"] == 100.0 and "\n" not in folder and told.err == ""
+    assert cli.main([*fast, "--json"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out) == read_json(Path(folder) / "summary.json") | {"folder": folder} and told.out.count("\n") == 1
+    assert "stored result of" in told.err and "passkey" in told.err
+    assert cli.main(["-m", "seed=0,1", *fast, "--json"]) == 0
+    assert [json.loads(line)["average"] for line in capsys.readouterr().out.splitlines()] == [100.0, 100.0]
+
+
+def test_a_failure_is_told_however_quiet_a_run_is(fast, fake, capsys):
+    fake.fail = MemoryError("9 GB")
+    for flag in ("--quiet", "--json"):
+        assert cli.main([*fast, flag]) == 1
+        told = capsys.readouterr()
+        assert told.out == "" and "error: out of memory (9 GB)" in told.err
+
+
+def test_the_embedded_model_is_planned_without_its_weights(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HIPEXP_RUNS", str(tmp_path))
+    monkeypatch.setattr("hipexp.run.point.load_model", lambda model: pytest.fail("loaded"))
+    assert cli.main(["+pipeline=3stage", *WORDS, "--dry-run", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert "layers 0-2 (early)" in "\n".join(told["strategy"]) and told["left"] == 3 and list(tmp_path.iterdir()) == []
