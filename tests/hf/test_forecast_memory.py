@@ -80,6 +80,7 @@ def giving_back():
     return {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
 
 
+@pytest.mark.slow
 def test_the_peak_of_a_process_is_as_predicted():
     assert_close(QUICK, measured(QUICK, **giving_back()))
 

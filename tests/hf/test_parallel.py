@@ -112,6 +112,7 @@ def pretend(monkeypatch, number=0):
         monkeypatch.setenv(name, str(value))
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_leaves_one_folder(tmp_path):
     done = torchrun(*RUN, *SMALL, "task.samples=2", HIPEXP_RUNS=str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]

@@ -111,3 +111,9 @@ def test_a_tier_that_a_run_would_refuse_is_refused_here(words, machine, capsys):
     machine(0, 4000)
     assert cli.main(["doctor", "+pipeline=3stage", "offload=host", "offload.host_tok=4096", *words]) == 2
     assert "offload.host_tok=4096 has room for 4096 tokens" in capsys.readouterr().err
+
+
+def test_a_damaged_config_is_told(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type":')
+    assert cli.main(["doctor", "model=hf", f"model.path={tmp_path}", "task.length_tok=4096"]) == 2
+    assert "config.json" in capsys.readouterr().err
