@@ -19,6 +19,7 @@ from hipexp.config.schema import ConfigError, Experiment
 COMMANDS = {
     "demo": ("hipexp.run.demo:main", "dense against 3stage on the embedded model: a table and a picture"),
     "ls": ("hipexp.report.listing:main", "the runs there are and how far they got"),
+    "report": ("hipexp.report.command:main", "all runs as one HTML file, with figures and tables; report out=<folder> runs=<folder>"),
     "models": ("hipexp.run.models_table:main", "every family of models that fits, tried on small checkpoints of its real classes"),
     "methods": ("hipexp.run.methods_table:main", "every method beside each other; methods --dry-run tells how long, fast=true is short"),
     "calibrate": (
