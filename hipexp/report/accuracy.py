@@ -59,16 +59,23 @@ def paired_cells(run: Run, found: Difference | None) -> list[Cell]:
 def leaderboard(scores: Scores) -> Section:
     """A row for every finished run with scores."""
     runs, rows = scores.gathered.runs, []
-    header = ["attention", "task", "tokens", "score", "samples", *PAIRED, "model", "protocol", "card", "subtask average"]
-    header += ["prefill s", "decode ms/step", "peak MiB", "cut samples", "tokens cut off", "device", "run"]
+    header = ["attention", "tokens", "score", "samples", *PAIRED, "cut samples", "tokens cut off", "task", "model", "protocol", "card"]
+    header += ["subtask average", "prefill s", "decode ms/step", "peak MiB", "device", "run"]
     lengths = groups_of(scores.cells, lambda cell: cell["run"])
     spans = {number: {one["length_tok"] for one in mine} for number, mine in lengths.items()}
     order = sorted(scores.whole, key=lambda cell: (*runs[cell["run"]].tags.values(), max(spans[cell["run"]]), -cell["score"]))
     for cell in order:
         run = runs[cell["run"]]
-        mine = [run.task, _span(spans[cell["run"]]), cell["score"], cell["n"], *paired_cells(run, scores.by_run.get((cell["run"],)))]
-        where = [run.model, run.protocol, card_id(run)]
-        rows.append([run.label, *mine, *where, run.summary.get("average"), *costs(cell), cell["cut"], cell["removed_tok"], *place(run)])
+        mine = [
+            run.task,
+            _span(spans[cell["run"]]),
+            cell["score"],
+            cell["n"],
+            cell["cut"],
+            *paired_cells(run, scores.by_run.get((cell["run"],))),
+        ]
+        where = [run.task, run.model, run.protocol, card_id(run)]
+        rows.append([run.label, *mine, *where, run.summary.get("average"), *costs(cell), *place(run)])
     table = Table("leaderboard", "Finished runs with scores", header, rows, [runs[cell["run"]].tags for cell in order], folded=False)
     words = (
         "Scores from 0 to 100, the mean over samples; times are medians over samples, memory the largest, above the loaded model. A "

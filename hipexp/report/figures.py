@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from hipexp.report.parts import Chart
-from hipexp.report.svg import front_of
 from hipexp.run.ledger import make_folder, replacing
 
 COLORS = ("#222222", "#0072b2", "#d55e00", "#009e73", "#a4407f", "#7a5c00", "#56b4e9", "#8a8a8a")
@@ -81,6 +80,10 @@ def _save(figure: Any, heading: str, path: Path, formats: Sequence[str] = ("png"
 
 def draw_chart(path: Path, chart: Chart, formats: Sequence[str]) -> None:
     """Write a chart of a report as a picture at ``path``, in each of ``formats``: the same marks as on the page."""
+    if chart.kind == "scatter":
+        points = [(name, mark.x, mark.y) for name, series in chart.series.items() for mark in series]
+        draw_scatter(path, textwrap.fill(chart.title, 80), points, *chart.axes, formats)
+        return
     import matplotlib
 
     matplotlib.use("Agg")
@@ -91,18 +94,15 @@ def draw_chart(path: Path, chart: Chart, formats: Sequence[str]) -> None:
         marks = sorted(series, key=lambda mark: mark.x)
         x, y = [mark.x for mark in marks], [mark.y for mark in marks]
         style = {"color": COLORS[number % 8], "marker": MARKERS[number % 4], "fillstyle": "full" if number % 8 < 4 else "none"}
-        plot.plot(x, y, linestyle="-" if chart.kind == "lines" else "", label=name, **style)
+        plot.plot(x, y, label=name, **style)
         for mark in marks:
             if mark.span:
                 plot.plot([mark.x, mark.x], mark.span, color=COLORS[number % 8], linewidth=0.8, alpha=0.55)
-    if chart.kind == "scatter":
-        front = front_of([mark for series in chart.series.values() for mark in series])
-        plot.step([mark.x for mark in front], [mark.y for mark in front], where="post", color=FAINT, linestyle="--", linewidth=1, zorder=0)
     plot.set(xscale=chart.scales[0], yscale=chart.scales[1], xlabel=chart.axes[0], ylabel=chart.axes[1])
     if chart.top is not None:
         plot.set_ylim(-0.03 * chart.top, 1.03 * chart.top)
     lengths = sorted({mark.x for series in chart.series.values() for mark in series})
-    if chart.kind == "lines" and len(lengths) <= 8:
+    if len(lengths) <= 8:
         plot.set_xticks(lengths, [f"{length:,.0f}" for length in lengths])
         plot.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     plot.grid(color=EMPTY)
@@ -179,8 +179,18 @@ def _apart(heights: Sequence[float], gap: float) -> list[float]:
     return placed
 
 
-def draw_scatter(path: Path, heading: str, points: Sequence[tuple[str, float, float]], horizontal: str, vertical: str) -> None:
-    """Write named points over a logarithmic axis as a picture at ``path``; a line joins those that no other beats in both."""
+def draw_scatter(
+    path: Path,
+    heading: str,
+    points: Sequence[tuple[str, float, float]],
+    horizontal: str,
+    vertical: str,
+    formats: Sequence[str] = ("png",),
+) -> None:
+    """Write named points over a logarithmic axis as a picture at ``path``, in each of ``formats``.
+
+    A line joins those that no other beats in both.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -203,7 +213,7 @@ def draw_scatter(path: Path, heading: str, points: Sequence[tuple[str, float, fl
     plot.set_ylim(-4, 106)
     plot.grid(color=EMPTY)
     _open_frame(plot)
-    _save(figure, heading, path)
+    _save(figure, heading, path, formats)
 
 
 def _draw(plot: Any, one: HeatMap, rows: Sequence[str], columns: Sequence[str]) -> Any:

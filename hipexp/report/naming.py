@@ -12,6 +12,7 @@ from hipexp.config.schema import ConfigError
 from hipexp.report.gather import Run, groups_of
 
 MOST = 3  # settings in a name
+CUT = " (prompts cut)"
 ALSO = ("model", "task", "pipeline", "offload", "seed")
 
 
@@ -24,7 +25,7 @@ def name_runs(runs: Sequence[Run]) -> None:
             own = [f"{_short(key)}={_word(value)}" for key, value in one.items() if value != usual[key]]
             offload = f" + {run.offload}" if run.offload != "none" else ""
             key = f", {run.folder.name.rpartition('_')[2][:6]}" if len(own) > MOST else ""
-            run.label = ", ".join([attention + offload, *own[:MOST]]) + key
+            run.label = ", ".join([attention + offload, *own[:MOST]]) + key + (CUT if _is_cut(run) else "")
 
 
 def _attention_leaves(run: Run) -> Iterator[tuple[str, Any]]:
@@ -33,6 +34,11 @@ def _attention_leaves(run: Run) -> Iterator[tuple[str, Any]]:
         yield from (
             (key, value) for key, value in leaves_of(run.config["offload"], "offload") if key not in ("offload.name", "offload.disk_dir")
         )
+
+
+def _is_cut(run: Run) -> bool:
+    """Whether truncation removed tokens from prompts of a run."""
+    return any(((run.card.get("truncation") or {}).get("removed_tok") or {}).values())
 
 
 def _usual(values: Sequence[Any]) -> Any:

@@ -88,7 +88,7 @@ MOST_SERIES, MOST_CHARTS = 8, 12
 
 
 def fewer(series: dict[str, list[Mark]]) -> tuple[dict[str, list[Mark]], str]:
-    """At most ``MOST_SERIES`` of them, dense first, then by mean height; and a word on those that were left out."""
-    order = sorted(series, key=lambda name: (name != "dense", -sum(mark.y for mark in series[name]) / len(series[name]), name))
+    """At most ``MOST_SERIES`` of them, dense first, then the longest and highest; and a word on those that were left out."""
+    order = sorted(series, key=lambda name: (name != "dense", -len(series[name]), -sum(mark.y for mark in series[name]), name))
     left = len(order) - MOST_SERIES
     return {name: series[name] for name in order[:MOST_SERIES]}, f"{left} more in the table, not drawn" if left > 0 else ""

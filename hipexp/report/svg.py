@@ -9,7 +9,7 @@ from html import escape
 
 from hipexp.report.parts import Chart, HeatChart, Mark
 
-WIDE, HIGH, LEFT, BELOW, ABOVE, RIGHT = 420, 280, 52, 44, 10, 12
+WIDE, HIGH, LEFT, BELOW, ABOVE, RIGHT = 420, 290, 52, 50, 12, 12
 CELL_WIDE, CELL_HIGH = 62, 34
 # cividis in five steps: readable by colour-blind people, and in grey.
 RAMP = ((0, 34, 78), (66, 78, 108), (124, 123, 120), (188, 175, 111), (254, 232, 56))
@@ -24,13 +24,18 @@ def draw(chart: Chart) -> str:
     parts = [_grid(chart, x, y)]
     if chart.kind == "scatter":
         parts.append(_front(marks, x, y))
-    for number, (name, series) in enumerate(chart.series.items()):
-        parts.append(f'<g class="s{number % 8}">{_series(chart, name, series, x, y, number % 8)}</g>')
+        parts += [_numbered(number, name, mark, x, y, marks) for number, name, mark in numbered(chart)]
+    else:
+        for number, (name, series) in enumerate(chart.series.items()):
+            parts.append(f'<g class="s{number % 8}">{_series(name, series, x, y, number % 8)}</g>')
     return _svg(chart.name, chart.title, _told(chart), WIDE, HIGH, "".join(parts))
 
 
 def legend(chart: Chart) -> str:
     """The names of the series with their shapes, as a list."""
+    if chart.kind == "scatter":
+        items = [f'<li value="{number}">{escape(name)}</li>' for number, name, _ in numbered(chart)]
+        return f'<ol class="legend">{"".join(items)}</ol>'
     items = []
     for number, name in enumerate(chart.series):
         shape = f'<svg class="key s{number % 8}" width="16" height="12" aria-hidden="true">{_shape(8, 6, number % 8)}</svg>'
@@ -47,7 +52,7 @@ class Axis:
         if not self.log and top is None:
             low = min(0.0, low)
         if self.log:
-            low, high = low / 1.08, high * 1.08
+            low, high = low / 1.12, high * 1.12
         elif high == low:
             high = low + 1
         self.low, self.high, self.start, self.end = low, high, start, end
@@ -64,8 +69,8 @@ class Axis:
         if self.log:
             tens = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             steps = [factor * 10.0**ten for ten in tens for factor in (1, 2, 5) if self.low <= factor * 10.0**ten <= self.high]
-            steps = steps[:: 1 + len(steps) // (most + 1)]
-            return steps or [self.low, self.high]
+            if len(steps) > 2:
+                return steps[:: 1 + len(steps) // (most + 1)]
         step = 10.0 ** math.floor(math.log10((self.high - self.low) / 2))
         step = next(step * factor for factor in (1, 2, 5, 10) if (self.high - self.low) / (step * factor) <= most)
         return [step * i for i in range(math.ceil(self.low / step), math.floor(self.high / step + 1e-9) + 1)]
@@ -99,9 +104,9 @@ def short(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
-def _series(chart: Chart, name: str, series: Sequence[Mark], x: Axis, y: Axis, style: int) -> str:
+def _series(name: str, series: Sequence[Mark], x: Axis, y: Axis, style: int) -> str:
     parts, ordered = [], sorted(series, key=lambda mark: mark.x)
-    if chart.kind == "lines" and len(ordered) > 1:
+    if len(ordered) > 1:
         points = " ".join(f"{x(mark.x):.1f},{y(mark.y):.1f}" for mark in ordered)
         parts.append(f'<polyline points="{points}"/>')
     for mark in ordered:
@@ -114,6 +119,22 @@ def _series(chart: Chart, name: str, series: Sequence[Mark], x: Axis, y: Axis, s
         told = f"{name}: {mark.y:.4g}{around} at {mark.x:,.6g}; {mark.words}"
         parts.append(f"<g><title>{escape(told)}</title>{_shape(x(mark.x), y(mark.y), style)}</g>")
     return "".join(parts)
+
+
+def numbered(chart: Chart) -> list[tuple[int, str, Mark]]:
+    """The marks of a scatter chart with their numbers and names, best scores first, of equal ones the fastest."""
+    named = [(name, mark) for name, series in chart.series.items() for mark in series]
+    ordered = sorted(named, key=lambda one: (-one[1].y, one[1].x, one[0]))
+    return [(number, name, mark) for number, (name, mark) in enumerate(ordered, 1)]
+
+
+def _numbered(number: int, name: str, mark: Mark, x: Axis, y: Axis, marks: Sequence[Mark]) -> str:
+    """A circle with its number: filled on the Pareto front, black for dense."""
+    kind = "dense" if name.startswith("dense") else "best" if mark in front_of(marks) else "other"
+    at = f'cx="{x(mark.x):.1f}" cy="{y(mark.y):.1f}"'
+    told = f"<title>{escape(f'{name}: {mark.y:.4g} at {mark.x:,.4g}; {mark.words}')}</title>"
+    text = f'<text x="{x(mark.x):.1f}" y="{y(mark.y) + 3.5:.1f}" text-anchor="middle">{number}</text>'
+    return f'<g class="point {kind}">{told}<circle {at} r="8"/>{text}</g>'
 
 
 def _shape(x: float, y: float, style: int) -> str:
@@ -154,14 +175,14 @@ def _told(chart: Chart) -> str:
 
 
 def draw_heat(chart: HeatChart) -> str:
-    """All maps of a chart, each an SVG."""
+    """All maps of a chart, each an SVG under its name."""
     return "".join(_heat(chart, name, number) for number, name in enumerate(chart.maps))
 
 
 def _heat(chart: HeatChart, name: str, number: int) -> str:
-    left, above, cells = 64, 22, chart.maps[name]
+    left, above, cells = 64, 2, chart.maps[name]
     wide, high = left + CELL_WIDE * len(chart.columns) + 4, above + CELL_HIGH * len(chart.rows) + 40
-    parts = [f'<text class="head" x="0" y="14">{escape(name)}</text>']
+    parts = []
     for i, row in enumerate(chart.rows):
         top = above + i * CELL_HIGH
         parts.append(f'<text x="{left - 6}" y="{top + CELL_HIGH / 2 + 4}" text-anchor="end">{escape(row)}</text>')
@@ -173,7 +194,8 @@ def _heat(chart: HeatChart, name: str, number: int) -> str:
     parts.append(f'<text x="{left + len(chart.columns) * CELL_WIDE / 2}" y="{bottom + 32}" text-anchor="middle">tokens</text>')
     parts.append(f'<text x="{left - 6}" y="{bottom + 15}" text-anchor="end">depth</text>')
     told = "; ".join(f"depth {row}, {column} tokens: {score:.0f} ({n} samples)" for (row, column), (score, n) in cells.items())
-    return _svg(f"{chart.name}-{number}", f"{name}, {chart.title}", told, wide, high, "".join(parts))
+    drawn = _svg(f"{chart.name}-{number}", f"{name}, {chart.title}", told, wide, high, "".join(parts), fixed=True)
+    return f'<div class="map" style="width:{wide}px"><h3>{escape(name)}</h3>{drawn}</div>'
 
 
 def _cell(x: float, y: float, found: tuple[float, int] | None) -> str:
@@ -195,7 +217,8 @@ def colour(score: float) -> str:
     return "#" + "".join(f"{round(a + (b - a) * (at - low)):02x}" for a, b in zip(RAMP[low], RAMP[low + 1], strict=True))
 
 
-def _svg(name: str, title: str, told: str, wide: float, high: float, inside: str) -> str:
+def _svg(name: str, title: str, told: str, wide: float, high: float, inside: str, fixed: bool = False) -> str:
+    """``fixed``: drawn at its own size; else as wide as its place, up to a quarter more."""
     names = f'role="img" aria-labelledby="{name}-t" aria-describedby="{name}-d"'
     head = f'<title id="{name}-t">{escape(title)}</title><desc id="{name}-d">{escape(told)}</desc>'
-    return f'<svg {names} viewBox="0 0 {wide:g} {high:g}" style="max-width:{wide * 1.25:g}px">{head}{inside}</svg>'
+    return f'<svg {names} viewBox="0 0 {wide:g} {high:g}" style="max-width:{wide * (1 if fixed else 1.25):g}px">{head}{inside}</svg>'
