@@ -24,7 +24,7 @@ SELECT run, length_tok, depth, count(*) AS n, avg(value) AS score FROM samples
 WHERE value IS NOT NULL AND depth IS NOT NULL AND suite NOT IN ('recall', 'latency')
 GROUP BY run, length_tok, depth ORDER BY run, length_tok, depth
 """
-PAIRED = ("difference", "95 % from", "95 % to", "pairs", "flipped: better", "flipped: worse", "dense, same samples")
+PAIRED = ("difference", "from (95 %)", "to (95 %)", "pairs", "flipped: better", "flipped: worse", "dense, same samples")
 BINS = 5
 
 
@@ -51,7 +51,7 @@ def scores_of(gathered: Gathered) -> Scores:
 def paired_cells(run: Run, found: Difference | None) -> list[Cell]:
     """The cells under ``PAIRED``: for dense itself dashes, for a run without pairs the reason."""
     if found is None:
-        return ["(is dense)" if run.is_dense else "no dense run", None, None, 0, None, None, None]
+        return ["is dense" if run.is_dense else "no dense", None, None, 0, None, None, None]
     low, high = found.interval or (None, None)
     return [found.mean, low, high, found.n, found.better, found.worse, found.dense_mean]
 
@@ -66,14 +66,8 @@ def leaderboard(scores: Scores) -> Section:
     order = sorted(scores.whole, key=lambda cell: (*runs[cell["run"]].tags.values(), max(spans[cell["run"]]), -cell["score"]))
     for cell in order:
         run = runs[cell["run"]]
-        mine = [
-            run.task,
-            _span(spans[cell["run"]]),
-            cell["score"],
-            cell["n"],
-            cell["cut"],
-            *paired_cells(run, scores.by_run.get((cell["run"],))),
-        ]
+        paired = paired_cells(run, scores.by_run.get((cell["run"],)))
+        mine = [_span(spans[cell["run"]]), cell["score"], cell["n"], *paired, cell["cut"], cell["removed_tok"]]
         where = [run.task, run.model, run.protocol, card_id(run)]
         rows.append([run.label, *mine, *where, run.summary.get("average"), *costs(cell), *place(run)])
     table = Table("leaderboard", "Finished runs with scores", header, rows, [runs[cell["run"]].tags for cell in order], folded=False)
@@ -81,7 +75,8 @@ def leaderboard(scores: Scores) -> Section:
         "Scores from 0 to 100, the mean over samples; times are medians over samples, memory the largest, above the loaded model. A "
         "difference is paired: score less the dense score of the same samples under the same protocol (same card, data and seed), "
         "with the 95 % bootstrap interval of its mean over that many pairs; flipped answers are those that scored higher (better) or "
-        "lower (worse) than the dense one. Runs that failed or are not finished are not here but in their own section."
+        "lower (worse) than the dense one. Cut samples lost tokens to truncation before they were answered; names of such runs say "
+        "so. Runs that failed or are not finished are not here but in their own section."
     )
     return Section("leaderboard", "Leaderboard", words, tables=[table], missing=missing_dense(scores))
 
@@ -126,7 +121,19 @@ def place(run: Run) -> list[Cell]:
 def subtasks(scores: Scores) -> Table:
     """A row for every subtask and length of a run."""
     runs = scores.gathered.runs
-    header = ["attention", "subtask", "tokens", "score", "95 % from ", "95 % to ", "samples", *PAIRED, "task", "model", "protocol"]
+    header = [
+        "attention",
+        "subtask",
+        "tokens",
+        "score",
+        "score from (95 %)",
+        "score to (95 %)",
+        "samples",
+        *PAIRED,
+        "task",
+        "model",
+        "protocol",
+    ]
     header += ["prefill s", "decode ms/step", "cut samples", "tokens cut off", "run"]
     rows = []
     for cell in scores.cells:
@@ -156,13 +163,16 @@ def over_length(scores: Scores) -> Section:
         if len({length for _, length, *_ in rows}) < 2:
             continue
         title = f"{first.task}: {_listed(cells)} ({first.model}, protocol {first.protocol})"
-        table = Table(f"accuracy_length_{family}", title, ["attention", "tokens", "score", "95 % from", "95 % to", "samples", "run"], rows)
+        table = Table(
+            f"accuracy_length_{family}", title, ["attention", "tokens", "score", "from (95 %)", "to (95 %)", "samples", "run"], rows
+        )
         drawn, note = fewer(series)
         axes = ("context, tokens", "score, mean over samples")
         charts.append(Chart(table.name, title, "lines", axes, drawn, table, first.tags, top=100.0, note=note))
     words = (
-        "Bars: 95 % bootstrap intervals over samples. Of several runs of one configuration the one with most samples is drawn. "
-        "Families of runs at a single length have no curve; they are in the table below."
+        "Bars: 95 % bootstrap intervals over samples; marks at one length stand a little beside each other, to be seen. Of several "
+        "runs of one configuration the one with most samples is drawn. Families of runs at a single length have no curve; they are in "
+        "the table below."
     )
     few = [("curves over two lengths or more", "python -m hipexp -m +pipeline=dense,3stage task.length_tok=6144,12288,24576")]
     return Section(
@@ -261,7 +271,7 @@ MOST_MAPS = 6
 
 
 def _depth(depth: float) -> str:
-    return f"{100 * depth:g} %"
+    return f"{100 * depth:.3g} %"
 
 
 def _bin(depth: float) -> str:

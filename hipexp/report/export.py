@@ -48,7 +48,7 @@ def csv_text(table: Table) -> str:
     """A table as CSV (RFC 4180): numbers in full, nothing for what is missing."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([name.strip() for name in table.header])
+    writer.writerow(list(table.header))
     writer.writerows([[cell.text if isinstance(cell, Link) else cell for cell in row] for row in table.rows])
     return text.getvalue()
 
@@ -57,7 +57,7 @@ def latex_text(table: Table) -> str:
     """A table as a LaTeX ``tabular``; numbers rounded as on the page, columns of numbers flush right. Needs no package."""
     columns = list(zip(*table.rows, strict=True)) if table.rows else [()] * len(table.header)
     kinds = "".join("r" if any(isinstance(cell, int | float) for cell in column) else "l" for column in columns)
-    lines = [" & ".join(escape_latex(cell) for cell in row) + r" \\" for row in [[name.strip() for name in table.header], *table.rows]]
+    lines = [" & ".join(escape_latex(cell) for cell in row) + r" \\" for row in [list(table.header), *table.rows]]
     body = [rf"\begin{{tabular}}{{{kinds}}}", r"\hline", lines[0], r"\hline", *lines[1:], r"\hline", r"\end{tabular}"]
     return f"% {table.caption}\n" + "\n".join(body) + "\n"
 
@@ -71,5 +71,5 @@ def escape_latex(cell: Cell) -> str:
 def _draw_heat(path: Path, chart: HeatChart) -> None:
     maps = [HeatMap(name, {at: score for at, (score, _) in cells.items()}) for name, cells in chart.maps.items()]
     numbers = [n for cells in chart.maps.values() for _, n in cells.values()]
-    note = f"{min(numbers)} to {max(numbers)} samples a cell" if min(numbers) != max(numbers) else f"{numbers[0]} samples a cell"
+    note = f"samples a cell: {min(numbers)}" + (f" to {max(numbers)}" if max(numbers) > min(numbers) else "")
     draw_heat_maps(path, chart.title, maps, Axis("depth", chart.rows), Axis("context, tokens", chart.columns), note, FORMATS)

@@ -106,7 +106,7 @@ def draw_chart(path: Path, chart: Chart, formats: Sequence[str]) -> None:
         plot.set_xticks(lengths, [f"{length:,.0f}" for length in lengths])
         plot.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     plot.grid(color=EMPTY)
-    plot.legend(frameon=False, fontsize=8)
+    plot.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     _open_frame(plot)
     _save(figure, textwrap.fill(chart.title, 80), path, formats)
 

@@ -66,11 +66,11 @@ def _data(tags: dict[str, str]) -> str:
 
 
 def _table(table: Table, folder: Path) -> str:
-    head = "".join(f'<th scope="col" aria-sort="none"><button type="button">{escape(name.strip())}</button></th>' for name in table.header)
+    head = "".join(f'<th scope="col" aria-sort="none"><button type="button">{escape(name)}</button></th>' for name in table.header)
     tags = list(table.tags) or [{}] * len(table.rows)
     rows = "".join(f"<tr{_data(own)}>{_cells(row, folder)}</tr>" for row, own in zip(table.rows, tags, strict=True))
     caption = f"<caption>{escape(table.caption)}</caption>"
-    inside = f'<table id="{table.name}">{caption}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+    inside = f'<table id="table-{table.name}">{caption}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
     scroll = f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(table.caption)}">{inside}</div>'
     count = f'<span class="count">{len(table.rows)} rows</span>'
     if not table.folded:

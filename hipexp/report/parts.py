@@ -19,7 +19,10 @@ Cell = str | int | float | None | Link
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under a header; ``name`` is that of its files. ``tags`` holds, for each row, what the page filters by."""
+    """Rows under a header; ``name`` is that of its files. ``tags`` holds, for each row, what the page filters by.
+
+    Raises ``ValueError`` for a row that does not have a cell for each name in ``header``, and for tags that are not one for each row.
+    """
 
     name: str
     caption: str
@@ -27,6 +30,13 @@ class Table:
     rows: Sequence[Sequence[Cell]]
     tags: Sequence[dict[str, str]] = ()
     folded: bool = True
+
+    def __post_init__(self) -> None:
+        wrong = next((row for row in self.rows if len(row) != len(self.header)), None)
+        if wrong is not None:
+            raise ValueError(f"table {self.name}: a row has {len(wrong)} cells under {len(self.header)} names: {wrong}")
+        if self.tags and len(self.tags) != len(self.rows):
+            raise ValueError(f"table {self.name}: {len(self.tags)} tags for {len(self.rows)} rows")
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ function sort(table, column, direction) {
   });
   table.tBodies[0].append(...order.map(([, row]) => row));
   [...table.tHead.rows[0].cells].forEach((head, i) => head.setAttribute("aria-sort", i === column ? direction : "none"));
-  sorted = `${table.id}:${column}:${direction}`;
+  sorted = `${table.id.replace("table-", "")}:${column}:${direction}`;
 }
 
 function remember() {
@@ -58,7 +58,7 @@ function recall() {
   const state = new URLSearchParams(location.hash.slice(1));
   for (const name of NAMES) if (state.has(name)) form.elements[name].value = state.get(name);
   const [id, column, direction] = (state.get("sort") || "").split(":");
-  const table = [...document.querySelectorAll("table")].find((one) => one.id === id);
+  const table = document.getElementById(`table-${id}`);
   if (table && table.tHead.rows[0].cells[Number(column)]) {
     sort(table, Number(column), direction === "descending" ? "descending" : "ascending");
   }
