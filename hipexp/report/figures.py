@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from hipexp.report.parts import Chart
+from hipexp.report.svg import front_of
 from hipexp.run.ledger import make_folder, replacing
 
 COLORS = ("#222222", "#0072b2", "#d55e00", "#009e73", "#a4407f", "#7a5c00", "#56b4e9", "#8a8a8a")
 MARKERS = ("o", "s", "^", "D")
+MOST_NAMES = 20  # beside the points of a scatter chart; of more points only the best and dense are named
 INK, FAINT, EMPTY = "#222222", "#8a8a8a", "#efefef"
 
 
@@ -75,14 +77,17 @@ def _save(figure: Any, heading: str, path: Path, formats: Sequence[str] = ("png"
     for kind in formats:
         with replacing(path.with_suffix(f".{kind}")) as scratch:
             figure.savefig(scratch, dpi=150, format=kind)
+        figure.set_layout_engine("none")  # the first has found the places, which takes as long as drawing
     plt.close(figure)
 
 
 def draw_chart(path: Path, chart: Chart, formats: Sequence[str]) -> None:
     """Write a chart of a report as a picture at ``path``, in each of ``formats``: the same marks as on the page."""
     if chart.kind == "scatter":
-        points = [(name, mark.x, mark.y) for name, series in chart.series.items() for mark in series]
-        draw_scatter(path, textwrap.fill(chart.title, 80), points, *chart.axes, formats)
+        named = [(name, mark) for name, series in chart.series.items() for mark in series]
+        best = front_of([mark for _, mark in named])
+        told = [(name if len(named) <= MOST_NAMES or mark in best or name == "dense" else "", mark.x, mark.y) for name, mark in named]
+        draw_scatter(path, textwrap.fill(chart.title, 80), told, *chart.axes, formats)
         return
     import matplotlib
 
@@ -189,7 +194,7 @@ def draw_scatter(
 ) -> None:
     """Write named points over a logarithmic axis as a picture at ``path``, in each of ``formats``.
 
-    A line joins those that no other beats in both.
+    A line joins those that no other beats in both. A point whose name is empty has none beside it.
     """
     import matplotlib
 
@@ -201,8 +206,10 @@ def draw_scatter(
     plot.step(*zip(*front, strict=True), where="post", color=FAINT, linestyle="--", linewidth=1)
     ordered = sorted(points, key=lambda point: (-point[2], -point[1]))
     line = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.6, "shrinkB": 4, "relpos": (0.0, 0.5)}
-    for (name, x, y), height in zip(ordered, _apart([y for *_, y in ordered], gap=4.6), strict=True):
+    for _, x, y in ordered:
         plot.plot(x, y, marker="o", color="#0072b2" if (x, y) in front else INK)
+    named = [point for point in ordered if point[0]]
+    for (name, x, y), height in zip(named, _apart([y for *_, y in named], gap=4.6), strict=True):
         beside = dict(xytext=(1.03, height), textcoords=("axes fraction", "data"), annotation_clip=False, va="center")
         plot.annotate(name, (x, y), **beside, fontsize=8, color=INK, arrowprops=line)  # a column, since points lie close together
     plot.set_xscale("log")

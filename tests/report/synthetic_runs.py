@@ -1,6 +1,9 @@
 """Run folders written by the project's own writers, from made-up samples: what a report reads, without running a model."""
 
+import copy
 import json
+import random
+from functools import cache
 from pathlib import Path
 
 from hipexp.config.compose import compose
@@ -13,6 +16,12 @@ from hipexp.suites.sample import ProtocolCard
 MODEL = {"revision": "abc", "dtype": "float32", "trained_tok": 6144, "n_layers": 5, "transformers": "5.17.0"}
 ENV = {"device": "made-up device", "threads": 1, "packages": {"torch": "2.13.0", "triton": None, "transformers": "5.17.0"}}
 EMPTY = {"averages": {}, "note": "", "exact": False, "latency": {}, "memory": {}, "traffic": {}, "recall": {}}
+
+
+@cache
+def composed(*words):
+    """The experiment of a few words; composing takes longer than writing a run."""
+    return compose(list(words))
 
 
 def sample(subtask, number, score, length, depth=None, removed=0, decode_ms=10.0, traffic=None):
@@ -37,7 +46,7 @@ def traffic_of(h2d_bytes):
 
 def write_run(root: Path, words, rows, state="done", card=None, plain=None, status=None, **summary):
     """A run folder under ``root``: ``words`` as on the command line (or ``plain``, their configuration), its samples, and what is to differ."""
-    experiment = compose(words)
+    experiment = composed(*words)
     config = plain or to_plain(experiment)
     task, pipeline = config["task"]["name"], config["pipeline"] and config["pipeline"]["name"]
     key = run_key(experiment, model_revision=json.dumps([config, card, rows], sort_keys=True, default=str), extra={})
@@ -132,3 +141,19 @@ def write_all(root: Path):
         recall={"passkey@6144/1": {"fixed": {"mean": 0.3, "p5": 0.1}, "stages": stages, "layers": {}}},
     )
     return made
+
+
+def write_many(root: Path, n_runs):
+    """A sweep of ``n_runs`` runs: seven methods at four lengths, five samples of three subtasks each, with some that failed."""
+    rng, subtasks = random.Random(0), ("passkey", "number_string", "kv_retrieval")
+    methods = ("", "3stage", "2stage", "3stage_scan", "quest", "streaming", "5k")
+    for number in range(n_runs):
+        method, length = methods[number % len(methods)], 6144 << (number // len(methods)) % 4
+        words = [*([f"+pipeline={method}"] if method else []), "task=infbench"]
+        plain = copy.deepcopy(to_plain(composed(*words)))
+        plain["task"]["length_tok"], plain["seed"] = length, number // 28 % 6
+        if method.startswith("3stage"):
+            plain["pipeline"]["stages"][2]["keep_tok"] = 512 << number % 4
+        times = {"decode_ms": rng.uniform(5, 50)}
+        rows = [sample(name, i, rng.choice((0, 100)), length, depth=i / 4, **times) for name in subtasks for i in range(5)]
+        write_run(root, words, rows, state="failed" if number % 50 == 49 else "done", plain=plain)
