@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hipexp.report.gather import Gathered, Run, digest, family_id, groups_of
+from hipexp.report.gather import Gathered, Run, digest, family_id, groups_of, seed_of
 from hipexp.report.naming import command_of
 from hipexp.report.paired import Difference, differences, interval_of, pairs_of
 from hipexp.report.parts import MOST_CHARTS, Cell, Chart, HeatChart, Link, Mark, Section, Table, fewer
@@ -59,7 +59,20 @@ def paired_cells(run: Run, found: Difference | None) -> list[Cell]:
 def leaderboard(scores: Scores) -> Section:
     """A row for every finished run with scores."""
     runs, rows = scores.gathered.runs, []
-    header = ["attention", "tokens", "score", "samples", *PAIRED, "cut samples", "tokens cut off", "task", "model", "protocol", "card"]
+    header = [
+        "attention",
+        "tokens",
+        "score",
+        "samples",
+        *PAIRED,
+        "cut samples",
+        "tokens cut off",
+        "task",
+        "model",
+        "protocol",
+        "card",
+        "seed",
+    ]
     header += ["subtask average", "prefill s", "decode ms/step", "peak MiB", "device", "run"]
     lengths = groups_of(scores.cells, lambda cell: cell["run"])
     spans = {number: {one["length_tok"] for one in mine} for number, mine in lengths.items()}
@@ -68,7 +81,7 @@ def leaderboard(scores: Scores) -> Section:
         run = runs[cell["run"]]
         paired = paired_cells(run, scores.by_run.get((cell["run"],)))
         mine = [_span(spans[cell["run"]]), cell["score"], cell["n"], *paired, cell["cut"], cell["removed_tok"]]
-        where = [run.task, run.model, run.protocol, card_id(run)]
+        where = [run.task, run.model, run.protocol, card_id(run), seed_of(run)]
         rows.append([run.label, *mine, *where, run.summary.get("average"), *costs(cell), *place(run)])
     table = Table("leaderboard", "Finished runs with scores", header, rows, [runs[cell["run"]].tags for cell in order], folded=False)
     words = (
