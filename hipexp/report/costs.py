@@ -102,20 +102,15 @@ def recall(gathered: Gathered) -> Section:
     rows, tags = list[list[Cell]](), []
     for run, text, found in lines:
         for number, stage in enumerate(found["stages"]):
-            values = (
-                stage["mass"]["mean"],
-                stage["mass"]["p5"],
-                stage["oracle_ratio"]["mean"],
-                stage["top"]["mean"],
-                found["fixed"]["mean"],
-            )
-            rows.append([run.label, text, number, *(100 * value for value in values), _blocks(run, text), run.model, *place(run)])
+            values = [_percent(stage, *which) for which in (("mass", "mean"), ("mass", "p5"), ("oracle_ratio", "mean"), ("top", "mean"))]
+            cells = [*values, _percent(found, "fixed", "mean"), _blocks(run, text)]
+            rows.append([run.label, text, number, *cells, run.model, *place(run)])
             tags.append(run.tags)
     table = Table("recall", "Recall by stage", [*header, "model", "device", "run"], rows, tags)
     charts = []
     for (family, text), mine in groups_of(lines, lambda line: (family_id(line[0]), line[1])).items():
         series, small = dict[str, list[Mark]](), list[list[Cell]]()
-        for run, _, found in mine:
+        for run, _, found in sorted(mine, key=lambda line: -(_blocks(line[0], line[1]) or 0)):
             if run.label in series:
                 continue
             marks = [Mark(i, 100 * stage["mass"]["mean"], f"{_blocks(run, text)} query blocks") for i, stage in enumerate(found["stages"])]
@@ -138,7 +133,13 @@ def recall(gathered: Gathered) -> Section:
     )
 
 
-def _blocks(run: Run, text: str) -> Cell:
+def _percent(found: dict[str, Any], name: str, part: str) -> float | None:
+    """A share as percent; None where a run of an earlier version did not write it."""
+    share = found.get(name, {}).get(part)
+    return None if share is None else 100 * share
+
+
+def _blocks(run: Run, text: str) -> int | None:
     return (run.summary.get("scores") or {}).get(text, {}).get("n")
 
 
@@ -180,5 +181,5 @@ def traffic(gathered: Gathered) -> Section:
 def _traffic_row(run: Run, row: dict[str, Any]) -> list[Cell]:
     hit = None if row["hit_ratio"] is None else 100 * row["hit_ratio"]
     reader = f"stage {row['by']}" if str(row["by"]).isdecimal() else row["by"]
-    sizes = [row[name] / MIB for name in ("h2d_bytes", "disk_read_bytes", "d2h_bytes")]
+    sizes = [row.get(name, 0) / MIB for name in ("h2d_bytes", "disk_read_bytes", "d2h_bytes")]
     return [run.label, row["phase"], reader, hit, *sizes, row["stall_ms"], run.n_samples]

@@ -158,7 +158,7 @@ def read_config(path: Path) -> dict[str, Any]:
         data = yaml.load(path.read_text(encoding="utf-8"), loader)
     except (OSError, ValueError, yaml.YAMLError):
         return {}
-    return data if isinstance(data, dict) and isinstance(data.get("task"), dict) else {}
+    return data if isinstance(data, dict) and all(isinstance(data.get(name), dict) for name in ("model", "task")) else {}
 
 
 def _load(connection: duckdb.DuckDBPyConnection, runs: Sequence[Run]) -> None:

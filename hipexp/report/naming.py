@@ -89,7 +89,7 @@ def _chosen(config: dict[str, Any]) -> list[str]:
     from hipexp.config.overrides import conf_dir, group_options
 
     options, model = group_options(conf_dir()), config["model"]
-    pipeline, offload = config.get("pipeline"), config["offload"]["name"]
+    pipeline, offload = config.get("pipeline"), (config.get("offload") or {}).get("name", "none")
     words = [f"+pipeline={pipeline.get('name') or pipeline.get('method')}"] if pipeline else []
     words.append(f"task={config['task']['name']}")
     served = model.get("base_url") is not None
