@@ -5,5 +5,5 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["hipexp", "hipexp.*"]), *find_packages("kernels"), "hipexp._conf"],
     package_dir={"hipexp._conf": "conf", "hipexp_kernels": "kernels/hipexp_kernels"},
-    package_data={"hipexp._conf": ["*.yaml", "*/*.yaml"], "hipexp.needle": ["model/*"]},
+    package_data={"hipexp._conf": ["*.yaml", "*/*.yaml"], "hipexp.needle": ["model/*"], "hipexp.report": ["assets/*"]},
 )

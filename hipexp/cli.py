@@ -24,6 +24,7 @@ COMMANDS = {
     "ls": ("hipexp.report.listing:main", "the runs there are and how far they got"),
     "retry": ("hipexp.run.retry:main", "go on with runs that failed or were stopped; retry --dry-run lists them"),
     "compare": ("hipexp.report.compare:main", "two runs side by side: scores, paired differences, flipped answers, or times"),
+    "report": ("hipexp.report.command:main", "all runs as one HTML file, with figures and tables; report out=<folder> runs=<folder>"),
     "models": ("hipexp.run.models_table:main", "every family of models that fits, tried on small checkpoints of its real classes"),
     "methods": ("hipexp.run.methods_table:main", "every method beside each other; methods --dry-run tells how long, fast=true is short"),
     "calibrate": (

@@ -191,7 +191,7 @@ def test_commands_get_their_words(monkeypatch):
 
 def test_an_unknown_command_names_the_others(capsys):
     assert cli.main(["repor"]) == 2
-    assert "command repor is unknown; did you mean repro? known here: demo, ls" in capsys.readouterr().err
+    assert "command repor is unknown; did you mean report? known here: demo, ls" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

@@ -1,1 +1,1 @@
-"""Reading results: tables, pictures, lists of runs. Nothing here imports torch."""
+"""Reading results: tables, pictures, lists of runs, the report. Nothing here imports torch."""

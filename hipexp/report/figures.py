@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hipexp.report.parts import Chart
+from hipexp.report.svg import front_of
 from hipexp.run.ledger import make_folder, replacing
 
+COLORS = ("#222222", "#0072b2", "#d55e00", "#009e73", "#a4407f", "#7a5c00", "#56b4e9", "#8a8a8a")
+MARKERS = ("o", "s", "^", "D")
+MOST_NAMES = 20  # beside the points of a scatter chart; of more points only the best and dense are named
 INK, FAINT, EMPTY = "#222222", "#8a8a8a", "#efefef"
 
 
@@ -29,8 +35,10 @@ class Axis:
     labels: Sequence[str]
 
 
-def draw_heat_maps(path: Path, heading: str, maps: Sequence[HeatMap], vertical: Axis, horizontal: Axis, note: str = "") -> None:
-    """Write heat maps that share their axes and one colour scale, side by side, as a picture at ``path``.
+def draw_heat_maps(
+    path: Path, heading: str, maps: Sequence[HeatMap], vertical: Axis, horizontal: Axis, note: str = "", formats: Sequence[str] = ("png",)
+) -> None:
+    """Write heat maps that share their axes and one colour scale, side by side, as a picture at ``path``, in each of ``formats``.
 
     Every cell carries its number, so no value is told by
     colour alone; cells that were not run are hatched.
@@ -50,9 +58,10 @@ def draw_heat_maps(path: Path, heading: str, maps: Sequence[HeatMap], vertical: 
     bar = figure.colorbar(image, ax=plots[0].tolist(), shrink=0.9, pad=0.02, ticks=[0, 25, 50, 75, 100])
     bar.set_label("score", color=INK)
     bar.outline.set_visible(False)
+    heading = textwrap.fill(heading, int(11 * wide))
     if note:
         figure.supxlabel(note, x=0.01, ha="left", fontsize=8, color=FAINT)
-    _save(figure, heading, path)
+    _save(figure, heading, path, formats)
 
 
 def _open_frame(plot: Any) -> None:
@@ -60,14 +69,51 @@ def _open_frame(plot: Any) -> None:
         plot.spines[edge].set_visible(False)
 
 
-def _save(figure: Any, heading: str, path: Path) -> None:
+def _save(figure: Any, heading: str, path: Path, formats: Sequence[str] = ("png",)) -> None:
     from matplotlib import pyplot as plt
 
     figure.suptitle(heading, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
     make_folder(path.parent)
-    with replacing(path) as scratch:
-        figure.savefig(scratch, dpi=150, format="png")
+    for kind in formats:
+        with replacing(path.with_suffix(f".{kind}")) as scratch:
+            figure.savefig(scratch, dpi=150, format=kind)
+        figure.set_layout_engine("none")  # the first has found the places, which takes as long as drawing
     plt.close(figure)
+
+
+def draw_chart(path: Path, chart: Chart, formats: Sequence[str]) -> None:
+    """Write a chart of a report as a picture at ``path``, in each of ``formats``: the same marks as on the page."""
+    if chart.kind == "scatter":
+        named = [(name, mark) for name, series in chart.series.items() for mark in series]
+        best = front_of([mark for _, mark in named])
+        told = [(name if len(named) <= MOST_NAMES or mark in best or name == "dense" else "", mark.x, mark.y) for name, mark in named]
+        draw_scatter(path, textwrap.fill(chart.title, 80), told, *chart.axes, formats)
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, plot = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    for number, (name, series) in enumerate(chart.series.items()):
+        marks = sorted(series, key=lambda mark: mark.x)
+        x, y = [mark.x for mark in marks], [mark.y for mark in marks]
+        style = {"color": COLORS[number % 8], "marker": MARKERS[number % 4], "fillstyle": "full" if number % 8 < 4 else "none"}
+        plot.plot(x, y, label=name, **style)
+        for mark in marks:
+            if mark.span:
+                plot.plot([mark.x, mark.x], mark.span, color=COLORS[number % 8], linewidth=0.8, alpha=0.55)
+    plot.set(xscale=chart.scales[0], yscale=chart.scales[1], xlabel=chart.axes[0], ylabel=chart.axes[1])
+    if chart.top is not None:
+        plot.set_ylim(-0.03 * chart.top, 1.03 * chart.top)
+    lengths = sorted({mark.x for series in chart.series.values() for mark in series})
+    if len(lengths) <= 8:
+        plot.set_xticks(lengths, [f"{length:,.0f}" for length in lengths])
+        plot.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+    plot.grid(color=EMPTY)
+    plot.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+    _open_frame(plot)
+    _save(figure, textwrap.fill(chart.title, 80), path, formats)
 
 
 def draw_lines(
@@ -138,8 +184,18 @@ def _apart(heights: Sequence[float], gap: float) -> list[float]:
     return placed
 
 
-def draw_scatter(path: Path, heading: str, points: Sequence[tuple[str, float, float]], horizontal: str, vertical: str) -> None:
-    """Write named points over a logarithmic axis as a picture at ``path``; a line joins those that no other beats in both."""
+def draw_scatter(
+    path: Path,
+    heading: str,
+    points: Sequence[tuple[str, float, float]],
+    horizontal: str,
+    vertical: str,
+    formats: Sequence[str] = ("png",),
+) -> None:
+    """Write named points over a logarithmic axis as a picture at ``path``, in each of ``formats``.
+
+    A line joins those that no other beats in both. A point whose name is empty has none beside it.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -150,8 +206,10 @@ def draw_scatter(path: Path, heading: str, points: Sequence[tuple[str, float, fl
     plot.step(*zip(*front, strict=True), where="post", color=FAINT, linestyle="--", linewidth=1)
     ordered = sorted(points, key=lambda point: (-point[2], -point[1]))
     line = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.6, "shrinkB": 4, "relpos": (0.0, 0.5)}
-    for (name, x, y), height in zip(ordered, _apart([y for *_, y in ordered], gap=4.6), strict=True):
+    for _, x, y in ordered:
         plot.plot(x, y, marker="o", color="#0072b2" if (x, y) in front else INK)
+    named = [point for point in ordered if point[0]]
+    for (name, x, y), height in zip(named, _apart([y for *_, y in named], gap=4.6), strict=True):
         beside = dict(xytext=(1.03, height), textcoords=("axes fraction", "data"), annotation_clip=False, va="center")
         plot.annotate(name, (x, y), **beside, fontsize=8, color=INK, arrowprops=line)  # a column, since points lie close together
     plot.set_xscale("log")
@@ -162,7 +220,7 @@ def draw_scatter(path: Path, heading: str, points: Sequence[tuple[str, float, fl
     plot.set_ylim(-4, 106)
     plot.grid(color=EMPTY)
     _open_frame(plot)
-    _save(figure, heading, path)
+    _save(figure, heading, path, formats)
 
 
 def _draw(plot: Any, one: HeatMap, rows: Sequence[str], columns: Sequence[str]) -> Any:
