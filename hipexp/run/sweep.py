@@ -45,11 +45,17 @@ class Row:
         return state_of(self.run.folder) if (self.run.folder / "status.json").exists() else "to do"
 
 
+def varying(choices: Sequence[Choice]) -> list[str]:
+    """The parameters that have more than one value in these points."""
+    return [name for name in choices[0].values if len({str(choice.values[name]) for choice in choices}) > 1]
+
+
 def rows_of(sweep: SweepFile, choices: Sequence[Choice]) -> list[Row]:
     """The points, checked; of several that are the same run, the first. Raises ``ConfigError`` if all of them are refused."""
     rows: dict[str, Row] = {}
+    names = varying(choices)
     for choice in choices:
-        named = shlex.join(f"{name}={value}" for name, value in choice.values.items()) or sweep.name
+        named = shlex.join(f"{name}={choice.values[name]}" for name in names) or sweep.name
         try:
             experiment = compose(choice.words)
             check_point(experiment)
@@ -65,11 +71,10 @@ def rows_of(sweep: SweepFile, choices: Sequence[Choice]) -> list[Row]:
 
 def table(sweep: SweepFile, rows: Sequence[Row]) -> tuple[list[str], list[list[Any]]]:
     """Header and lines: the parameters that vary, the metric with its protocol, times, what became of a point, its folder; best first."""
-    names = list(rows[0].choice.values)
-    varying = [name for name in names if len({str(row.choice.values[name]) for row in rows}) > 1]
+    names = varying([row.choice for row in rows])
     ordered = sorted(rows, key=lambda row: _rank(sweep, row))
-    lines = [[*(row.choice.values[name] for name in varying), *_found(sweep, row)] for row in ordered]
-    header = [*varying, sweep.metric, "protocol", "prefill s", "decode ms", "state", "folder"]
+    lines = [[*(row.choice.values[name] for name in names), *_found(sweep, row)] for row in ordered]
+    header = [*names, sweep.metric, "protocol", "prefill s", "decode ms", "state", "folder"]
     return header, [[_text(cell) for cell in line] for line in lines]
 
 
