@@ -43,9 +43,11 @@ class Team:
         try:
             yield
         except RuntimeError as error:
+            if self.group is None:
+                raise
             from hipexp.hf import parallel
 
-            if self.group is None or not parallel.lost(error):
+            if not parallel.lost(error):
                 raise
             raise RunFailed(
                 f"another of the {self.processes.count} processes ended or does not answer, and the reason is what it says itself; "

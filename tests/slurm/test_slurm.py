@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from hipexp.config.overrides import conf_dir
 from hipexp.run.ledger import parse_rows
+from hipexp.run.sweep_file import read_sweep
 
 ROOT = Path(__file__).parents[2]
 POINTS = ["+pipeline=3stage", "task=infbench", "task.subtasks=[passkey]", "task.samples=12", "task.length_tok=4096"]
@@ -70,3 +72,14 @@ def test_a_preempted_job_goes_on_and_the_sweep_ends_with_the_same_results(start,
     assert start(plain, "-m", *POINTS, "seed=1,2,3").wait(900) == 0
     assert answers(runs) == answers(plain)
     assert len(answers(runs)) == 3
+
+
+def test_24_points_through_slurm_are_those_of_a_local_sweep(start, tmp_path):
+    path = conf_dir() / "sweep" / "quick.yaml"
+    read = read_sweep(path)
+    values = [f"{one.name}={','.join(map(str, one.grid()))}" for one in read.parameters]
+    sweep = start(tmp_path / "slurm", "-m", *SLURM, *read.words, *values)
+    assert sweep.wait(1200) == 0, (tmp_path / "slurm.log").read_text()
+    assert start(tmp_path / "local", "sweep", str(path)).wait(900) == 0
+    assert answers(tmp_path / "slurm") == answers(tmp_path / "local")
+    assert len(answers(tmp_path / "slurm")) == 24
