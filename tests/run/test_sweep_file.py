@@ -172,7 +172,7 @@ def test_no_sweep_file(tmp_path, text):
     path.write_text(text)
     with pytest.raises(ConfigError, match=re.escape(str(path)) + " is no sweep file"):
         read_sweep(path)
-    with pytest.raises(ConfigError, match="nowhere.yaml is no sweep file"):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml is no sweep file"):
         read_sweep(tmp_path / "nowhere.yaml")
 
 
