@@ -8,6 +8,7 @@ import re
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -15,7 +16,9 @@ import yaml
 import fake_hf
 import hipexp
 from hipexp.config.schema import ConfigError
-from hipexp.run.ledger import is_held, parse_rows, read_json, runs_root
+from hipexp.run import sharing
+from hipexp.run.ledger import Interrupted, is_held, parse_rows, read_json, runs_root
+from hipexp.run.several import Named
 from hipexp.run.sharing import Shared, run_each
 from hipexp.run.sweep import main
 
@@ -130,8 +133,6 @@ def test_words_that_are_refused(words, message):
 
 
 def test_a_failure_elsewhere_is_not_tried_again_but_an_interruption_is(fake, sweep_file, experiment):
-    from hipexp.run.several import Named
-
     point = Shared.of(Named("one", experiment()))
     point.folder.mkdir(parents=True)
     for kind, failed in (("error", True), ("interrupted", False)):
@@ -141,6 +142,13 @@ def test_a_failure_elsewhere_is_not_tried_again_but_an_interruption_is(fake, swe
     fake_calls = fake.calls
     (point.folder / "status.json").write_text('{"state": "failed", "class": "error"}')
     assert run_each([point]) == {} and fake.calls == fake_calls
+
+
+def test_a_process_whose_parent_is_gone_starts_no_point(fake, experiment, monkeypatch):
+    monkeypatch.setattr(sharing, "parent_process", lambda: SimpleNamespace(is_alive=lambda: False))
+    with pytest.raises(Interrupted, match="the process that started this one is gone"):
+        run_each([Shared.of(Named("one", experiment()))])
+    assert fake.calls == 0
 
 
 def work(path: str, seconds: float, log: str) -> None:

@@ -52,7 +52,14 @@ CONF
 export SLURM_CONF="$place/slurm.conf"
 
 stop() {
-  scancel --full --quiet --user root 2>/dev/null || true
+  [ -z "${command:-}" ] || kill "$command" 2>/dev/null || true
+  scancel --full --signal=KILL --quiet --user root 2>/dev/null || true
+  scancel --quiet --user root 2>/dev/null || true
+  tries=0
+  while [ $tries -lt 60 ] && [ -n "$(squeue --noheader 2>/dev/null)" ]; do
+    tries=$((tries + 1))
+    sleep 0.5
+  done
   for name in slurmd slurmctld munged; do
     [ -f "$place/$name.pid" ] || continue
     pid=$(cat "$place/$name.pid")
@@ -77,4 +84,6 @@ until sinfo --noheader --partition low --format %T 2>/dev/null | grep -q idle; d
   fi
   sleep 0.5
 done
-"$@"
+"$@" & # in the background, so that signals end it and the daemons at once
+command=$!
+wait $command
