@@ -21,7 +21,7 @@ DEV := $(VENV)/.dev
 PIP := $(RUN) -m pip --disable-pip-version-check install --constraint constraints.txt --no-build-isolation
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-transformers models check check-official needle needle-table needle-1m methods ablation aot bench-cpu link-table gpu repro-table2
+.PHONY: help setup demo test test-all test-transformers test-slurm models check check-official needle needle-table needle-1m methods ablation aot bench-cpu link-table gpu repro-table2
 
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,11 @@ test-transformers: $(DEV) ## the tests of models on the oldest and the newest tr
 	  PYTHONPATH=$$place $(RUN) -c "import sys, transformers; sys.exit(transformers.__version__ != '$$version')" || exit 1; \
 	  PYTHONPATH=$$place OMP_NUM_THREADS=1 $(RUN) -m pytest tests/hf -m "not slow and not gpu" -n $(JOBS) || exit 1; \
 	done
+
+test-slurm: $(DEV) ## a sweep on a real Slurm, with a preempted job (Debian, root; installs slurm; some minutes)
+	test -d $(VENV)/slurm || $(RUN) -m pip --disable-pip-version-check install --quiet --no-deps --target $(VENV)/slurm \
+	  hydra-submitit-launcher==1.2.0 submitit==1.5.4 cloudpickle==3.1.3
+	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/$(VENV)/slurm OMP_NUM_THREADS=1 tests/slurm/cluster.sh $(RUN) -m pytest tests/slurm
 
 models: $(CORE) ## every family of models that fits, tried on small checkpoints of its real classes (some minutes)
 	$(RUN) -m hipexp models

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -35,6 +36,7 @@ COMMANDS = {
     "data": ("hipexp.run.data:main", "data of the suites: data pull, verify, ls, make"),
     "score": ("hipexp.run.score:main", "official scores of predictions made elsewhere, as JSON"),
     "replay": ("hipexp.run.replay:main", "hits and traffic of caches of any size and policy in a recorded run; replay record records one"),
+    "sweep": ("hipexp.run.sweep:main", "a wandb sweep file without wandb: sweep conf/sweep/budget.yaml [key=value …] [jobs=2] [--dry-run]"),
     "repro": ("hipexp.run.repro:main", "a published table beside ours, as in repro table2 size=needle task.samples=5"),
     "completion": ("hipexp.completion:main", "completion of this command line for a shell: source <(hipexp completion bash)"),
     "doctor": ("hipexp.doctor:main", "versions, device, what is missing; doctor +pipeline=3stage task=ruler: does that run fit?"),
@@ -231,13 +233,29 @@ def _run_sweep(overrides: list[str], flags: frozenset[str]) -> int:
         except Exception as error:
             codes.append(_explain(error))
 
-    with tempfile.TemporaryDirectory(prefix="hipexp-sweep-") as folder:
-        compose.run_sweep(overrides, job, Path(folder))
+    with _launch_folder(overrides) as folder:
+        compose.run_sweep(overrides, job, folder)
     if codes:
         return max(codes)
     from hipexp.run.point import stored  # the launcher ran the points in other processes: the run folders tell
 
     return DONE if all(map(stored, points)) else FAILED
+
+
+@contextmanager
+def _launch_folder(overrides: list[str]) -> Iterator[Path]:
+    """Where a launcher keeps its notes: under the runs, which the machines of a cluster share, or, for Hydra's own, nowhere for long."""
+    from hipexp.run.ledger import make_folder, runs_root
+
+    chosen = [word.partition("=")[2] for word in overrides if word.lstrip("+").startswith("hydra/launcher=")]
+    if chosen in ([], ["basic"]):
+        with tempfile.TemporaryDirectory(prefix="hipexp-sweep-") as folder:
+            yield Path(folder)
+        return
+    place = (runs_root() / "sweep" / f"launch_{time.strftime('%Y-%m-%d_%H-%M-%S')}_{os.getpid()}").resolve()
+    make_folder(place)
+    print(f"notes and logs of the launcher {chosen[0]}: {place}", file=sys.stderr)
+    yield place
 
 
 def _check_one_process(words: list[str], what: str) -> None:

@@ -141,7 +141,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def classify(error: BaseException) -> str:
     """The class of a failure, one of ``FAILURES``."""
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, (KeyboardInterrupt, SystemExit)):  # submitit leaves by SystemExit when the time of a job is over
         return "interrupted"
     if isinstance(error, ConfigError):
         return "bad_config"
@@ -363,8 +363,12 @@ def is_held(folder: Path) -> bool:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Turn SIGTERM into ``Interrupted`` inside the block (in the main thread; elsewhere signals are not ours to take)."""
-    if threading.current_thread() is not threading.main_thread():
+    """Turn SIGTERM into ``Interrupted`` inside the block (in the main thread; elsewhere signals are not ours to take).
+
+    In a job of submitit on Slurm SIGTERM changes nothing, as submitit has it: a preempted job comes back into the queue if it is killed,
+    but not if it ends by itself, and what is finished is safe either way.
+    """
+    if threading.current_thread() is not threading.main_thread() or os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
         yield
         return
 

@@ -129,8 +129,8 @@ def split_jobs(words: Sequence[str]) -> tuple[int, list[str]]:
 
 
 @contextmanager
-def helpers(points: Sequence[Named], jobs: int, folder: Path) -> Iterator[None]:
-    """``jobs - 1`` more processes at the same ``points`` while the block lasts, which runs them too.
+def helpers(points: Sequence[Any], jobs: int, folder: Path, work: Callable[[Sequence[Any]], object] = run_all) -> Iterator[None]:
+    """``jobs - 1`` more processes at the same ``points`` while the block lasts, which runs them too; ``work`` is what they do with them.
 
     Every process has its part of the threads. What they print goes to ``job-2.log`` and so on in
     ``folder``. One that fails leaves its points to the others; all end with the block, also where this process is asked to stop (SIGTERM).
@@ -143,7 +143,7 @@ def helpers(points: Sequence[Named], jobs: int, folder: Path) -> Iterator[None]:
     if logs:
         make_folder(folder)
     make = get_context("spawn").Process
-    started = [make(target=_help, args=(list(points), torch.get_num_threads(), log), daemon=True) for log in logs]
+    started = [make(target=_help, args=(work, list(points), torch.get_num_threads(), log), daemon=True) for log in logs]
     with stoppable():
         try:
             for process in started:
@@ -161,14 +161,14 @@ def helpers(points: Sequence[Named], jobs: int, folder: Path) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-def _help(points: Sequence[Named], threads: int, log: Path) -> None:
+def _help(work: Callable[[Sequence[Any]], object], points: Sequence[Any], threads: int, log: Path) -> None:
     """What such a process does."""
     import torch
 
     torch.set_num_threads(threads)
     with open(log, "w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
         try:
-            run_all(points)
+            work(points)
         except BaseException as error:
             print(f"{type(error).__name__}: {error}", flush=True)
             sys.exit(1)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from hipexp.config.schema import Track
 from hipexp.config.wandb_key import has_wandb_key
+from hipexp.track.metrics import metrics_of
 
 
 def in_sweep() -> bool:
@@ -20,11 +22,6 @@ def mode_of(track: Track) -> str:
     if track.mode != "auto":
         return track.mode
     return os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
-
-
-def traffic_totals(traffic: dict[str, Any]) -> dict[str, Any]:
-    """What an offload moved and had to wait for, ``traffic/<phase>/<name>``; empty where everything stayed on the device."""
-    return {f"traffic/{phase}/{name}": value for phase in ("prefill", "decode") for name, value in traffic.get(phase, {}).items()}
 
 
 class WandbTracker:
@@ -56,7 +53,9 @@ class WandbTracker:
     def log(self, row: dict[str, Any], means: dict[str, float]) -> None:
         times = {name: row[name] for name in ("prefill_ms", "decode_ms") if row.get(name) is not None}
         running = {f"running/{name}": mean for name, mean in means.items()}
-        self._run.log({**running, **{f"sample/{name}": value for name, value in times.items()}})
+        # What a sweep's early_terminate can watch: `average` itself comes once, when all samples are done.
+        average = {"running/average": fmean(means.values())} if means else {}
+        self._run.log({**running, **average, **{f"sample/{name}": value for name, value in times.items()}})
 
     def finish(self, summary: dict[str, Any] | None, pictures: list[Path]) -> None:
         if summary is None:
@@ -65,9 +64,12 @@ class WandbTracker:
         columns = ["subtask", "metric", "score", "n", "protocol", "edition"]
         how = summary["protocol"], summary.get("edition", "")
         rows = [[name, *(cell[column] for column in columns[1:4]), *how] for name, cell in summary["scores"].items()]
-        self._run.log({"scores": self._wandb.Table(columns=columns, data=rows)} | {p.stem: self._wandb.Image(str(p)) for p in pictures})
-        self._run.summary.update({f"score/{name}": cell["score"] for name, cell in summary["scores"].items()})
-        self._run.summary.update({f"average/{name}": value for name, value in summary.get("averages", {}).items()})
-        self._run.summary.update({name: summary[name] for name in ("average", "protocol", "latency", "memory")})
-        self._run.summary.update(traffic_totals(summary["traffic"]))
+        tables = {"scores": self._wandb.Table(columns=columns, data=rows)}
+        if measured := summary["latency"].get("rows"):
+            names = list(dict.fromkeys(name for row in measured for name, value in row.items() if not isinstance(value, (dict, list))))
+            tables["latency_rows"] = self._wandb.Table(columns=names, data=[[row.get(name) for name in names] for row in measured])
+        self._run.log(tables | {p.stem: self._wandb.Image(str(p)) for p in pictures})
+        whole = {name: summary[name] for name in ("protocol", "latency", "memory")}  # wandb itself makes latency.prefill_ms of them
+        own = {name: value for name, value in metrics_of(summary).items() if not name.startswith(("latency.", "memory."))}
+        self._run.summary.update(own | whole)
         self._run.finish()

@@ -1,5 +1,6 @@
 """The sweep files give command lines, built by wandb's own functions, that compose."""
 
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -9,9 +10,11 @@ from wandb.sdk.launch.sweeps import utils
 
 from hipexp.config.compose import compose
 from hipexp.config.overrides import conf_dir
+from hipexp.config.schema import Track
+from hipexp.run.sweep_file import read_sweep
 
 SWEEPS = sorted((conf_dir() / "sweep").glob("*.yaml"))
-SPELLINGS = ("args", "args_no_hyphens", "args_append_hydra", "args_override_hydra")
+SPELLINGS = ("args", "args_append_hydra", "args_override_hydra")
 
 
 def choices(parameter):
@@ -37,20 +40,32 @@ def command_line(command, point, spelling):
 
 
 def test_there_are_sweeps():
-    assert {"budget", "offload"} <= {path.stem for path in SWEEPS}
+    assert {"budget", "offload", "quick", "rope", "stages"} <= {path.stem for path in SWEEPS}
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
-def test_every_point_composes_in_every_spelling_of_the_agent(path: Path, spelling):
+def test_every_point_composes_as_the_agent_starts_it_and_is_that_of_the_local_sweep(path: Path):
     sweep = utils.load_sweep_config(str(path))
     seen = []
     for point in points(sweep):
-        words = command_line(sweep["command"], point, spelling)
+        words = command_line(sweep["command"], point, "args_no_hyphens")
         assert words[:4] == ["/usr/bin/env", "python", "-m", "hipexp"]
         seen.append(compose(words[4:]))
         assert (seen[-1].track.name, seen[-1].track.mode) == ("wandb", "auto"), "the server waits for the metric"
     assert all(one != other for one, other in itertools.combinations(seen, 2))
+    local = [compose(choice.words) for choice in read_sweep(path).choices([], None, 0)]
+    assert local == [dataclasses.replace(one, track=Track(name="local")) for one in seen]
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_every_spelling_of_the_agent_means_the_same(path: Path, spelling):
+    sweep = utils.load_sweep_config(str(path))
+    first, *_, last = points(sweep)
+    for point in (first, last):
+        usual, other = (command_line(sweep["command"], point, name)[4:] for name in ("args_no_hyphens", spelling))
+        assert compose(other) == compose(usual)
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)

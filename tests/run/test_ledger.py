@@ -3,6 +3,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import time
 
 import pytest
@@ -141,6 +142,7 @@ class OutOfMemoryError(RuntimeError):
     [
         (KeyboardInterrupt(), "interrupted"),
         (Interrupted("stop"), "interrupted"),
+        (SystemExit(-1), "interrupted"),
         (ConfigError("x"), "bad_config"),
         (DataMissing("x"), "data_missing"),
         (FileNotFoundError("x"), "error"),
@@ -167,6 +169,22 @@ def hold(folder, seconds):
         book.append(row(len(book.rows)))
         time.sleep(seconds)
         book.write("left.json", {"left": True})
+
+
+def test_a_job_of_submitit_on_slurm_stays_until_it_is_killed(tmp_path, monkeypatch):
+    """One that ended by itself would not come back into the queue."""
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda *_: heard.append("submitit"))
+    try:
+        monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+        with open_ledger(tmp_path, KEY):
+            signal.raise_signal(signal.SIGTERM)
+        assert heard == ["submitit"]
+        monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
+        with pytest.raises(Interrupted), open_ledger(tmp_path, KEY):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_second_process_waits_and_says_for_whom(tmp_path, caplog):

@@ -9,7 +9,8 @@ from hipexp.config.schema import Track
 from hipexp.run.ledger import LESS_MEMORY, RunFailed, read_json, read_rows, runs_root
 from hipexp.run.point import execute
 from hipexp.track import open_trackers
-from hipexp.track.wandb import mode_of
+from hipexp.track.metrics import metrics_of
+from hipexp.track.wandb import WandbTracker, mode_of
 
 
 class FakeRun:
@@ -54,7 +55,8 @@ def test_wandb_hears_everything_offline(fake, experiment, wandb):
     assert (run.settings["mode"], run.settings["id"]) == ("offline", folder.name[-10:])
     assert run.settings["config"]["run_key"].startswith(folder.name[-10:])
     assert run.settings["config"]["card"]["protocol"] == "hipexp"
-    assert run.logged[0]["running/passkey"] == 100.0
+    assert run.logged[0]["running/passkey"] == run.logged[0]["running/average"] == 100.0
+    assert "average" not in run.logged[0]  # the optimised metric is of whole runs
     edition = run.settings["config"]["card"]["edition"]
     assert run.logged[-1]["scores"].data == [
         ["passkey", "first_number", 100.0, 4, "hipexp", edition],
@@ -75,6 +77,37 @@ def test_wandb_hears_the_traffic_of_an_offload_per_phase(fake, experiment, offlo
     assert sent["traffic/prefill/stall_ms"] == traffic["prefill"]["stall_ms"] > 0
     execute(tracked(experiment))
     assert not any(name.startswith("traffic") for name in wandb.runs[1].summary)
+
+
+def test_wandb_hears_the_rows_of_a_latency_run(wandb, tmp_path):
+    rows = [
+        {"phase": "prefill", "context_tok": 600, "impl": "dense", "mean_ms": 2.0, "recall": {}},
+        {"phase": "decode", "context_tok": 600, "impl": "dense", "note": "too slow"},
+    ]
+    summary = {"scores": {}, "average": None, "protocol": "hipexp", "latency": {"rows": rows}, "memory": {"peak_bytes": 1}, "traffic": {}}
+    tracker = WandbTracker(Track(name="wandb"))
+    tracker.start(tmp_path, {"run_key": "0" * 64}, {})
+    tracker.log({"prefill_ms": 2.0, "decode_ms": None}, {})
+    tracker.finish(summary, [])
+    (run,) = wandb.runs
+    told = run.logged[-1]["latency_rows"]
+    assert (told.columns, told.data) == (
+        ["phase", "context_tok", "impl", "mean_ms", "note"],
+        [["prefill", 600, "dense", 2.0, None], ["decode", 600, "dense", None, "too slow"]],
+    )
+    assert run.summary["mean_ms/prefill/600/dense"] == 2.0 and run.summary["memory"] == {"peak_bytes": 1}
+    assert run.logged[0] == {"sample/prefill_ms": 2.0}
+
+
+def test_sweeps_without_wandb_find_every_number_that_wandb_shows(fake, experiment, offloaded, wandb):
+    one = offloaded()
+    one.track = Track(name="wandb")
+    found = metrics_of(read_json(execute(one) / "summary.json"))
+    sent = wandb.runs[0].summary
+    flat = {f"{part}.{name}": value for part in ("latency", "memory") for name, value in sent[part].items()}
+    plain = {name: value for name, value in sent.items() if name not in ("latency", "memory", "protocol")}
+    assert found == plain | flat
+    assert {"average", "score/passkey", "latency.prefill_ms", "memory.peak_bytes", "traffic/decode/hit_ratio"} <= found.keys()
 
 
 def test_a_sweep_keeps_the_agents_id_and_gets_stored_results(fake, experiment, wandb, monkeypatch):

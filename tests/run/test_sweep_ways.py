@@ -1,0 +1,97 @@
+"""The same points as a wandb agent starts them and as a sweep without wandb, in real processes on the embedded model."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from wandb.sdk.launch.sweeps import utils
+
+import hipexp
+from hipexp.config.overrides import conf_dir
+from hipexp.run.ledger import parse_rows, read_json
+
+ROOT = Path(__file__).parents[2]
+KEY = "0123456789abcdef" * 2 + "deadbeef"  # of the form of a key of wandb
+WORDS = ["+pipeline=3stage", "task=infbench", "task.subtasks=[passkey]", "task.length_tok=4096", "task.samples=4", "track=wandb"]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (Path(hipexp.__file__).parent / "needle" / "model" / "config.json").exists(), reason="make needle"),
+]
+
+
+def environment(runs: Path, **more: str) -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"HIPEXP_RUNS": str(runs), "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", **more}
+
+
+def agent_lines(path: Path) -> list[list[str]]:
+    """What an agent starts for every point of a grid, by wandb's own functions."""
+    sweep = utils.load_sweep_config(str(path))
+    names = list(sweep["parameters"])
+    lines = []
+    for values in itertools.product(*(sweep["parameters"][name]["values"] for name in names)):
+        point = {"args": {name: {"value": value} for name, value in zip(names, values, strict=True)}}
+        macros = {**utils.create_sweep_command_args(point), "env": ["/usr/bin/env"]}
+        words = [macros[word[2:-1]] if word.startswith("${") else [word] for word in utils.create_sweep_command(list(sweep["command"]))]
+        line = list(itertools.chain(*words))
+        assert line[:2] == ["/usr/bin/env", "python"]
+        lines.append([line[0], sys.executable, *line[2:]])
+    return lines
+
+
+def results(runs: Path) -> dict[str, tuple]:
+    """Scores and answers of every run, by its folder."""
+    found = {}
+    for path in runs.glob("*/*/summary.json"):
+        rows, _ = parse_rows((path.parent / "samples.jsonl").read_bytes())
+        answers = [(row["subtask"], row["sample"], row["prediction"]) for row in rows]
+        found[path.parent.name] = read_json(path)["scores"], answers
+    return found
+
+
+def test_24_points_by_an_agents_command_lines_and_by_a_local_sweep(tmp_path):
+    path = conf_dir() / "sweep" / "quick.yaml"
+    lines = agent_lines(path)
+    assert len(lines) == 24
+
+    def run(number: int) -> int:
+        own = environment(tmp_path / "agent", WANDB_SWEEP_ID="sweep0", WANDB_RUN_ID=f"point{number}")
+        return subprocess.run(lines[number], cwd=ROOT, env=own, check=False, stdout=subprocess.DEVNULL).returncode
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(run, range(24))) == [0] * 24
+    command = [sys.executable, "-m", "hipexp", "sweep", str(path), "jobs=2"]
+    out = subprocess.run(command, cwd=ROOT, env=environment(tmp_path / "local"), check=True, capture_output=True, text=True).stdout
+    assert "24 of 24 points are done" in Path(out.splitlines()[-1].removeprefix("table: ")).read_text()
+    assert results(tmp_path / "local") == results(tmp_path / "agent")
+    assert len(results(tmp_path / "agent")) == 24
+    assert len({scores["kv_retrieval"]["score"] for scores, _ in results(tmp_path / "local").values()}) > 1, "points that differ"
+    assert len(list((tmp_path / "agent").glob("*/*/wandb/offline-run-*-point*"))) == 24
+
+
+def test_sigterm_under_wandb_leaves_a_run_that_goes_on_and_no_key(tmp_path):
+    own = environment(tmp_path, WANDB_API_KEY=KEY)
+    command = [sys.executable, "-m", "hipexp", *WORDS]
+    process = subprocess.Popen(command, cwd=ROOT, env=own)
+    while not (files := list(tmp_path.glob("*/*/samples.jsonl"))) or not files[0].stat().st_size:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 1
+    assert read_json(files[0].parent / "status.json")["class"] == "interrupted"
+    before, _ = parse_rows(files[0].read_bytes())
+    assert 1 <= len(before) < 4
+    assert subprocess.run(command, cwd=ROOT, env=own, check=False).returncode == 0
+    after, damaged = parse_rows(files[0].read_bytes())
+    assert (after[: len(before)], len(after), damaged) == (before, 4, 0)
+    logs = list(files[0].parent.glob("wandb/offline-run-*/*.wandb"))
+    assert len(logs) == 2
+    assert any(b"score/passkey" in log.read_bytes() and b"running/average" in log.read_bytes() for log in logs)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
