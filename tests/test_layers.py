@@ -60,7 +60,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "hipexp/run/probes.py": ({"hipexp.run", "hipexp_kernels", "torch", "triton"}, set()),
     "hipexp/run/selected.py": ({"hipexp.attention", "hipexp.run", "hipexp_kernels", "torch"}, {"flashinfer"}),
     "hipexp/run/attention_latency.py": (CONFIG | {"hipexp.attention", "hipexp.cache", "hipexp.run", "hipexp_kernels", "torch"}, set()),
-    "hipexp/run/decode_speed.py": (CONFIG | {"hipexp.attention", "hipexp.hf", "hipexp.run", "torch", "transformers"}, set()),
+    "hipexp/run/decode_speed.py": (CONFIG | {"hipexp.attention", "hipexp.cache", "hipexp.hf", "hipexp.run", "torch", "transformers"}, set()),
     "hipexp/run/gpu.py": (CONFIG | {"hipexp.attention", "hipexp.report", "hipexp.run", "torch", "yaml"}, set()),
 }
 # A GPU machine may lack these: what runs there does not import them at load time.

@@ -338,5 +338,5 @@ def test_a_tokenizer_file_counts_what_there_is(tmp_path):
 def test_processes_that_would_all_do_the_same_are_refused(monkeypatch):
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match="torchrun started 2 processes, and without model.tp_plan=auto each would do the whole run"):
+    with pytest.raises(ConfigError, match=r"torchrun started 2 processes, and without model\.tp_plan=auto each would do the whole run"):
         check_point(compose(["task=infbench"]))
