@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hipexp.config.schema import ConfigError, Task
-from hipexp.report import runs as stored_runs
 from hipexp.report.listing import state_in_words
+from hipexp.report.runs import Run as Folder
 from hipexp.run.ledger import read_json, read_rows
 from hipexp.suites import rules_of
 
@@ -135,7 +135,7 @@ def gather(root: Path) -> Gathered:
 
 def read_run(folder: Path) -> Run:
     """The files of one run folder, and whether it counts."""
-    state = state_in_words(stored_runs.Run(folder))
+    state = state_in_words(Folder(folder))
     names = ("status.json", "summary.json", "card.json", "env.json")
     status, summary, card, env = (read_json(folder / name) for name in names)
     run = Run(folder, state, status, summary, card, read_config(folder / "config.yaml"), env)
