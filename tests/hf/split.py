@@ -104,8 +104,9 @@ def agreements(folder, number):
     """What processes say where only the second one has a reason to, and which tokens they take where they chose different ones."""
     group = dist.group.WORLD
     loaded = load(Model(path=str(folder / "sliding"), dtype="float32", tp_plan="auto"))
-    (folder / "mine.py").write_text(OWN_METHOD)
-    found = {"own method": refusal(loaded, Pipeline(method=str(folder / "mine.py"), sink_tok=16, window_tok=64))}
+    own = folder / f"mine_{number}.py"  # no process reads what another one is writing
+    own.write_text(OWN_METHOD)
+    found = {"own method": refusal(loaded, Pipeline(method=str(own), sink_tok=16, window_tok=64))}
     differ, selfcheck.differ = selfcheck.differ, lambda *_: number == 1
     found["check"] = refusal(loaded, pruning())
     selfcheck.differ = differ
