@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ from hipexp.hf.live import LiveBytes
 from hipexp.hf.own import QUERIES, OwnAttention
 from hipexp.hf.window import check_transformers
 
-NAME = "hipexp_skeleton"  # in transformers' registries
+NAME = "hipexp_skeleton_{}"  # in transformers' registries; every pass has its own
+_NUMBERS = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -115,13 +117,13 @@ class _Watched:
     @contextmanager
     def installed(self, model: PreTrainedModel) -> Iterator[None]:
         """Let this be asked by ``model`` inside the context."""
-        rotary = decoder_of(model).rotary_emb
+        rotary, name = decoder_of(model).rotary_emb, NAME.format(next(_NUMBERS))
         with ExitStack() as stack:
             for registry, function in ((AttentionInterface, self.attend), (AttentionMaskInterface, flash_attention_mask)):
-                registry.register(NAME, function)
-                stack.callback(registry._global_mapping.pop, NAME)
+                registry.register(name, function)
+                stack.callback(registry._global_mapping.pop, name)
             stack.callback(model.set_attn_implementation, str(model.config._attn_implementation))
-            model.set_attn_implementation(NAME)
+            model.set_attn_implementation(name)
             stack.enter_context(_AnyFormat())
             if getattr(rotary, "rope_type", None) == "longrope":  # values decide which factors count, and there are none
                 stack.callback(setattr, rotary, "rope_type", "longrope")
