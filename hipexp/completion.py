@@ -110,8 +110,8 @@ def keys(begun: str) -> list[str]:
 
 def parts(kind: Any) -> list[str]:
     """The next parts of a key of this type, with ``=`` where it ends, with a dot where it goes on."""
-    if dataclasses.is_dataclass(kind):
-        return [name + ("=" if ends(inner) else ".") for name, inner in fields_of(kind).items()]  # type: ignore[arg-type]
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        return [name + ("=" if ends(inner) else ".") for name, inner in fields_of(kind).items()]
     return [f"{number}." for number in range(STAGES)] if is_list(kind) else []
 
 

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("hipexp")
 NUMBERS = 3  # of a Step
 PATIENCE = 16  # steps before the first is recorded: a short answer would not get back what that costs
-WARM_PERIODS = 3  # of refreshes, behind which every pattern has its graph: the first steps of a sequence are unlike later ones
 
 Replay = Callable[[], None]
 Record = Callable[[Callable[[], Tensor]], tuple[Tensor, Replay]]
@@ -62,6 +61,14 @@ class _Graph:
     logits: Tensor
     replay: Replay
     pruned: list[int]
+
+
+def steps_until_recorded(period: int) -> int:
+    """Steps, whole refresh periods of ``period`` each, behind which every pattern has its graph.
+
+    They are those of ``PATIENCE``, and two more periods: the first step of a sequence is unlike those that begin later ones.
+    """
+    return (2 + -(-PATIENCE // period)) * period
 
 
 class GraphedSteps:

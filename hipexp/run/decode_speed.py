@@ -27,8 +27,7 @@ from hipexp.cache.resident import ResidentStore
 from hipexp.config.schema import Pipeline
 from hipexp.hf import Generation, install
 from hipexp.hf.cache import SequenceCache
-from hipexp.hf.graphs import WARM_PERIODS as WARM
-from hipexp.hf.graphs import record_cuda
+from hipexp.hf.graphs import record_cuda, steps_until_recorded
 from hipexp.hf.loop import choose, decode
 from hipexp.run.gpu import preset, table
 from hipexp.run.latency import quantile
@@ -72,15 +71,20 @@ def rewind(cache: SequenceCache, n_tok: int) -> None:
 
 
 def pipeline_row(model: PreTrainedModel, cache: SequenceCache, pipeline: Pipeline, periods: int) -> dict[str, Any]:
-    """Steps of whole refresh periods: the first by the host, ``WARM`` until every pattern has its graph, then ``periods`` measured ones."""
+    """Steps of whole refresh periods: the first by the host, more until every pattern has its graph, then ``periods`` measured ones."""
     made, begun_tok = Generation(), cache.get_seq_length()
     with install(model, pipeline) as installed:
         period, _ = refresh_pattern(pipeline, len(installed.layers))
         for i, layer in enumerate(cache.own_layers):
             layer.rows[0].state = installed.layers[i].method.new_state()
-        decode(model, [cache], [TOKEN], [made], (WARM + periods) * period + 1, set(), installed=installed)
+        decode(model, [cache], [TOKEN], [made], _steps(period, periods) + 1, set(), installed=installed)
     rewind(cache, begun_tok)
-    return {"by_host_ms": statistics.fmean(made.decode_ms[1:period])} | times(made.decode_ms[WARM * period :])
+    return {"by_host_ms": statistics.fmean(made.decode_ms[1:period])} | times(made.decode_ms[steps_until_recorded(period) :])
+
+
+def _steps(period: int, periods: int) -> int:
+    """Decode steps of a pipeline in all."""
+    return steps_until_recorded(period) + periods * period
 
 
 def dense_row(model: PreTrainedModel, cache: SequenceCache) -> dict[str, Any]:
@@ -146,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
         model = build(args.layers, device)
         if args.compile:
             compile_parts(model)
-        longest = max((WARM + args.periods) * refresh_pattern(preset(name), args.layers)[0] + 2 for name in args.presets)
+        longest = max(_steps(refresh_pattern(preset(name), args.layers)[0], args.periods) + 2 for name in args.presets)
         for n_tok in sorted(args.lengths):
             torch.cuda.empty_cache()
             cache = filled(model, n_tok, n_tok + longest)

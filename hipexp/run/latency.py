@@ -120,9 +120,9 @@ def warm_steps(experiment: Experiment, impl: str, n_layers: int) -> int:
     if impl == "dense" or pipeline is None or not experiment.model.cuda_graphs or experiment.offload.on or not torch.cuda.is_available():
         return 0
     from hipexp.attention.methods import make_method
-    from hipexp.hf.graphs import WARM_PERIODS
+    from hipexp.hf.graphs import steps_until_recorded
 
-    return WARM_PERIODS * refresh_pattern(pipeline, n_layers)[0] if make_method(pipeline.plan_alone(None)).captures else 0
+    return steps_until_recorded(refresh_pattern(pipeline, n_layers)[0]) if make_method(pipeline.plan_alone(None)).captures else 0
 
 
 def timed(

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hipexp.config.schema import Heads, LayerGroup, Pipeline, Representative, Stage, StageOverride
 from hipexp.hf import generate, install
 from hipexp.hf.cache import SequenceCache
-from hipexp.hf.graphs import GraphedSteps, record_cuda
+from hipexp.hf.graphs import GraphedSteps, record_cuda, steps_until_recorded
 from hipexp.hf.loop import prefill
 from hipexp.hf.sampling import Sampling
 from triton_device import DEVICE, ON_GPU
@@ -205,6 +205,18 @@ def test_a_step_that_cannot_be_recorded_runs_as_it_is(loaded, pipeline, tokens, 
 def test_a_short_answer_pays_for_no_graph(loaded, pipeline, tokens, by_graphs, record):
     by_graphs(loaded, pipeline, [tokens[:700]], True, n=16)
     assert record.graphs == 0
+
+
+@pytest.mark.parametrize("refresh", [(2, 2, 2), (8, 4, 2), (16, 8, 4), (24, 4, 2)])
+def test_all_is_recorded_behind_the_steps_that_are_not_timed(loaded, pipeline, tokens, by_graphs, record, refresh):
+    stages = [dataclasses.replace(stage, refresh_steps=steps) for stage, steps in zip(pipeline.stages, refresh, strict=True)]
+    pipeline = dataclasses.replace(pipeline, stages=stages, staggered_refresh=True)
+    warm = steps_until_recorded(refresh[0])
+    assert warm % refresh[0] == 0
+    by_graphs(loaded, pipeline, [tokens[:700]], True, n=warm + 1)
+    graphs = record.graphs
+    by_graphs(loaded, pipeline, [tokens[:700]], True, n=warm + 1 + 2 * refresh[0])
+    assert record.graphs == 2 * graphs > 0
 
 
 def test_a_token_past_the_room_is_refused(loaded, pipeline, tokens, record):

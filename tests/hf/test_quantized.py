@@ -65,7 +65,7 @@ def in_fp8(folder, dtype):
 def test_a_package_that_is_missing_is_named(case, tmp_path):
     told, words, packages = STORED[case]
     if any(map(quantized._installed, packages.split(", "))):
-        pytest.skip(f"{packages} is here")
+        pytest.skip(f"{packages} is here")  # then nothing is missing that could be named
     with pytest.raises(ConfigError) as refused:
         load(stored(tmp_path, told))
     message = str(refused.value)

@@ -26,7 +26,7 @@ def installed(launcher: str) -> bool:
 def test_a_launcher_runs_every_point_in_other_processes(tmp_path, launcher, more):
     package = launcher.partition("_")[0]
     if not installed(package):
-        pytest.skip(f"hydra-{package}-launcher is not installed")
+        pytest.skip(f"hydra-{package}-launcher is not installed")  # no part of hipexp: users add the one they want (docs/sweeps.md)
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     own = os.environ | {"HIPEXP_RUNS": str(tmp_path), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "hipexp", "-m", f"hydra/launcher={launcher}", *more, *WORDS]
