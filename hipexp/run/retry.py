@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from hipexp.config.check import check_experiment
 from hipexp.config.convert import to_schema
 from hipexp.config.schema import ConfigError, Experiment
-from hipexp.report.listing import UNFINISHED, read_filters, state_in_words
+from hipexp.report.listing import UNFINISHED, read_filters
 from hipexp.report.runs import Run, find_run, load_runs
 from hipexp.run.ledger import classify, is_held
 from hipexp.run.point import Load, check_point, execute, folder_of
@@ -51,7 +51,7 @@ def retry(runs: Sequence[Run], dry: bool = False, load: Load | None = None) -> i
     """Go on with ``runs`` in order and tell what became of each; the exit code."""
     load, failed = load or load_once(), 0
     for number, run in enumerate(runs, 1):
-        print(f"[{number}/{len(runs)}] {run.name}: {state_in_words(run)}, {len(run.samples())} sample(s) finished", flush=True)
+        print(f"[{number}/{len(runs)}] {run.name}: {run.outcome}, {len(run.samples())} sample(s) finished", flush=True)
         if run.state == "done":
             continue
         if is_held(run.folder):

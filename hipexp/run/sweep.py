@@ -13,7 +13,6 @@ from typing import Any
 
 from hipexp.config.compose import compose
 from hipexp.config.schema import ConfigError
-from hipexp.report.listing import state_in_words
 from hipexp.report.runs import Run
 from hipexp.report.tables import markdown_table, text_table
 from hipexp.run.ledger import file_name, make_folder, read_json, runs_root, write_text
@@ -43,7 +42,7 @@ class Row:
         """What became of it."""
         if self.run is None:
             return "refused: bad_config"
-        return state_in_words(Run(self.run.folder)) if (self.run.folder / "status.json").exists() else "to do"
+        return Run(self.run.folder).outcome if (self.run.folder / "status.json").exists() else "to do"
 
 
 def varying(choices: Sequence[Choice]) -> list[str]:
