@@ -15,7 +15,7 @@ from hipexp.run.ledger import make_folder, replacing
 
 COLORS = ("#222222", "#0072b2", "#d55e00", "#009e73", "#a4407f", "#7a5c00", "#56b4e9", "#8a8a8a")
 MARKERS = ("o", "s", "^", "D")
-ASIDE = 2.2  # points between marks of neighbouring series
+ASIDE = 4.0  # points between marks of neighbouring series
 LETTERS = 9.5  # of a heading, for an inch
 MOST_NAMES = 20  # beside the points of a scatter chart; of more points only the best and dense are named
 INK, FAINT, EMPTY = "#222222", "#8a8a8a", "#efefef"
@@ -97,14 +97,15 @@ def draw_chart(path: Path, chart: Chart, formats: Sequence[str]) -> None:
     from matplotlib import pyplot as plt
     from matplotlib.transforms import ScaledTranslation
 
-    figure, plot = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    columns = 2 if max(map(len, chart.series)) <= 36 else 1
+    figure, plot = plt.subplots(figsize=(6.4, 3.7 + 0.17 * math.ceil(len(chart.series) / columns)), layout="constrained")
     for number, (name, series) in enumerate(chart.series.items()):
         marks = sorted(series, key=lambda mark: mark.x)
         x, y = [mark.x for mark in marks], [mark.y for mark in marks]
         style = {"color": COLORS[number % 8], "marker": MARKERS[number % 4], "fillstyle": "full" if number % 8 < 4 else "none"}
         aside = ASIDE * (number - (len(chart.series) - 1) / 2) / 72  # inches, so that marks at one place are all seen
         place = plot.transData + ScaledTranslation(aside, 0, figure.dpi_scale_trans)
-        plot.plot(x, y, label=name, transform=place, **style)
+        plot.plot(x, y, label=textwrap.fill(name, 84), transform=place, **style)
         for mark in marks:
             if mark.span:
                 plot.plot([mark.x, mark.x], mark.span, color=COLORS[number % 8], linewidth=0.8, alpha=0.55, transform=place)
@@ -118,7 +119,7 @@ def draw_chart(path: Path, chart: Chart, formats: Sequence[str]) -> None:
         plot.set_xticks(lengths, [f"{length:,.0f}" for length in lengths])
         plot.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     plot.grid(color=EMPTY)
-    plot.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=columns)
     _open_frame(plot)
     _save(figure, chart.title, path, formats)
 

@@ -12,7 +12,7 @@ from hipexp.report.parts import Chart, HeatChart, Mark
 WIDE, HIGH, LEFT, BELOW, ABOVE, RIGHT, INSET = 420, 290, 60, 50, 12, 10, 14
 CELL_WIDE, CELL_HIGH = 62, 34
 MARKS = "Filled: on the Pareto front; black: dense."
-ASIDE = 3.0  # between marks of neighbouring series at the same place
+ASIDE = 6.0  # between marks of neighbouring series at the same place
 # cividis in five steps: readable by colour-blind people, and in grey.
 RAMP = ((0, 34, 78), (66, 78, 108), (124, 123, 120), (188, 175, 111), (254, 232, 56))
 
@@ -206,7 +206,8 @@ def _cell(x: float, y: float, found: tuple[float, int] | None) -> str:
     box = f'x="{x + 1}" y="{y + 1}" width="{CELL_WIDE - 2}" height="{CELL_HIGH - 2}"'
     middle = x + CELL_WIDE / 2
     if found is None:
-        return f'<rect class="none" {box}/><text class="faint" x="{middle}" y="{y + CELL_HIGH / 2 + 4}" text-anchor="middle">no sample</text>'
+        at = f'x="{middle}" y="{y + CELL_HIGH / 2 + 4}" text-anchor="middle"'
+        return f'<rect class="none" {box}/><text class="faint" {at}>no sample</text>'
     score, n = found
     ink = "#fff" if score < 55 else "#111"
     text = f'<text style="fill:{ink}" x="{middle}" y="{y + 15}" text-anchor="middle">{score:.0f}</text>'

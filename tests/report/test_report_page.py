@@ -417,7 +417,7 @@ def test_sorting_and_filtering_in_a_browser(reported):
 
 @needs_chromium
 @pytest.mark.slow
-def test_headers_and_search_answer_the_keyboard(reported, tmp_path):
+def test_headers_are_buttons_that_take_the_focus_and_search_answers(reported, tmp_path):
     keys = """<script>
       const head = document.querySelectorAll("#table-leaderboard thead button")[2];
       head.focus();
@@ -452,11 +452,21 @@ def test_a_page_fits_its_window(reported, tmp_path, wide):
     assert needed <= window  # nothing but tables, in their frames, scrolls sideways
 
 
+PICTURES = {"report": (1000, 1150, ""), "report_curves": (1000, 900, "length"), "report_phone": (500, 900, "")}
+
+
 @needs_chromium
 @pytest.mark.slow
-def test_the_picture_of_the_docs(reported, tmp_path):
-    path = tmp_path / "report.png"
-    chromium("--window-size=1000,1150", f"--screenshot={path}", (reported[2] / "report.html").as_uri())
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_of_the_docs(reported, tmp_path, request, name):
+    """With ``--pictures docs`` those that docs/report.md shows are made anew."""
+    wide, high, section = PICTURES[name]
+    path = Path(request.config.getoption("--pictures") or tmp_path).resolve() / f"{name}.png"
+    page = (reported[2] / "report.html").read_text().replace(str(reported[0]), "runs")
+    if section:  # its head and this section alone
+        page = page.replace("</head>", f"<style>main > section:not(#{section}) {{ display: none; }}</style></head>")
+    (tmp_path / "page.html").write_text(page)
+    chromium(f"--window-size={wide},{high}", f"--screenshot={path}", (tmp_path / "page.html").as_uri())
     assert 20_000 < path.stat().st_size < 200_000
 
 
@@ -473,9 +483,12 @@ def test_five_hundred_runs_open(tmp_path):
     # Milliseconds from the start of loading until the page is sorted, filtered, laid out and painted for the first time.
     told = "requestAnimationFrame(() => requestAnimationFrame(() => { document.title = `${performance.now()} ms`; }))"
     path.write_text(path.read_text().replace("</body>", f"<script>{told}</script></body>"))
-    dom = chromium("--dump-dom", f"{path.as_uri()}#sort=leaderboard:2:ascending&q=quest", budget_ms=None)
-    took_ms = float(re.search(r"<title>([\d.]+) ms", dom)[1])
-    print(f"{took_ms:.0f} ms to open it")
+    times = []
+    for _ in range(3):
+        dom = chromium("--dump-dom", f"{path.as_uri()}#sort=leaderboard:2:ascending&q=quest", budget_ms=None)
+        times.append(float(re.search(r"<title>([\d.]+) ms", dom)[1]))
+    print(f"{min(times):.0f} to {max(times):.0f} ms to open it")
+    assert min(times) < 3000
     rows = shown(dom, "leaderboard")
     scores = [float(row[2]) for row in rows]
     assert rows and scores == sorted(scores) and all(row[0].startswith("quest") for row in rows)
