@@ -185,7 +185,8 @@ def over_length(scores: Scores) -> Section:
         axes = ("context, tokens", "score, mean over samples")
         charts.append(Chart(table.name, title, "lines", axes, drawn, table, first.tags, top=100.0, note=note))
     words = (
-        "Bars: 95 % bootstrap intervals over samples, where all are alike how far others not met could move the mean; marks at one length stand a little beside each other, to be seen. Of several "
+        "Bars: 95 % bootstrap intervals over samples, where all are alike how far others not met could move the mean; marks at one "
+        "length stand a little beside each other, to be seen. Of several "
         "runs of one configuration the one with most samples is drawn. Families of runs at a single length have no curve; they are in "
         "the table below."
     )
