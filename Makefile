@@ -21,7 +21,7 @@ DEV := $(VENV)/.dev
 PIP := $(RUN) -m pip --disable-pip-version-check install --constraint constraints.txt --no-build-isolation
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-transformers test-slurm models check check-official needle needle-table needle-1m methods ablation aot bench-cpu link-table gpu repro-table2
+.PHONY: help setup demo test test-all test-transformers test-slurm test-pythons dist models check pre-commit check-official needle needle-table needle-1m methods ablation aot bench-cpu link-table gpu repro-table2
 
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,14 @@ test-transformers: $(DEV) ## the tests of models on the oldest and the newest tr
 	  PYTHONPATH=$$place OMP_NUM_THREADS=1 $(RUN) -m pytest tests/hf -m "not slow and not gpu" -n $(JOBS) || exit 1; \
 	done
 
+test-pythons: ## a quick part of the tests on every Python from 3.11 on that this machine has (installs for each)
+	JOBS=$(JOBS) tests/pythons.sh $(VENV)/pythons
+
+dist: $(DEV) ## wheel and source archive, in dist/
+	rm -rf build dist
+	$(RUN) -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
+	$(RUN) -m pip --disable-pip-version-check wheel --no-deps --no-build-isolation --wheel-dir dist .
+
 test-slurm: $(DEV) ## a sweep on a real Slurm, with a preempted job (Debian, root; installs slurm; some minutes)
 	test -d $(VENV)/slurm || $(RUN) -m pip --disable-pip-version-check install --quiet --no-deps --target $(VENV)/slurm \
 	  hydra-submitit-launcher==1.2.0 submitit==1.5.4 cloudpickle==3.1.3
@@ -55,6 +63,9 @@ models: $(CORE) ## every family of models that fits, tried on small checkpoints 
 check: $(DEV) ## style and types
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
+
+pre-commit: $(DEV) ## what a commit is checked for, on all files; `.venv/bin/pre-commit install` has git do it
+	$(RUN) -m pre_commit run --all-files
 
 check-official: $(DEV) ## our scores and RULER rows beside the official code, fetched at fixed commits (needs a network; about 10 minutes)
 	OMP_NUM_THREADS=1 $(RUN) tests/suites/official_code.py

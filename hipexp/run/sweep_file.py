@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hipexp.config.convert import unknown
+from hipexp.config.overrides import conf_dir
 from hipexp.config.schema import ConfigError
 from hipexp.run.sweep_values import GRID, Parameter, read_parameters
 
@@ -81,15 +82,22 @@ def _tracks(word: str) -> bool:
     return _key(word).split(".")[0] == "track"
 
 
+def find_sweep(path: Path) -> Path:
+    """A sweep file by its path, or by its name one of ``conf/sweep``, which an installed hipexp has inside of it."""
+    named = conf_dir() / "sweep" / f"{path}.yaml"
+    return named if len(path.parts) == 1 and named.is_file() and not path.is_file() else path
+
+
 def read_sweep(path: Path) -> SweepFile:
     """A sweep file. Raises ``ConfigError`` for what is none, and for one that needs wandb's server or starts something else."""
     import yaml
 
+    path = find_sweep(path)
     try:
         made = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"{path} is no sweep file ({reason}); conf/sweep has some, as conf/sweep/budget.yaml") from error
+        raise ConfigError(f"{path} is no sweep file ({reason}); those of conf/sweep go by their names, as in `sweep budget`") from error
     if not isinstance(made, dict):
         raise ConfigError(f"{path} is no sweep file: it must hold method, metric and parameters, as conf/sweep/budget.yaml")
     for key in made:

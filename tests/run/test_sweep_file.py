@@ -3,6 +3,7 @@
 import random
 import re
 import statistics
+from pathlib import Path
 
 import pytest
 import yaml
@@ -27,6 +28,15 @@ def sweep(tmp_path):
         return read_sweep(path)
 
     return make
+
+
+def test_a_sweep_of_the_package_goes_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read_sweep(Path("quick")).path == conf_dir() / "sweep" / "quick.yaml"
+    Path("quick").write_text(yaml.safe_dump(FILE | {"name": "mine"}))  # a file that is there is meant
+    assert read_sweep(Path("quick")).name == "mine"
+    with pytest.raises(ConfigError, match=r"slow is no sweep file .*go by their names, as in `sweep budget`"):
+        read_sweep(Path("slow"))
 
 
 def parameter(**entry):
