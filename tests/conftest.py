@@ -19,3 +19,4 @@ settings.load_profile("hipexp")
 
 def pytest_addoption(parser):
     parser.addoption("--pictures", metavar="DIR", help="where tests of the report leave their screenshots (docs has them)")
+    parser.addoption("--record", action="store_true", help="write what commands print into the pages that show it (docs/tutorial.md)")
