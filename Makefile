@@ -21,7 +21,7 @@ DEV := $(VENV)/.dev
 PIP := $(RUN) -m pip --disable-pip-version-check install --constraint constraints.txt --no-build-isolation
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-transformers test-slurm test-pythons dist models check pre-commit check-official needle needle-table needle-1m methods ablation aot bench-cpu link-table gpu repro-table2
+.PHONY: help setup demo test test-all test-transformers test-slurm test-pythons dist models check pre-commit check-official results needle needle-table needle-1m methods ablation aot bench-cpu link-table gpu repro-table2
 
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -69,6 +69,9 @@ pre-commit: $(DEV) ## what a commit is checked for, on all files; `.venv/bin/pre
 
 check-official: $(DEV) ## our scores and RULER rows beside the official code, fetched at fixed commits (needs a network; about 10 minutes)
 	OMP_NUM_THREADS=1 $(RUN) tests/suites/official_code.py
+
+results: $(CORE) ## docs/results.md and its picture from the runs of the demo, with machine and date (resumable)
+	$(RUN) -m hipexp.run.record_demo docs
 
 needle: $(CORE) ## train the embedded model from nothing (some four hours on 2 cores, minutes on a GPU; resumable)
 	$(RUN) -m hipexp.needle.train

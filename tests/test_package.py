@@ -22,7 +22,9 @@ PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 
 def call(*words, cwd, **environment):
     """Standard output of a command that has to succeed, with nothing on Python's path but what the command brings."""
-    clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HIPEXP_RUNS", "HIPEXP_CONF", "PYTEST_ADDOPTS")}
+    clean = {
+        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HIPEXP_RUNS", "HIPEXP_CONF", "PYTEST_ADDOPTS")
+    }
     done = subprocess.run([*map(str, words)], capture_output=True, text=True, timeout=300, cwd=cwd, env=clean | environment)
     assert done.returncode == 0, f"{words}: {done.stdout}\n{done.stderr}"
     return done.stdout
@@ -43,7 +45,12 @@ def test_the_changelog_begins_with_this_version_and_goes_back_in_time():
 def test_every_extra_that_a_page_names_exists():
     extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"])
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
-    named = {(page.name, extra) for page in pages for found in re.findall(r"'\.\[([\w,]+)\]'", page.read_text(encoding="utf-8")) for extra in found.split(",")}
+    named = {
+        (page.name, extra)
+        for page in pages
+        for found in re.findall(r"'\.\[([\w,]+)\]'", page.read_text(encoding="utf-8"))
+        for extra in found.split(",")
+    }
     assert named and {extra for _, extra in named} <= extras, named
 
 
@@ -74,7 +81,9 @@ def test_the_operations_work_alone(tmp_path):
 def archives(tmp_path_factory):
     """``(wheel, source archive)``: the archive from a copy of the checkout, the wheel from the unpacked archive, without a network."""
     place = tmp_path_factory.mktemp("built")
-    files = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True)
+    files = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True
+    )
     if files.returncode:
         pytest.skip("the archive is made of what git knows, and this is no checkout")
     for name in filter(None, files.stdout.split("\0")):
@@ -118,7 +127,16 @@ def test_wheel_and_archive_are_complete(archives):
     assert any(name.endswith("licenses/LICENSE") for name in inside)
     with tarfile.open(source) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"LICENSE", "README.md", "CHANGELOG.md", "Makefile", "constraints.txt", "docs/methods.md", "tests/kernels/brute.py", "conf/config.yaml"} <= names
+    assert {
+        "LICENSE",
+        "README.md",
+        "CHANGELOG.md",
+        "Makefile",
+        "constraints.txt",
+        "docs/methods.md",
+        "tests/kernels/brute.py",
+        "conf/config.yaml",
+    } <= names
 
 
 WHERE = "import hipexp, hipexp_kernels, json, sys, importlib.metadata as m; print(json.dumps([hipexp.__file__, hipexp_kernels.__file__, sys.path, m.version('hipexp')]))"
@@ -138,7 +156,9 @@ def test_an_installed_hipexp_works_in_an_empty_folder(installed, tmp_path):
     assert "known here" not in say("doctor")
     told = say("+pipeline=3stage", "task=passkey", "task.lengths_tok=[1024]", "task.depths=[0.5]", "task.samples=1")
     folder = told.splitlines()[-1]
-    assert folder.startswith("runs/passkey/needle_3stage_") and json.loads((tmp_path / folder / "summary.json").read_text())["average"] == 100
+    assert (
+        folder.startswith("runs/passkey/needle_3stage_") and json.loads((tmp_path / folder / "summary.json").read_text())["average"] == 100
+    )
     assert Path(folder).name in say("ls")
     assert (tmp_path / say("report").splitlines()[-1]).stat().st_size > 10_000
     assert "24 points, 0 of them done" in say("sweep", "quick", "--dry-run")

@@ -16,6 +16,7 @@ import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from hipexp import cli
@@ -93,7 +94,7 @@ def comparable(lines: list[str]) -> list[str]:
         if number + 1 < len(lines) and RULE.fullmatch(lines[number + 1].strip()):
             spans = [found.span() for found in re.finditer("─+", lines[number + 1])]
             volatile = {i for i, (begin, end) in enumerate(spans) if VOLATILE.search(line[begin:end].strip())}
-        elif spans and any(line[end : begin].strip() for (_, end), (begin, _) in zip(spans, spans[1:], strict=False)):
+        elif spans and any(line[end:begin].strip() for (_, end), (begin, _) in pairwise(spans)):
             spans = []
         if not spans or not line.strip():
             spans = []

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from pages import ROOT, blocks, comparable, run, same
 
 TUTORIAL, EXTENDING = ROOT / "docs" / "tutorial.md", ROOT / "docs" / "extending.md"
@@ -34,6 +35,11 @@ def check(page, pytestconfig, slow=True):
 
 def test_the_tutorial_begins(folder, pytestconfig):
     check(TUTORIAL, pytestconfig, slow=False)
+
+
+@pytest.mark.slow
+def test_the_readme(folder, pytestconfig):
+    check(ROOT / "README.md", pytestconfig)
 
 
 @pytest.mark.slow
