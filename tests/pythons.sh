@@ -28,7 +28,7 @@ for minor in 11 12 13 14; do
   own=$place/python3.$minor
   if [ ! -f "$own/.done" ] || [ constraints.txt -nt "$own/.done" ] || [ pyproject.toml -nt "$own/.done" ]; then
     echo "python 3.$minor: installing into $own"
-    "$python" -m venv --clear "$own"
+    [ -x "$own/bin/python" ] || "$python" -m venv "$own"
     pip=("$own/bin/python" -m pip --disable-pip-version-check install --quiet --constraint constraints.txt)
     "${pip[@]}" setuptools wheel
     "${pip[@]}" --no-build-isolation --editable '.[dev]'

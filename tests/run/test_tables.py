@@ -1,10 +1,13 @@
+import re
+
 import pytest
 
 from hipexp.config.schema import ConfigError
-from hipexp.run import demo, needle_table, repro
-from hipexp.run.ledger import runs_root
+from hipexp.run import demo, needle_table, record_demo, repro
+from hipexp.run.ledger import runs_root, write_json
 from hipexp.run.needle_table import Rate, Spec
-from hipexp.run.several import Named
+from hipexp.run.point import folder_of
+from hipexp.run.several import Named, run_all
 
 
 @pytest.fixture
@@ -26,6 +29,23 @@ def test_the_demo_ends_with_a_table_and_a_picture(overrides, fake, capsys):
     assert demo.main(overrides) == 0
     assert fake.calls == calls
     assert "[1/" not in capsys.readouterr().out
+
+
+def test_what_pages_show_of_the_demo_has_machine_and_date(overrides, fake):
+    runs = demo.points(overrides)
+    run_all(list(runs.values()))
+    for run in runs.values():  # which the fake model's runs do not have
+        write_json(folder_of(run.experiment) / "env.json", {"device": "a processor", "threads": 2, "packages": {"torch": "2.13.0+cpu"}})
+    told = record_demo.section(runs, 512)
+    table, _, words = told.rpartition("\n\n")
+    assert "| 2,048 | 4× | `3stage` | 100 (3) | 100 (2) | 100 (2) |" in table and "| 4,096 | 8× | dense | – | – | – |" in table
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d; a processor, 2 thread\(s\), torch 2\.13\.0\+cpu\. Score, and in brackets .*", words)
+    page = f"above\n{record_demo.BEGIN}\nold\n{record_demo.END}\nbelow\n"
+    assert record_demo.written(page, told) == f"above\n{record_demo.BEGIN}\n\n{told}\n\n{record_demo.END}\nbelow\n"
+    with pytest.raises(ConfigError, match="must have the marks"):
+        record_demo.written("no marks", told)
+    with pytest.raises(ConfigError, match="takes the folder of the documentation"):
+        record_demo.main(["nowhere"])
 
 
 def test_every_point_of_the_demo_is_checked_before_the_first_runs(monkeypatch, fake):
