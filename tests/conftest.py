@@ -10,7 +10,8 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported, as transformers does
 
-sys.path.insert(0, str(Path(__file__).parent / "kernels"))  # brute.py serves other folders too
+for _folder in ("kernels", "docs"):  # brute.py and pages.py serve other folders too
+    sys.path.insert(0, str(Path(__file__).parent / _folder))
 
 # Machines that run the tests may be busy: no deadline. The same examples on every run.
 settings.register_profile("hipexp", deadline=None, derandomize=True, max_examples=40)

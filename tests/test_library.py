@@ -12,6 +12,7 @@ import hipexp
 from hipexp import Sampling, generate, install
 from hipexp.config.schema import ConfigError, Pipeline, Stage
 from hipexp.hf.sampling import Chooser
+from pages import scripts
 
 PAGE = Path(__file__).parents[1] / "docs" / "library.md"
 MODEL = Path(hipexp.__file__).parent / "needle" / "model"
@@ -30,7 +31,7 @@ def tokenizer():
 
 def test_the_page_runs(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("HIPEXP_RUNS", str(tmp_path))  # without runs; tests/report/test_runs.py runs the part about them on some
-    code = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
+    code = scripts(PAGE)
     assert len(code) == 6
     exec(compile("\n".join(code), str(PAGE), "exec"), {"__name__": "page"})
     first, second, third, last = capsys.readouterr().out.splitlines()

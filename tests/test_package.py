@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import hipexp
+from pages import scripts
 
 ROOT = Path(__file__).parents[1]
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
@@ -70,7 +71,7 @@ print(sorted({name.split(".")[0] for name in sys.modules} & {"hipexp", "hipexp_k
 def test_the_operations_work_alone(tmp_path):
     """The folder of operations in an empty place, and the example of docs/library.md."""
     shutil.copytree(ROOT / "kernels" / "hipexp_kernels", tmp_path / "hipexp_kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    (example,) = re.findall(r"```python\n(from hipexp_kernels .*?)```", (ROOT / "docs" / "library.md").read_text(encoding="utf-8"), re.S)
+    (example,) = (text for text in scripts(ROOT / "docs" / "library.md") if text.startswith("from hipexp_kernels "))
     (tmp_path / "example.py").write_text(example, encoding="utf-8")
     (tmp_path / "alone.py").write_text(ALONE, encoding="utf-8")
     said = call(sys.executable, "alone.py", "example.py", cwd=tmp_path).splitlines()

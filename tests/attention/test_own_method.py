@@ -1,6 +1,5 @@
 """The method that ``docs/methods.md`` walks through, built from that page."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ from hipexp.config.compose import compose
 from hipexp.config.schema import ConfigError
 from hipexp.run.ledger import read_json
 from hipexp.run.point import check_point, execute
+from pages import blocks
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 
@@ -17,15 +17,15 @@ PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HIPEXP_RUNS", str(tmp_path / "runs"))
-    code = re.search(r"```python\n# (mean_key\.py)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
-    assert len(code[2].splitlines()) <= 100
-    (tmp_path / code[1]).write_text(code[2], encoding="utf-8")
+    (method,) = (block for block in blocks(PAGE) if block.file == "mean_key.py")
+    assert len(method.text.splitlines()) <= 100
+    (tmp_path / "mean_key.py").write_text(method.text, encoding="utf-8")
     return tmp_path
 
 
 def words():
-    command = re.search(r"\$ python -m hipexp (\+pipeline=streaming .*mean_key.*)\n", PAGE.read_text(encoding="utf-8"))[1]
-    return command.split()
+    (command,) = (command for block in blocks(PAGE) for command, _ in block.commands() if "mean_key.py" in command)
+    return command.split()[3:]
 
 
 def test_it_runs_and_is_better_than_a_draw(folder):

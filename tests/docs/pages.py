@@ -59,6 +59,11 @@ class Block:
         return found
 
 
+def scripts(page: Path) -> list[str]:
+    """The ``python`` blocks of a page that are no files: together a script, from top to bottom."""
+    return [block.text for block in blocks(page) if block.language == "python" and not block.file]
+
+
 def blocks(page: Path) -> list[Block]:
     """The fenced blocks of a page, in order."""
     text = page.read_text(encoding="utf-8")

@@ -1,4 +1,3 @@
-import re
 import subprocess
 import sys
 import types
@@ -11,6 +10,7 @@ import hipexp
 from hipexp.config.schema import ConfigError
 from hipexp.report import runs as module
 from hipexp.report.runs import load_runs
+from pages import scripts
 
 sys.path.insert(0, str(Path(__file__).parent))
 from folders import line, write
@@ -93,8 +93,7 @@ def test_a_damaged_configuration_does_not_hide_the_other_runs(root, caplog):
 
 
 def test_the_page_about_stored_runs(root, capsys):
-    page = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(runs = .*?)```", page, re.S)
+    (code,) = (text for text in scripts(ROOT / "docs" / "library.md") if text.startswith("runs = "))
     scope = {"hipexp": hipexp}
     exec(compile(code, "library.md", "exec"), scope)
     assert sorted(capsys.readouterr().out.splitlines()) == ["0 hipexp 50.0 2", "3 hipexp 100.0 1"]
