@@ -92,5 +92,6 @@ def _cell(cell: Cell, folder: Path) -> str:
 
 def _text(cell: Cell, folder: Path) -> str:
     if isinstance(cell, Link):
-        return f'<a href="{escape(os.path.relpath(cell.path, folder.resolve()))}/">{escape(cell.text)}</a>'
+        end = "" if cell.path.endswith(".html") else "/"
+        return f'<a href="{escape(os.path.relpath(cell.path, folder.resolve()))}{end}">{escape(cell.text)}</a>'
     return f"{cell:,}" if isinstance(cell, int) else escape(show(cell))

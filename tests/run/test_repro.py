@@ -1,0 +1,289 @@
+import csv
+import io
+import time
+
+import pytest
+
+from hipexp import cli
+from hipexp.config.schema import ConfigError
+from hipexp.repro import command, settings
+from hipexp.repro.data import FULL, NEEDLE, QUICK, Published, Row, known, mistakes, read
+from hipexp.repro.needs import dry_run
+from hipexp.repro.orderings import FAILS, HOLDS, NOT_RUN, OPEN, Verdict
+from hipexp.repro.page import verdict_of
+from hipexp.repro.points import cells, lines, points_of
+from hipexp.repro.values import Value, derived
+from hipexp.run.ledger import runs_root
+
+TABLES = [f"table{number}" for number in range(1, 13)]
+FIGURES = ["figure3", "figure4", "figure6a", "figure6b"]
+
+
+@pytest.fixture
+def overrides(fake, model_folder):
+    return [f"model.path={model_folder}"]
+
+
+def published(table, metric="", model=None):
+    """Its numbers, by line and column."""
+    return {
+        (row.model, row.name, row.metric): {
+            column: number for column, number in zip(table.columns, row.published, strict=True) if isinstance(number, int | float)
+        }
+        for row in table.rows
+        if row.metric == metric or not metric
+    }
+
+
+def test_every_table_and_figure_is_there_and_contradicts_nothing():
+    assert known() == [*TABLES, *FIGURES, "appendixF"]
+    for name in known():
+        table = read(name)
+        assert list(mistakes(table)) == []
+        if name != "appendixF":
+            assert {NEEDLE, FULL} <= table.sizes.keys()
+            assert table.orderings and table.protocol and table.not_comparable
+            assert (QUICK in table.sizes) == (name in ("table2", "table4", "table6", "table8"))
+
+
+@pytest.mark.parametrize(("name", "within"), [("table1", 0.075), ("table2", 0.021), ("table5", 0.0101), ("table8", 0.0101)])
+def test_printed_means_are_those_of_the_printed_numbers(name, within):
+    table = read(name)
+    numbers = published(table)
+    inputs = {line: {c: x for c, x in own.items() if c not in table.derived} for line, own in numbers.items()}
+    computed = derived(table, inputs)
+    checked = 0
+    for line, own in numbers.items():
+        for column in table.derived:
+            if column in own and line[1] != "mean":
+                assert computed[line][column] == pytest.approx(own[column], abs=within), (line, column)
+                checked += 1
+    assert checked >= len(table.derived) * 4
+
+
+def test_both_ruler_tables_have_the_same_means():
+    by_length, by_task = (published(read(name)) for name in ("table8", "table9"))
+    for line, own in by_length.items():
+        assert sum(by_task[line].values()) / 13 == pytest.approx(own["avg"], abs=0.05)
+
+
+def test_the_columns_of_table_5_have_the_printed_means():
+    table = read("table5")
+    numbers = published(table)
+    for column in table.columns[:3]:
+        own = [numbers["", row.name, ""][column] for row in table.rows if row.name != "mean"]
+        assert sum(own) / 4 == pytest.approx(numbers["", "mean", ""][column], abs=0.0051)
+
+
+def test_headline_claims_follow_from_the_tables():
+    decode, prefill = (published(read("table3"), metric) for metric in ("decode µs", "prefill ms"))
+    dense, ours, extended = (
+        decode["", name, "decode µs"]["T=1024K"] for name in ("FA2 (1M window)", "InfiniteHiP 3K", "InfiniteHiP 3K + extend")
+    )
+    assert (round(dense / ours, 2), round(dense / extended, 2)) == (19.85, 18.96)
+    assert (
+        round(prefill["", "FA2 (1M window)", "prefill ms"]["T=1024K"] / prefill["", "InfiniteHiP 3K", "prefill ms"]["T=1024K"], 2) == 20.29
+    )
+    speeds = published(read("table11"), "tokens/s")
+    assert (
+        round(
+            speeds["", "InfiniteHiP 3K-flash (offload)", "tokens/s"]["1024K"]
+            / speeds["", "SGLang runtime (estimated)", "tokens/s"]["1024K"],
+            2,
+        )
+        == 3.21
+    )
+    runtime = published(read("table4"), "runtime µs")
+    parts = published(read("table4"), "total µs")
+    shares = {"nothing": 1, "stage 1": 1, "stages 1 and 2": 2, "everything": 28}  # of 32 steps of 3K-fast
+    for column, number in runtime["", "InfiniteHiP 3K-fast", "runtime µs"].items():
+        mean = sum(n * parts["", f"InfiniteHiP, {what} cached", "total µs"][column] for what, n in shares.items()) / 32
+        assert mean == pytest.approx(number, abs=0.6)
+
+
+def test_single_numbers_are_those_of_the_paper():
+    table = read("table2")
+    numbers = published(table)
+    llama, mistral = "Llama-3-8B-Instruct", "Mistral-7B-Instruct-v0.2"
+    assert [numbers[llama, "InfiniteHiP 3K", ""][c] for c in table.columns[:3]] == [99.83, 97.46, 9.6]
+    assert [numbers[mistral, "InfLLM", ""][c] for c in table.columns[:3]] == [100, 96.1, 96.8]
+    assert [row.published for row in read("table6").rows] == [[68.55], [74.23]]
+    assert [row.published for row in read("figure6b").rows] == [[67.25], [70.31], [74.24]]
+    assert next(row for row in read("figure3").rows if row.name == "InfiniteHiP").published[-1] == 63.8
+    gemma = [row for row in read("table10").rows if row.model == "Gemma-2-9B" and row.metric == "En.MC acc"]
+    assert [row.published for row in gemma] == [
+        [42.36, 48.03, "OOL", "OOL", None, None, None, None],
+        [37.55, 45.85, 55.46, 59.83, 61.57, 71.62, 73.8, 72.49],
+    ]
+
+
+def test_presets_have_the_printed_hyperparameters():
+    found = settings.compared(read("appendixF"))
+    assert len(found.rows) == 29
+    assert {row[-1] for row in found.rows} == {settings.SAME}
+    changed = read("appendixF")
+    changed.settings[0].value = 128
+    assert [row[-1] for row in settings.compared(changed).rows].count(settings.DIFFERS) == 1
+
+
+def test_one_model_stands_beside_all_published_ones_or_each_is_run():
+    table = read("table10")
+    assert len(lines(table, table.sizes[NEEDLE])) == 8
+    assert len(lines(table, table.sizes[FULL])) == 24
+    found = cells(read("table6"), FULL, [])
+    assert {cell.point.experiment.model.name for cell in found} == {"llama31_8b"}
+
+
+def test_lengths_are_multiples_of_the_trained_length(overrides):
+    found = cells(read("table2"), NEEDLE, overrides)
+    assert {cell.run: cell.point.experiment.task.length_tok for cell in found} == {"2×": 1024, "4×": 2048}
+    truncated = {cell.point.experiment.task.truncate_tok for cell in found if cell.line[1] == "FA2 (truncated)"}
+    assert truncated == {512}
+    assert len(points_of(found)) == 22
+
+
+def test_a_row_of_a_table_wins_over_the_rest_at_full_size():
+    found = cells(read("table2"), FULL, [])
+    windows = {cell.line[0]: cell.point.experiment.pipeline.window_tok for cell in found if cell.line[1] == "StreamingLLM"}
+    assert windows == {"Llama-3-8B-Instruct": 7936, "Mistral-7B-Instruct-v0.2": 32512}
+    assert {cell.point.experiment.task.protocol for cell in found} == {"infllm"}
+
+
+def test_a_table_stands_beside_ours(overrides, fake, capsys):
+    words = ["table2", "size=needle", "task.samples=1", *overrides]
+    assert command.main(words) == 0
+    text = capsys.readouterr().out
+    line = next(line for line in text.splitlines() if line.startswith("InfiniteHiP 3K ") and "R.KV" in line)
+    assert line.split() == ["InfiniteHiP", "3K", "R.KV", "9.6", "60.8", "100.0", "100.0"]
+    assert "Values are NOT compared at this size" in text and "not comparable: model:" in text
+    assert "samples of each subtask: 1" in text
+    root = runs_root() / "repro"
+    assert text.splitlines()[-1] == str(root / "table2_needle.html")
+    page = (root / "table2_needle.html").read_text()
+    assert "not a language model of 7B to 14B" in page and "96.8" in page
+    (header, *rows) = csv.reader(io.StringIO((root / "table2_needle_cells.csv").read_text()))
+    assert header == ["row", "column", "published: Llama-3-8B-Instruct", "published: Mistral-7B-Instruct-v0.2", "hipexp 2×", "hipexp 4×"]
+    assert len(rows) == 33
+    calls = fake.calls
+    assert command.main(words) == 0
+    assert fake.calls == calls
+
+
+def test_a_figure_is_drawn(overrides, fake):
+    assert command.main(["figure3", "size=needle", "task.samples=2", *overrides]) == 0
+    root = runs_root() / "repro"
+    for name in ("published", "ours"):
+        assert (root / f"figure3_needle_{name}.png").stat().st_size > 10_000
+        assert (root / f"figure3_needle_{name}.svg").exists()
+    assert (root / "figure3_needle.html").read_text().count("<figure") == 2
+
+
+def test_pass_keys_are_told_by_depth(overrides, fake, capsys):
+    assert command.main(["table7", "size=needle", *overrides]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("depth 40 to 20 %") and "T=488K" in line)
+    assert line.split() == ["depth", "40", "to", "20", "%", "T=488K", "100", "100.0"]
+
+
+def test_what_is_stored_is_shown_without_running(overrides, fake, capsys):
+    assert command.main(["table6", "size=needle", "--stored", *overrides]) == 0
+    assert fake.calls == 0
+    assert "4 of 4 runs are not there yet" in capsys.readouterr().out
+
+
+def test_an_ordering_that_does_not_hold_is_an_exit_code(overrides, monkeypatch, capsys):
+    claim = read("table6").orderings[0]
+    monkeypatch.setattr(command, "judge_all", lambda table, values: [Verdict(claim, "", FAILS, "as it happens")])
+    assert command.main(["table6", "size=needle", "task.samples=1", *overrides]) == 1
+    assert "orderings: 1 does not hold" in capsys.readouterr().out
+
+
+def test_all_goes_on_after_a_failure_and_writes_an_index(overrides, monkeypatch, capsys):
+    monkeypatch.setattr(command, "known", lambda: ["table5", "table6", "appendixF"])
+    real = command.one
+
+    def one(table, asked, load):
+        if table.id == "table5":
+            raise ConfigError("no such thing")
+        return real(table, asked, load)
+
+    monkeypatch.setattr(command, "one", one)
+    assert command.main(["all", "size=needle", "task.samples=1", *overrides]) == 1
+    text = capsys.readouterr().out
+    assert "bad_config: no such thing" in text and "all as printed" in text
+    index = (runs_root() / "repro" / "index_needle.html").read_text()
+    assert 'href="table6_needle.html"' in index and "no such thing" in index
+    assert text.splitlines()[-1].endswith("index_needle.html")
+
+
+def test_the_list_names_all_and_a_dry_run_says_what_is_missing(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    assert command.main([]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in known())
+    told = dry_run(read("table6"), FULL, [])
+    assert "hf download meta-llama/Llama-3.1-8B-Instruct" in told and "longbook_choice_eng" in told
+
+
+@pytest.mark.parametrize(
+    "words", [["size=needle"], ["table99"], ["../model/needle"], ["table2", "size=huge"], ["table1", "size=quick"], ["all", "size=quick"]]
+)
+def test_repro_says_what_it_needs(overrides, words):
+    with pytest.raises(ConfigError):
+        command.main(words + overrides)
+
+
+def test_full_size_is_refused_where_weights_are_missing(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("HIPEXP_RUNS", str(tmp_path))
+    monkeypatch.setattr("hipexp.run.identity.hub_config", lambda model: (_ for _ in ()).throw(missing(model)))
+    assert cli.main(["repro", "table6"]) == 2
+    assert "meta-llama/Llama-3.1-8B-Instruct is not here" in capsys.readouterr().err
+
+
+def missing(model):
+    from hipexp.suites.sample import DataMissing
+
+    return DataMissing(f"model.path={model.path} is not here")
+
+
+def test_mistakes_are_named():
+    table = Published("t", "s", "u", "a", columns=["x"], rows=[Row("r", [1, 2]), Row("q", [1], method="none")])
+    assert "; ".join(mistakes(table)) == "row  r  has 2 numbers under 1 columns; row q: method none is not among methods"
+
+
+@pytest.mark.parametrize(
+    ("column", "published", "ours", "verdict"),
+    [
+        ("En.MC", 50, 52, "within ±3: +2.0"),
+        ("En.MC", 50, 40, "outside ±3: -10.0"),
+        ("En.MC", "OOL", 40, "not compared"),
+        ("En.MC", None, 40, "not compared"),
+    ],
+)
+def test_a_cell_of_the_full_size_is_within_its_tolerance_or_not(column, published, ours, verdict):
+    assert verdict_of(read("table6"), ("", "x", ""), column, published, [Value(ours)]) == verdict
+
+
+def test_times_are_compared_in_percent():
+    line = ("", "x", "decode µs")
+    assert verdict_of(read("table3"), line, "T=32K", 100, [Value(120.0)]) == "within ±25 %: +20 %"
+    assert verdict_of(read("table3"), line, "T=32K", 100, [Value(40.0)]) == "outside ±25 %: -60 %"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*TABLES, *FIGURES])
+@pytest.mark.parametrize("size", [NEEDLE, FULL])
+def test_every_point_composes(name, size):
+    found = cells(read(name), size, [])
+    assert found and all(cell.reads for cell in found)
+
+
+@pytest.mark.slow
+def test_tables_2_4_6_and_8_run_in_five_minutes(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("HIPEXP_RUNS", str(tmp_path))
+    began = time.monotonic()
+    for name in ("table2", "table4", "table6", "table8"):
+        assert command.main([name, "size=quick"]) == 0
+    assert time.monotonic() - began < 300
+    text = capsys.readouterr().out
+    assert "not there yet" not in text and text.count(FAILS + "  ") == 0
+    assert any(word in text for word in (HOLDS, OPEN)) and NOT_RUN in text
