@@ -153,15 +153,14 @@ def left_of(points: Sequence[Named]) -> int:
 
 
 def listing() -> str:
-    """The ids with their titles, sizes and how long they take."""
+    """The ids with their titles, sizes, and how long they should take at needle size."""
     rows = []
     for name in known():
         table = read(name)
-        needle, full = table.sizes.get(NEEDLE), table.sizes.get(FULL)
+        needle = table.sizes.get(NEEDLE)
         minutes = duration(60 * needle.minutes) if needle and needle.minutes else MISSING
-        hours = f"{full.gpu_hours:g}" if full and full.gpu_hours else MISSING
-        rows.append([name, table.title, ", ".join(table.sizes) or "nothing is run", minutes, hours])
-    header = ["id", "title", "sizes", "needle, 2 cores", "full, GPU hours (estimate)"]
+        rows.append([name, table.title, ", ".join(table.sizes) or "nothing is run", minutes])
+    header = ["id", "title", "sizes", "needle, 2 cores (forecast)"]
     words = (
         "python -m hipexp repro <id> size=needle [jobs=2] [task.samples=1] [--dry-run]; without size: the real models and data; "
         "all instead of an id: every one"

@@ -54,7 +54,7 @@ class Size:
     ``reads``    by column, by metric, or ``all``: what stands beside a published number (see ``hipexp.repro.values``)
     ``methods``  overrides that a method needs at this size besides
     ``says``     what stands in for what, in words
-    ``minutes``  on two cores, all points; ``gpu_hours``, ``memory_gb``, ``disk_gb``: estimates for one large GPU
+    ``minutes``  forecast on two processor cores, all runs
     """
 
     words: list[str]
@@ -64,9 +64,6 @@ class Size:
     columns: dict[str, list[str]] = field(default_factory=dict)
     methods: dict[str, list[str]] = field(default_factory=dict)
     minutes: float | None = None
-    gpu_hours: float | None = None
-    memory_gb: float | None = None
-    disk_gb: float | None = None
 
 
 @dataclass

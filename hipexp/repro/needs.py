@@ -8,7 +8,8 @@ from pathlib import Path
 from hipexp.config.model import model_folder
 from hipexp.config.schema import ConfigError, Experiment, Model
 from hipexp.report.tables import text_table
-from hipexp.repro.data import Published
+from hipexp.repro.data import FULL, Published
+from hipexp.repro.estimate import estimate
 from hipexp.repro.points import cells, longest, points_of, size_of, stand_ins
 from hipexp.suites import origins
 from hipexp.suites.sample import DataMissing
@@ -27,12 +28,13 @@ def dry_run(table: Published, name: str, overrides: Sequence[str]) -> str:
         rows.append([number, point.name, of, task.name, tokens or "the data's", samples_of(point.experiment)])
         missing |= dict.fromkeys(missing_of(point.experiment))
     needed = [f"- {what}" for what in missing] or ["- nothing: all of it is here"]
-    estimate = [
-        f"{amount:g} {unit}"
-        for amount, unit in ((size.gpu_hours, "GPU hours"), (size.memory_gb, "GB of GPU memory"), (size.disk_gb, "GB of disk"))
-        if amount is not None
-    ]
-    told = [f"estimate: {', '.join(estimate)} (docs/reproduce.md says how)"] if estimate else []
+    told = []
+    if name == FULL:
+        found = estimate(points)
+        told.append(
+            f"estimate for one NVIDIA H200 (docs/reproduce.md says how): {found.gpu_hours:.2g} GPU hours, "
+            f"{found.memory_gb:.0f} GB of GPU memory besides activations"
+        )
     head = f"{table.id}: {table.title}, size={name}: {size.says}"
     return "\n".join([head, text_table(["", "run", "model", "task", "tokens", "samples"], rows, left=2), *told, "missing:", *needed])
 

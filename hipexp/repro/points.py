@@ -10,7 +10,7 @@ from pathlib import Path
 from hipexp.config.compose import compose
 from hipexp.config.model import read_facts
 from hipexp.config.schema import ConfigError, Experiment
-from hipexp.repro.data import Published, Row, Size
+from hipexp.repro.data import FULL, Published, Row, Size
 from hipexp.run.ledger import runs_root
 from hipexp.run.several import Named, compose_named, resident
 
@@ -64,6 +64,11 @@ def reads_of(size: Size, row: Row, column: str) -> tuple[str, ...]:
     return tuple(reads)
 
 
+def is_blank(rows: Sequence[Row], number: int) -> bool:
+    """Whether published rows that have numbers have none in a column: mostly because it did not fit."""
+    return all(row.published[number] is None for row in rows) and any(value is not None for row in rows for value in row.published)
+
+
 def cells(table: Published, name: str, overrides: Sequence[str]) -> list[Cell]:
     """Every cell of ours at a size, in the order of the table. Raises ``ConfigError``, also for what cannot be composed."""
     size, known, found = size_of(table, name), dict[tuple[str, ...], Named](), []
@@ -73,7 +78,8 @@ def cells(table: Published, name: str, overrides: Sequence[str]) -> list[Cell]:
         for run, more in size.runs.items():
             for column in table.columns:
                 reads = reads_of(size, row, column)
-                if not reads or row.method is None:
+                blank = name == FULL and is_blank(rows, table.columns.index(column))
+                if not reads or row.method is None or blank:
                     continue
                 own = [*([f"model={table.models[row.model]}"] if line[0] else []), *size.words]
                 own = [word for word in own if not (chosen and word.startswith("model="))]

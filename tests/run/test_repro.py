@@ -6,7 +6,7 @@ import pytest
 
 from hipexp import cli
 from hipexp.config.schema import ConfigError
-from hipexp.repro import command, settings
+from hipexp.repro import command, estimate, settings
 from hipexp.repro.data import FULL, NEEDLE, QUICK, Published, Row, known, mistakes, read
 from hipexp.repro.needs import dry_run
 from hipexp.repro.orderings import FAILS, HOLDS, NOT_RUN, OPEN, Verdict
@@ -287,3 +287,26 @@ def test_tables_2_4_6_and_8_run_in_five_minutes(monkeypatch, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "not there yet" not in text and text.count(FAILS + "  ") == 0
     assert any(word in text for word in (HOLDS, OPEN)) and NOT_RUN in text
+
+
+def test_estimates_follow_the_formula():
+    (point, *_) = points_of(cells(read("table6"), FULL, []))
+    task = point.experiment.task
+    assert list(estimate.prompts(point.experiment)) == [(229, 184_400)] and task.truncate_tok == 307_200
+    assert estimate.attention_ms(131_072, "dense") == 97.5 and estimate.attention_ms(65_536, "dense") == 48.75
+    assert estimate.attention_ms(2_097_152, "stages") == pytest.approx(72.4 + (72.4 - 48.9) * 2)
+    one = estimate.prompt_s(32_768, "dense", estimate.USUAL)
+    assert one == pytest.approx(2 * 8e9 * 32_768 / 4e14 + 32 * 97.5 / 4 / 1000)
+    assert estimate.prompt_s(65_536, "dense", estimate.USUAL) == pytest.approx(2 * 8e9 * 65_536 / 4e14 + 32 * (97.5 / 4 + 97.5 / 2) / 1000)
+    seconds = 229 * (estimate.prompt_s(184_400, "stages", estimate.USUAL) + 32 * 0.0072)
+    assert estimate.hours(point.experiment) == pytest.approx(seconds / 3600)
+    assert estimate.memory_gb(point.experiment) == pytest.approx((16e9 + 131_072 * 184_400) / 1e9)
+
+
+def test_what_did_not_fit_is_not_run_at_full_size_and_offload_needs_no_room():
+    table = read("table11")
+    found = {cell.column for cell in cells(table, FULL, []) if cell.line[1] == "SGLang runtime (FlashInfer)"}
+    assert found == {"64K", "96K", "128K", "192K"}
+    by_name = {cell.line[1]: cell.point for cell in cells(table, FULL, []) if cell.column == "192K" and cell.line[2] == "tokens/s"}
+    resident, offloaded = (estimate.memory_gb(by_name[f"InfiniteHiP 3K-fast{how}"].experiment) for how in ("", " (offload)"))
+    assert resident == pytest.approx(16 + 131_072 * 196_608 / 1e9) and offloaded == pytest.approx(16 + 131_072 * 32_768 / 1e9)
