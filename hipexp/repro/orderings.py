@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hipexp.repro.data import Cells, Claim, Published
-from hipexp.repro.values import Key, Value
+from hipexp.repro.values import Key, Sample, Value
 from hipexp.suites.scoring.statistics import mean_interval
 
 HOLDS, OPEN, FAILS, NOT_RUN = "holds", "not decided", "does not hold", "not run"
@@ -70,18 +70,21 @@ def first(values: Mapping[tuple[str, str], Value]) -> float:
 
 
 def by_samples(more: Mapping[tuple[str, str], Value], less: Mapping[tuple[str, str], Value]) -> tuple[str, str]:
-    """Paired where both sides have the same run and column, whose prompts are the same; else two groups of samples."""
-    shared = [key for key in more if key in less]
-    if not shared:
-        return by_groups(scores_of(more), scores_of(less))
-    pairs = {}
-    for key in shared:
-        theirs = {(subtask, number): (run, score) for (run, subtask, number), score in less[key].samples.items()}
-        for (run, subtask, number), score in more[key].samples.items():
-            if (subtask, number) in theirs:
-                other, below = theirs[subtask, number]
-                pairs[run, other, subtask, number] = score - below  # runs that stand in several columns count once
-    return by_pairs(list(pairs.values()))
+    """Paired where both sides have the same run and column, whose prompts are the same; else where they ask for the same answers.
+
+    That is so for one text cut to several lengths. Without either: two groups of samples.
+    """
+    if shared := [(more[key], less[key]) for key in more if key in less]:
+        return by_pairs([d for ours, theirs in shared for d in paired(ours, theirs, 3).items()])
+    across = [d for ours in more.values() for theirs in less.values() for d in paired(ours, theirs, 4).items()]
+    return by_pairs(across) if across else by_groups(scores_of(more), scores_of(less))
+
+
+def paired(ours: Value, theirs: Value, parts: int) -> dict[tuple[Sample, Sample], float]:
+    """Differences of samples that agree in subtask and number (``parts`` 3), and in what was to be answered (4)."""
+    known = {sample[1:parts]: sample for sample in theirs.samples}
+    pairs = ((sample, known.get(sample[1:parts])) for sample in ours.samples if parts == 3 or sample[3])
+    return {(sample, other): ours.samples[sample] - theirs.samples[other] for sample, other in pairs if other is not None}
 
 
 def scores_of(values: Mapping[tuple[str, str], Value]) -> list[float]:
@@ -89,8 +92,12 @@ def scores_of(values: Mapping[tuple[str, str], Value]) -> list[float]:
     return list({name: score for value in values.values() for name, score in value.samples.items()}.values())
 
 
-def by_pairs(differences: list[float]) -> tuple[str, str]:
-    """The sign test: pairs without a difference say nothing, and of the others so many lie on one side by chance once in twenty times."""
+def by_pairs(found: list[tuple[tuple[Sample, Sample], float]]) -> tuple[str, str]:
+    """The sign test over pairs, each once, also if its runs stand in several columns.
+
+    Pairs without a difference say nothing, and of the others so many lie on one side by chance once in twenty times.
+    """
+    differences = list(dict(found).values())
     if not differences:
         return NOT_RUN, "no sample is in both runs"
     better, worse = sum(d > 0 for d in differences), sum(d < 0 for d in differences)

@@ -14,6 +14,7 @@ from hipexp.run.point import folder_of, grouped
 from hipexp.suites.scoring.statistics import mean_interval
 
 Key = tuple[Line, str, str]  # line, run, column
+Sample = tuple[str, str, int, str]
 # Of a row of times, by name: its phase, and the number. `bytes` is counted, of a mean decode step, or of a model the peak memory.
 TIMED: dict[str, tuple[str, Callable[[dict[str, Any]], float | None]]] = {
     "prefill_ms": ("prefill", lambda row: row["mean_ms"]),
@@ -30,11 +31,14 @@ TIMED: dict[str, tuple[str, Callable[[dict[str, Any]], float | None]]] = {
 
 @dataclass(frozen=True)
 class Value:
-    """A number of ours; scores also with their 95 % interval and the scores of single samples behind them, by run, subtask and number."""
+    """A number of ours; scores also with their 95 % interval, and the scores of single samples behind them.
+
+    These are by the folder of their run, subtask, number, and what was to be answered.
+    """
 
     number: float
     interval: tuple[float, float] | None = None
-    samples: dict[tuple[str, str, int], float] = field(default_factory=dict)
+    samples: dict[Sample, float] = field(default_factory=dict)
 
 
 def values_of(table: Published, found: Sequence[Cell]) -> dict[Key, Value]:
@@ -73,7 +77,8 @@ def read(cell: Cell) -> Value | None:
     if missing:
         raise ConfigError(f"{cell.line[1]}, {cell.column}: its run scores {', '.join(by_name)}, not {', '.join(missing)}; mend `reads`")
     folder = folder_of(cell.point.experiment).name
-    samples = {(folder, subtask, sample): score for name in names for (subtask, sample), score in by_name[name].items()}
+    answers = {(row["subtask"], row["sample"]): " | ".join(map(str, row["references"])) for row in rows}
+    samples = {(folder, *key, answers[key]): score for name in names for key, score in by_name[name].items()}
     if not samples:
         return None
     scores = list(samples.values())

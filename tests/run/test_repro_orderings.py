@@ -7,9 +7,9 @@ from hipexp.repro.values import Value
 CLAIM = Claim("a above b", "1 against 0", Cells("a"), Cells("b"))
 
 
-def scored(row, *scores, run="2×", column="c", model="", folder=None):
-    """One cell with the scores of its samples."""
-    samples = {(folder or row, "kv", number): float(score) for number, score in enumerate(scores)}
+def scored(row, *scores, run="2×", column="c", model="", folder=None, answers=""):
+    """One cell with the scores of its samples; ``answers``: before the number of each, what was to be answered."""
+    samples = {(folder or row, "kv", number, answers and f"{answers}{number}"): float(score) for number, score in enumerate(scores)}
     return {((model, row, ""), run, column): Value(sum(scores) / len(scores), None, samples)}
 
 
@@ -54,6 +54,17 @@ def test_other_prompts_are_two_groups():
     assert by_groups([100, 0], [0, 100])[0] == OPEN
     assert by_groups([100], [0])[0] == OPEN
     assert by_groups([100, 100, 0], [0, 100])[1] == by_groups([0, 100, 100], [100, 0])[1]
+
+
+def test_one_text_cut_to_several_lengths_is_paired():
+    claim = Claim("more of the text", "", Cells("a", columns=["32K"]), Cells("a", columns=["8K"]))
+    whole = scored("a", *[100] * 5, column="32K", answers="key")
+    assert judge(claim, "", whole | scored("a", *[0] * 5, column="8K", folder="cut", answers="key")).because.startswith(
+        "5 better, 0 worse of 5"
+    )
+    assert judge(claim, "", whole | scored("a", *[0] * 5, column="8K", folder="cut", answers="other")).because.startswith(
+        "means 100.0 of 5"
+    )
 
 
 def test_samples_that_do_not_meet_decide_nothing():

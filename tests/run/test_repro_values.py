@@ -34,7 +34,10 @@ def cell(reads, point, dense=False, column="c"):
 
 
 def answered(*scores, subtask="kv", depth=None):
-    return [{"subtask": subtask, "sample": number, "score": score, "depth": depth} for number, score in enumerate(scores)]
+    return [
+        {"subtask": subtask, "sample": number, "score": score, "depth": depth, "references": [f"key {number}"]}
+        for number, score in enumerate(scores)
+    ]
 
 
 SCORED = {"protocol": "hipexp", "task": "infbench", "scores": {}}
@@ -53,7 +56,7 @@ TIMES = {
 def test_a_score_has_its_interval_and_the_samples_behind_it():
     value = values.read(cell(["kv"], Stub(SCORED, answered(100.0, 0.0, 100.0, 100.0))))
     assert value.number == 75 and value.interval[0] < 75 < value.interval[1]
-    assert value.samples[("run", "kv", 1)] == 0
+    assert value.samples[("run", "kv", 1, "key 1")] == 0
     assert values.read(cell(["kv"], Stub({}))) is None
 
 
