@@ -63,12 +63,12 @@ def main(argv: list[str]) -> int:
         return 0
     load = load_once()
     if len(asked.ids) == 1:
-        return 0 if one(read(asked.ids[0]), asked, load).good else 1
+        return 0 if reproduce(read(asked.ids[0]), asked, load).good else 1
     outcomes: list[Outcome] = []
     for name in asked.ids:
         table = read(name)
         try:
-            outcomes.append(one(table, asked, load))
+            outcomes.append(reproduce(table, asked, load))
         except Exception as error:
             print(f"{name}: {error}", flush=True)
             outcomes.append(Outcome(name, table.title, None, f"{classify(error)}: {error}", False))
@@ -81,9 +81,11 @@ def main(argv: list[str]) -> int:
 def read_arguments(argv: list[str]) -> Asked:
     """The command line. Raises ``ConfigError`` for an unknown id or size, and for what a table varies itself."""
     jobs, words = split_jobs(argv)
-    name, *rest = words
-    if "=" in name or name.startswith("-"):
-        raise ConfigError(f"repro needs a table or figure first, or {ALL}, as in `python -m hipexp repro table2 size=needle`, not {name}")
+    name, *rest = words or [""]
+    if not name or "=" in name or name.startswith("-"):
+        raise ConfigError(
+            f"repro needs a table or figure first, or {ALL}, as in `python -m hipexp repro table2 size=needle`, not {name or 'nothing'}"
+        )
     ids = known() if name == ALL else [read(name).id]
     flags = {word for word in rest if word in (DRY, STORED)}
     sizes = [word.removeprefix("size=") for word in rest if word.startswith("size=")]
@@ -97,7 +99,7 @@ def read_arguments(argv: list[str]) -> Asked:
     return Asked(ids, size, overrides, jobs, DRY in flags, STORED in flags)
 
 
-def one(table: Published, asked: Asked, load: Load) -> Outcome:
+def reproduce(table: Published, asked: Asked, load: Load) -> Outcome:
     """Run a table and write and print its page."""
     root = runs_root() / "repro"
     if table.settings:

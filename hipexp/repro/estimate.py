@@ -114,5 +114,9 @@ def memory_gb(experiment: Experiment) -> float:
     if task.geometry is not None:
         return 8 * 4096 * max(task.contexts_tok or [0]) / 1e9  # keys and values of eight layers are timed
     lengths = [tokens for _, tokens in prompts(experiment)] if task.name != "latency" else list(task.lengths_tok or [])
-    kept = min(max(lengths), experiment.offload.device_tok or 0) if experiment.offload.on else max(lengths)
+    if not experiment.offload.on:
+        return (2 * shape.parameters + shape.kv_bytes * max(lengths)) / 1e9
+    limit = float("inf") if task.dense_max_tok is None else task.dense_max_tok
+    dense = [length for length in lengths if task.name == "latency" and length <= limit]  # is timed too, with its own on the device
+    kept = max([*dense, min(max(lengths), experiment.offload.device_tok or 0)])
     return (2 * shape.parameters + shape.kv_bytes * kept) / 1e9
