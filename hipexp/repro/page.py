@@ -131,14 +131,15 @@ def published_table(table: Published) -> Table:
     return Table(f"{table.id}_published", caption, ["row", *extra, *table.columns], rows, folded=False)
 
 
-def differences(page: Page) -> list[str]:
-    """What differs, line by line."""
-    table, size = page.table, page.size
-    compared = page.size_name == FULL
-    because = f"How near is near enough: {table.tolerance_because}." if compared and table.tolerance_because else ""
-    values = "" if compared else "Values are NOT compared at this size; the orderings are."
-    parts = [f"Beside the published numbers: {size.says}.", values, because, *(f"protocol: {line}" for line in table.protocol)]
-    return [*filter(None, parts), *(f"not comparable: {line}" for line in table.not_comparable), *page.notes]
+def differences(page: Page) -> list[tuple[str, str]]:
+    """What differs, line by line, each with what it is about."""
+    table, compared = page.table, page.size_name == FULL
+    found = [("runs here", f"{page.size.says}.")]
+    found += [] if compared else [("values", "NOT compared at this size; the orderings are.")]
+    found += [("tolerance", f"{table.tolerance_because}.")] if compared and table.tolerance_because else []
+    found += [("protocol", line) for line in table.protocol]
+    found += [("not comparable", line) for line in table.not_comparable]
+    return [*found, *(("made with", line) for line in page.notes)]
 
 
 def text(page: Page) -> str:
@@ -147,7 +148,7 @@ def text(page: Page) -> str:
     parts = [f"{table.title} ({table.source})\n{table.about}", text_table(cells.header, cells.rows, left=len(cells.header))]
     if page.verdicts:
         parts += [text_table(*_narrow(ordering_table(page)), left=4), JUDGED, counted(page.counts())]
-    return "\n\n".join([*parts, "\n".join(f"- {line}" for line in differences(page))])
+    return "\n\n".join([*parts, "\n".join(f"- {about}: {line}" for about, line in differences(page))])
 
 
 def _narrow(table: Table) -> tuple[Sequence[str], Sequence[Sequence[Any]]]:
@@ -204,8 +205,7 @@ def write(page: Page, root: Path) -> Path:
     make_folder(root)
     drawn = charts(page)
     tables = [cell_table(page), *([ordering_table(page)] if page.verdicts else [])]
-    lines_of = [[line] for line in differences(page)]
-    listed = Table(f"{page.name}_differs", "What differs from the published setting", ["line"], lines_of, folded=False)
+    listed = Table(f"{page.name}_differs", "What differs from the published setting", ["about", "what"], differences(page), folded=False)
     sections = [
         Section("cells", page.table.title, f"{page.table.about} {page.size.says}.", drawn, tables[:1]),
         *([Section("orderings", "Orderings", f"{counted(page.counts())}. {JUDGED}", (), tables[1:])] if page.verdicts else []),

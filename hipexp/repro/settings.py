@@ -44,7 +44,7 @@ def write(table: Published, root: Path) -> tuple[str, Path, bool]:
     found = compared(table)
     words = [f"- protocol: {line}" for line in table.protocol]
     told = "\n\n".join([f"{table.title} ({table.source})\n{table.about}", text_table(found.header, found.rows, left=6), "\n".join(words)])
-    listed = Table(f"{table.id}_differs", "What to know", ["line"], [[line] for line in table.protocol], folded=False)
+    listed = Table(f"{table.id}_differs", "What to know", ["about", "what"], [["protocol", line] for line in table.protocol], folded=False)
     sections = [Section("settings", table.title, table.about, (), [found, listed])]
     path = root / f"{table.id}.html"
     write_text(path, html(sections, table.title, f"{table.source}. Written {time.strftime('%Y-%m-%d %H:%M %Z')}.", root))

@@ -155,7 +155,7 @@ def test_a_table_stands_beside_ours(overrides, fake, capsys):
     text = capsys.readouterr().out
     line = next(line for line in text.splitlines() if line.startswith("InfiniteHiP 3K ") and "R.KV" in line)
     assert line.split() == ["InfiniteHiP", "3K", "R.KV", "9.6", "60.8", "100.0", "100.0"]
-    assert "Values are NOT compared at this size" in text and "not comparable: model:" in text
+    assert "values: NOT compared at this size" in text and "not comparable: model:" in text
     assert "samples of each subtask: 1" in text
     root = runs_root() / "repro"
     assert text.splitlines()[-1] == str(root / "table2_needle.html")
