@@ -284,6 +284,12 @@ def test_a_cell_of_the_full_size_is_within_its_tolerance_or_not(column, publishe
     assert verdict_of(read("table6"), ("", "x", ""), column, published, [Value(ours)]) == verdict
 
 
+def test_of_several_lengths_the_mean_is_compared_once_all_are_there():
+    line = ("", "InfiniteHiP 3K", "")
+    assert verdict_of(read("table9"), line, "NIAH_S1", 95.8, [Value(100.0), Value(90.0)]) == "within ±3: -0.8"
+    assert verdict_of(read("table9"), line, "NIAH_S1", 95.8, [Value(100.0), None]) == "not compared"
+
+
 def test_times_are_compared_in_percent():
     line = ("", "x", "decode µs")
     assert verdict_of(read("table3"), line, "T=32K", 100, [Value(120.0)]) == "within ±25 %: +20 %"
