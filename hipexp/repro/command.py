@@ -107,8 +107,8 @@ def reproduce(table: Published, asked: Asked, load: Load) -> Outcome:
         print(f"{told}\n\n{path}", flush=True)
         return Outcome(table.id, table.title, path, "all as printed" if good else "some differ from what is printed", good)
     found = cells(table, asked.size, asked.overrides)
+    points = points_of(found)
     if not asked.stored:
-        points = points_of(found)
         make_stand_ins(points)
         print(f"{table.id}: {table.title}, size={asked.size}, {left_of(points)} of {len(points)} runs left", flush=True)
         shared = [point for point in points if point.experiment.task.name != "latency"]
@@ -118,11 +118,9 @@ def reproduce(table: Published, asked: Asked, load: Load) -> Outcome:
     page = page_of(table, asked.size, found)
     path = write(page, root)
     print(f"{text(page)}\n\n{path}", flush=True)
-    done = len({id(cell.point) for cell in found if stored(cell.point.experiment)})
-    part = "" if done == len(points_of(found)) else f"; {done} of {len(points_of(found))} runs are there"
-    return Outcome(
-        table.id, table.title, path, (counted(page.counts()) if page.verdicts else "no ordering") + part, not page.counts()[FAILS]
-    )
+    told = counted(page.counts()) if page.verdicts else "no ordering"
+    left = left_of(points)
+    return Outcome(table.id, table.title, path, told + f"; {left} of {len(points)} runs are missing" * bool(left), not page.counts()[FAILS])
 
 
 def page_of(table: Published, size: str, found: Sequence[Ours]) -> Page:
