@@ -4,7 +4,7 @@
 
 PYTHON ?= python3
 JOBS ?= 2
-SIZE ?= needle
+SIZE ?= full
 
 # The version whose interpreter the kernels are tested in where torch brings none (GPU builds of torch demand one of their own).
 TRITON := 3.6.0
@@ -21,10 +21,10 @@ DEV := $(VENV)/.dev
 PIP := $(RUN) -m pip --disable-pip-version-check install --constraint constraints.txt --no-build-isolation
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-transformers test-slurm models check check-official needle needle-table needle-1m methods ablation aot bench-cpu link-table gpu repro-table2
+.PHONY: help setup demo test test-all test-transformers test-slurm models check check-official needle needle-table needle-1m methods ablation aot bench-cpu link-table gpu
 
 help: ## this text
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9%-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(CORE) ## create .venv with what running needs
 
@@ -90,8 +90,8 @@ link-table: $(CORE) ## what offload moves over the link at 32K, 64K and 128K, sc
 gpu: $(CORE) ## a GPU: its tests, what it can do, attention alone against every dense kernel, with recall (at most 8 minutes)
 	$(RUN) -m hipexp.run.gpu
 
-repro-table2: $(CORE) ## the paper's table 2 beside ours: make repro-table2 SIZE=needle
-	$(RUN) -m hipexp repro table2 jobs=$(JOBS) size=$(SIZE)
+repro-%: $(CORE) ## a table or figure of the paper beside ours: make repro-table2 SIZE=needle; repro-all: every one (75 minutes)
+	$(RUN) -m hipexp repro $* jobs=$(JOBS) size=$(SIZE)
 
 $(CORE): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

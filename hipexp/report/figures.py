@@ -116,7 +116,7 @@ def draw_chart(path: Path, chart: Chart, formats: Sequence[str]) -> None:
         plot.set_ylim(-0.03 * chart.top, 1.03 * chart.top)
     lengths = sorted({mark.x for series in chart.series.values() for mark in series})
     if len(lengths) <= 8:
-        plot.set_xticks(lengths, [f"{length:,.0f}" for length in lengths])
+        plot.set_xticks(lengths, [f"{length:,.0f}" if float(length).is_integer() else f"{length:g}" for length in lengths])
         plot.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     plot.grid(color=EMPTY)
     figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=columns)
