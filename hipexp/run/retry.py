@@ -14,7 +14,7 @@ from hipexp.config.schema import ConfigError, Experiment
 from hipexp.report.listing import UNFINISHED, read_filters, state_in_words
 from hipexp.report.runs import Run, find_run, load_runs
 from hipexp.run.ledger import classify, is_held
-from hipexp.run.point import Load, check_point, execute, folder_of
+from hipexp.run.point import Load, execute, folder_of, missing_folder, prepare
 from hipexp.run.several import load_once
 from hipexp.suites.sample import DataMissing
 
@@ -60,9 +60,8 @@ def retry(runs: Sequence[Run], dry: bool = False, load: Load | None = None) -> i
         try:
             experiment = experiment_of(run)
             if not dry:
-                check_point(experiment)
-                execute(experiment, load)
-                print(f"  {outcome(Run(run.folder))}", flush=True)
+                prepare(experiment)
+                print(f"  {outcome(Run(execute(experiment, load)))}", flush=True)
         except Exception as error:  # whatever a run dies of, the next one has its turn; its own status.json says more
             failed += 1
             print(f"  {classify(error)}: {' '.join(str(error).split()) or type(error).__name__}", flush=True)
@@ -87,6 +86,8 @@ def experiment_of(run: Run) -> Experiment:
     try:
         experiment = to_schema(run.config, Experiment)
         check_experiment(experiment)
+        if run.folder.resolve() == missing_folder(experiment).resolve():  # its run key is known when its data or its model are here
+            return experiment
         folder = folder_of(experiment)
     except ConfigError as error:
         raise ConfigError(f"{run.folder / 'config.yaml'} is nothing that this version of hipexp can run: {error}") from error
