@@ -14,27 +14,33 @@ from io import TextIOWrapper
 from hipexp.config.schema import ConfigError, Experiment
 from hipexp.output import DRY, JSON, QUIET, Flags, aside, split_flags, to_json
 
-# Name: (module:function taking the remaining words and returning an exit code, what it does).
+# Name: (module:function taking the remaining words and returning an exit code, what it does, its flags).
+SAY, ALL = (QUIET, JSON), (DRY, QUIET, JSON)
 COMMANDS = {
-    "demo": ("hipexp.run.demo:main", "dense against 3stage on the embedded model: a table and a picture"),
-    "ls": ("hipexp.report.listing:main", "the runs there are and how far they got"),
-    "retry": ("hipexp.run.retry:main", "go on with runs that failed or were stopped; retry --dry-run lists them"),
-    "compare": ("hipexp.report.compare:main", "two runs side by side: scores, paired differences, flipped answers, or times"),
-    "report": ("hipexp.report.command:main", "all runs as one HTML file, with figures and tables; report out=<folder> runs=<folder>"),
-    "models": ("hipexp.run.models_table:main", "every family of models that fits, tried on small checkpoints of its real classes"),
-    "methods": ("hipexp.run.methods_table:main", "every method beside each other; methods --dry-run tells how long, fast=true is short"),
+    "demo": ("hipexp.run.demo:main", "dense against 3stage on the embedded model: a table and a picture", SAY),
+    "ls": ("hipexp.report.listing:main", "the runs there are and how far they got", SAY),
+    "retry": ("hipexp.run.retry:main", "go on with runs that failed or were stopped", ALL),
+    "compare": ("hipexp.report.compare:main", "two runs side by side: scores, paired differences, flipped answers, or times", (JSON,)),
+    "report": ("hipexp.report.command:main", "all runs as one HTML file, with figures and tables; report out=<folder> runs=<folder>", SAY),
+    "models": ("hipexp.run.models_table:main", "every family of models that fits, tried on small checkpoints of its real classes", SAY),
+    "methods": ("hipexp.run.methods_table:main", "every method beside each other; fast=true is short", ALL),
     "calibrate": (
         "hipexp.run.calibrate:main",
         "a pipeline whose layers have measured budgets and RoPE strategies: calibrate +pipeline=3stage",
+        SAY,
     ),
-    "table": ("hipexp.run.needle_table:main", "the long form of the demo; table --dry-run tells how long it takes here"),
-    "data": ("hipexp.run.data:main", "data of the suites: data pull, verify, ls, make"),
-    "score": ("hipexp.run.score:main", "official scores of predictions made elsewhere, as JSON"),
-    "replay": ("hipexp.run.replay:main", "hits and traffic of caches of any size and policy in a recorded run; replay record records one"),
-    "sweep": ("hipexp.run.sweep:main", "a wandb sweep file without wandb: sweep conf/sweep/budget.yaml [key=value …] [jobs=2] [--dry-run]"),
-    "repro": ("hipexp.run.repro:main", "a published table beside ours, as in repro table2 size=needle task.samples=5"),
-    "completion": ("hipexp.completion:main", "completion of this command line for a shell: source <(hipexp completion bash)"),
-    "doctor": ("hipexp.doctor:main", "versions, device, what is missing; doctor +pipeline=3stage task=ruler: does that run fit?"),
+    "table": ("hipexp.run.needle_table:main", "the long form of the demo", ALL),
+    "data": ("hipexp.run.data:main", "data of the suites: data pull, verify, ls, make", ()),
+    "score": ("hipexp.run.score:main", "official scores of predictions made elsewhere, as JSON", ()),
+    "replay": (
+        "hipexp.run.replay:main",
+        "hits and traffic of caches of any size and policy in a recorded run; replay record records one",
+        (JSON,),
+    ),
+    "sweep": ("hipexp.run.sweep:main", "a wandb sweep file without wandb: sweep conf/sweep/budget.yaml [key=value …] [jobs=2]", ALL),
+    "repro": ("hipexp.run.repro:main", "a published table beside ours, as in repro table2 size=needle task.samples=5", ALL),
+    "completion": ("hipexp.completion:main", "completion of this command line for a shell: source <(hipexp completion bash)", ()),
+    "doctor": ("hipexp.doctor:main", "versions, device, what is missing; doctor +pipeline=3stage task=ruler: does that run fit?", SAY),
 }
 DONE, FAILED, BAD_INPUT = 0, 1, 2
 
@@ -112,7 +118,7 @@ def help_text() -> str:
     options = group_options(conf_dir())
     ordered = {group: sorted(options[group], key=lambda name, group=group: (name != defaults[group], name)) for group in GROUPS}  # type: ignore[misc]
     groups = "\n".join(f"  {group + '=':<10} {', '.join(names)}" for group, names in ordered.items())
-    commands = "\n".join(f"  {name:<10} {purpose}" for name, (_, purpose) in COMMANDS.items())
+    commands = "\n".join(f"  {name:<10} {purpose}" for name, (_, purpose, _) in COMMANDS.items())
     return HELP.format(groups=groups, commands=commands)
 
 
@@ -122,17 +128,22 @@ def _run_command(name: str, words: list[str]) -> int:
 
         raise unknown(f"command {name}", name, COMMANDS)
     _check_one_process(words, f"the command {name}")
+    place, purpose, flags = COMMANDS[name]
+    takes = ", ".join(flags) or "no flags"
     if {"-h", "--help"} & set(words):
-        print(f"python -m hipexp {name}: {COMMANDS[name][1]}")
+        print(f"python -m hipexp {name}: {purpose}\nflags: {takes}")
         return DONE
-    module, _, function = COMMANDS[name][0].partition(":")
+    for word in words:
+        if word in ALL and word not in flags:
+            raise ConfigError(f"{name} takes no {word}; it takes {takes}")
+    module, _, function = place.partition(":")
     return int(getattr(import_module(module), function)(words))
 
 
 def _run_overrides(words: list[str]) -> int:
     from hipexp.config import compose
 
-    flags, words = split_flags("this", words, (DRY, QUIET, JSON))
+    flags, words = split_flags(words)
     line = compose.read_line(words)
     if line.show:
         print(compose.to_yaml(compose.compose_point(line.overrides)), end="")

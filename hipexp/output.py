@@ -10,18 +10,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
-from hipexp.config.schema import ConfigError
-
 DRY, QUIET, JSON = "--dry-run", "--quiet", "--json"
 Flags = frozenset[str]
 
 
-def split_flags(command: str, words: Sequence[str], takes: Sequence[str] = (QUIET, JSON)) -> tuple[Flags, list[str]]:
-    """The flags among ``words`` and the other words. Raises ``ConfigError`` for a flag that ``command`` does not take."""
-    for word in words:
-        if word in (DRY, QUIET, JSON) and word not in takes:
-            raise ConfigError(f"{command} takes no {word}; {' and '.join(takes) or 'no flag'} can be asked of it")
-    flags = frozenset(words) & set(takes)
+def split_flags(words: Sequence[str]) -> tuple[Flags, list[str]]:
+    """The flags among ``words``, and the other words; the command line has refused those that a command does not take."""
+    flags = frozenset(words) & {DRY, QUIET, JSON}
     return flags, [word for word in words if word not in flags]
 
 

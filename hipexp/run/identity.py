@@ -48,7 +48,8 @@ def key_of(experiment: Experiment) -> str:
 
 def key_without_data(experiment: Experiment) -> str:
     """What a run goes by while nobody knows its run key, since its data or its model are not here: its configuration alone."""
-    return run_key(experiment, model_revision=f"missing {experiment.model.path} {experiment.model.revision}", extra={"data": experiment.task.data})
+    model, task = experiment.model, experiment.task
+    return run_key(experiment, model_revision=f"missing {model.path} {model.revision}", extra={"data": task.data})
 
 
 def _key_without_a_model(experiment: Experiment) -> str:

@@ -31,9 +31,11 @@ Explain = Callable[[Exception], int]
 
 @dataclass(frozen=True)
 class Point:
-    """A point and its overrides; ``refused``: why it cannot run. ``experiment`` is None where that is its configuration."""
+    """A point, its overrides, and ``name``: those that others have otherwise. ``refused``: why it cannot run; ``experiment`` is None where
+    that is its configuration."""
 
     words: str
+    name: str
     experiment: Experiment | None
     refused: Exception | None = None
 
@@ -65,9 +67,9 @@ class Point:
         """Its line of the table."""
         told = self.record()
         if self.refused or self.folder is None:
-            return [self.words, f"refused: {told['class']}", None, self.folder and self.folder.name]
+            return [self.name, f"refused: {told['class']}", None, self.folder and self.folder.name]
         state = state_in_words(Run(self.folder)) if (self.folder / "status.json").exists() else "to do"
-        return [self.words, state, told.get("average"), self.folder.name]
+        return [self.name, state, told.get("average"), self.folder.name]
 
 
 def run_sweep(overrides: list[str], flags: Flags, run_one: RunOne, explain: Explain) -> int:
@@ -77,11 +79,11 @@ def run_sweep(overrides: list[str], flags: Flags, run_one: RunOne, explain: Expl
     """
     points = points_of(overrides, prepare)
     tell_refused(points)
-    launcher, codes = launcher_of(overrides), list[int]()
+    launcher, codes, same = launcher_of(overrides), list[int](), common(compose.sweep_points(overrides)) if points else set[str]()
     apart = launcher != "basic" and not launcher.startswith("submitit")  # several at once on one terminal
 
     def job(make: Callable[[], Experiment], words: list[str], folder: Path) -> None:
-        name = " ".join(word.lstrip("+") for word in words)
+        name = name_of(words, same)
         with _log_of(name, folder / "job.log") if apart else nullcontext():
             try:
                 codes.append(run_one(make(), words, flags, not points))
@@ -102,21 +104,38 @@ def points_of(overrides: list[str], check: Callable[[Experiment], None] = check_
     if chooses(overrides):
         compose.compose_point([word for word in overrides if is_hydra(word)])
         return []
-    points = [_point(words, check) for words in compose.sweep_points(overrides)]
+    each = compose.sweep_points(overrides)
+    same = common(each)
+    points = [_point(words, name_of(words, same), check) for words in each]
     if all(point.refused for point in points):
         assert points[0].refused is not None
         raise points[0].refused
     return points
 
 
-def _point(words: list[str], check: Callable[[Experiment], None]) -> Point:
-    name, experiment = " ".join(word.lstrip("+") for word in words) or "defaults", None
+def _point(words: list[str], name: str, check: Callable[[Experiment], None]) -> Point:
+    experiment = None
     try:
         experiment = compose.compose_point(words)
         check(experiment)
     except (ConfigError, DataMissing) as error:
-        return Point(name, experiment, error)
-    return Point(name, experiment)
+        return Point(in_words(words), name, experiment, error)
+    return Point(in_words(words), name, experiment)
+
+
+def common(each: Sequence[list[str]]) -> set[str]:
+    """The words that all points of a sweep have; none if there is one point."""
+    return set.intersection(*map(set, each)) if len(each) > 1 else set()
+
+
+def name_of(words: Sequence[str], same: set[str]) -> str:
+    """What to call a point beside others that share the words ``same``."""
+    return in_words([word for word in words if word not in same])
+
+
+def in_words(words: Sequence[str]) -> str:
+    """Overrides as they are told, without Hydra's own."""
+    return " ".join(word.lstrip("+") for word in words if not is_hydra(word)) or "defaults"
 
 
 def tell(points: Sequence[Point], flags: Flags) -> None:
@@ -159,7 +178,7 @@ def _launch_folder(launcher: str) -> Iterator[Path]:
 
 
 def show_plans(overrides: list[str], flags: Flags) -> int:
-    """What the points of a sweep would do; 0, or 2 if some are refused. Raises what refuses all, ``ConfigError`` where nobody knows them."""
+    """Print what the points of a sweep would do; 0, or 2 if some are refused. Raises what refuses all, or that nobody knows the points."""
     if chooses(overrides):
         raise ConfigError(f"{DRY} cannot tell the points of a hydra/sweeper that chooses them as it goes; leave one of them out")
     plans: dict[int, dict[str, Any]] = {}

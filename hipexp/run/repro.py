@@ -7,9 +7,22 @@ from typing import Any
 
 from hipexp.config.compose import compose, conf_dir
 from hipexp.config.schema import ConfigError
+from hipexp.output import DRY, answer, aside, split_flags
 from hipexp.report.tables import MISSING, score_text, text_table
 from hipexp.run.ledger import make_folder, runs_root, write_text
-from hipexp.run.several import Named, compose_named, helpers, model_line, refuse_own, resident, run_all, split_jobs, trained_length
+from hipexp.run.point import stored
+from hipexp.run.several import (
+    Named,
+    compose_named,
+    helpers,
+    model_line,
+    refuse_own,
+    resident,
+    run_all,
+    split_jobs,
+    told,
+    trained_length,
+)
 
 
 def read_table(name: str) -> dict[str, Any]:
@@ -88,18 +101,25 @@ def ours(table: dict[str, Any], run: Named) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Run what is missing of a table and print it beside the published one; resumable. ``jobs=``: processes that share it."""
-    jobs, words = split_jobs(argv)
+    """Run what is missing of a table and print it beside the published one; resumable. ``jobs=``: processes that share it.
+
+    ``--dry-run`` lists the runs and runs nothing.
+    """
+    flags, words = split_flags(argv)
+    jobs, words = split_jobs(words)
     name, size, overrides = read_arguments(words)
     refuse_own("repro", overrides, free=("task.samples",))
     table = read_table(name)
     runs = points(table, size, overrides)
-    with helpers(list(runs.values()), jobs, runs_root() / "repro"):
+    if DRY in flags:
+        rows = [[run.name, "done" if stored(run.experiment) else "to do", len(run.rows())] for run in runs.values()]
+        answer(flags, text_table(["run", "state", "samples"], rows, left=2), told(runs.values()), "")
+        return 0
+    with aside(flags), helpers(list(runs.values()), jobs, runs_root() / "repro"):
         run_all(list(runs.values()))
     text = page(table, runs, trained_length(next(iter(runs.values())).experiment.model))
     path: Path = runs_root() / "repro" / f"{name}_{size}.txt"
     make_folder(path.parent)
     write_text(path, text + "\n")
-    print(text)
-    print(path)
+    answer(flags, f"{text}\n{path}", told(runs.values(), table=path), str(path))
     return 0

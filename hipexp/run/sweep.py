@@ -13,7 +13,7 @@ from typing import Any
 
 from hipexp.config.compose import compose
 from hipexp.config.schema import ConfigError, Experiment
-from hipexp.output import DRY, JSON, QUIET, answer, aside, split_flags
+from hipexp.output import DRY, answer, aside, split_flags
 from hipexp.report.listing import state_in_words
 from hipexp.report.runs import Run
 from hipexp.report.tables import markdown_table, text_table
@@ -129,7 +129,9 @@ def unknown_metric(sweep: SweepFile, rows: Sequence[Row]) -> str | None:
     names = {name for row in rows if (summary := row.summary()) for name in metrics_of(summary)}
     if not names or sweep.metric in names:
         return None
-    return f"{sweep.path}: metric.name={sweep.metric} is measured by no point of this sweep that is done; there are {', '.join(sorted(names))}"
+    return (
+        f"{sweep.path}: metric.name={sweep.metric} is measured by no point of this sweep that is done; there are {', '.join(sorted(names))}"
+    )
 
 
 def read_arguments(words: Sequence[str]) -> tuple[Path, dict[str, int], list[str]]:
@@ -165,7 +167,7 @@ def main(argv: list[str]) -> int:
     ``jobs=``: so many processes share the points, as does the same command elsewhere. Returns 0 if all are done, 2 if points were
     refused, 1 if runs failed. Raises ``ConfigError`` for a file that needs wandb.
     """
-    flags, words = split_flags("sweep", argv, (DRY, QUIET, JSON))
+    flags, words = split_flags(argv)
     jobs, words = split_jobs(words)
     path, numbers, overrides = read_arguments(words)
     sweep, dry = read_sweep(path), DRY in flags

@@ -8,7 +8,7 @@ from hipexp.suites import OWN
 
 
 def metrics_of(summary: dict[str, Any]) -> dict[str, Any]:
-    """``average``, ``score/<subtask>``, ``average/<group>``, ``running/…``, ``latency.…`` and ``memory.…``, ``mean_ms/…`` and ``traffic/…``.
+    """``average``, ``score/…``, ``average/<group>``, ``running/…``, ``latency.…`` and ``memory.…``, ``mean_ms/…`` and ``traffic/…``.
 
     ``mean_ms/<phase>/<context_tok>/<impl>`` is a row of ``latency.rows``; ``traffic/<phase>/<name>`` is what an offload moved and had to
     wait for, empty where everything stayed on the device. ``running/average`` and ``running/<subtask>`` are the means that grow with the
