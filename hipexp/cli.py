@@ -60,7 +60,8 @@ keys: every field of the configuration, as in pipeline.stages.2.keep_tok=4096 ta
       --cfg job prints all of them with their values and runs nothing.
 
 flags: --dry-run shows the configuration, what attention would do and what is left, and loads no weights; --quiet prints the
-       run folder only, --json the summary as one line of JSON (everything else goes to stderr). All go with -m too.
+       run folder only, --json the summary as one line of JSON (everything else goes to stderr). All go with -m too, and
+       with the commands whose --help names them.
 
 examples:
   python -m hipexp +pipeline=3stage task=infbench

@@ -91,33 +91,37 @@ def test_processes_that_are_killed_in_the_middle_of_runs_lose_nothing_and_repeat
     def lines() -> dict[Path, bytes]:
         return {path: data[: data.rfind(b"\n") + 1] for path in runs.glob("*/*/samples.jsonl") if (data := path.read_bytes())}
 
-    def in_the_middle() -> list[subprocess.Popen]:
-        begun = [path.parent for path, data in lines().items() if 1 <= data.count(b"\n") <= 3]
-        pids = [words[1] for path in begun if len(words := (path / ".lock").read_text().split()) > 1 and is_held(path)]
-        return [worker for worker in workers if str(worker.pid) in pids]
+    def in_the_middle() -> list[tuple[subprocess.Popen, Path]]:
+        begun = {path: (path.parent / ".lock").read_text().split() for path, data in lines().items() if 1 <= data.count(b"\n") <= 3}
+        held = {words[1]: path for path, words in begun.items() if len(words) > 1 and is_held(path.parent)}
+        return [(worker, held[str(worker.pid)]) for worker in workers if str(worker.pid) in held]
 
-    workers, kept, end = [start(), start()], [], time.monotonic() + 600
+    workers, kept, hits, end = [start(), start()], [], 0, time.monotonic() + 600
     while len(kept) < 8 and time.monotonic() < end:
         time.sleep(0.02)
         assert all(worker.poll() in (None, 0) for worker in workers), [path.read_text() for path in folder.iterdir()]
-        if victims := in_the_middle():
+        so_far = sum(data.count(b"\n") for data in lines().values())
+        if so_far >= 10 * len(kept) and (victims := in_the_middle()):  # all over the sweep, which has 96 samples
             time.sleep(rng.uniform(0, 0.4))  # somewhere in the next sample, or in the end of the run
-            victim = rng.choice(victims)
+            victim, path = rng.choice(victims)
             victim.kill()
             if victim.wait() == -signal.SIGKILL:
                 kept.append(lines())
+                hits += read_json(path.parent / "status.json")["state"] == "running"
                 workers[workers.index(victim)] = start()
     assert len(kept) == 8 and [worker.wait(600) for worker in workers] == [0, 0]
     done = lines()
     assert len(done) == 24
     for path, data in done.items():
         rows, damaged = parse_rows(path.read_bytes())
-        assert (sorted((row["subtask"], row["sample"]) for row in rows), damaged) == (list(itertools.product(("kv_retrieval", "passkey"), (0, 1))), 0)
+        assert (sorted((row["subtask"], row["sample"]) for row in rows), damaged) == (
+            list(itertools.product(("kv_retrieval", "passkey"), (0, 1))),
+            0,
+        )
         assert all(data.startswith(before.get(path, b"")) for before in kept), "what was finished at a kill stays as it was"
         told = re.findall(r"INFO (\w+ \d): score", (path.parent / "log.txt").read_text())
         assert len(told) == len(set(told)), "no sample was done twice"
-    broken = [before for before in kept if any(1 <= data.count(b"\n") <= 3 for data in before.values())]
-    assert len(broken) >= 4, "most kills must hit a run that has some of its samples"
+    assert hits >= 4, "half of the kills, or more, hit a run that had some of its samples and not all"
     (table,) = (runs / "sweep").glob("*/table.md")
     assert "24 of 24 points are done" in table.read_text()
 
