@@ -31,6 +31,7 @@ def points(monkeypatch, tmp_path):
     """Experiments that were run, where running does nothing; the working directory is empty and there is a model."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps({"num_hidden_layers": 5, "max_position_embeddings": 6144}))
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"none")
     seen = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("hipexp.run.point.run_point", lambda experiment, overrides=None: seen.append((experiment, list(overrides))))

@@ -108,6 +108,7 @@ def prepare(experiment: Experiment) -> None:
     """
     try:
         check_point(experiment)
+        check_weights(experiment)
         key_of(experiment)
     except DataMissing as error:
         if started().number == 0:
@@ -117,6 +118,14 @@ def prepare(experiment: Experiment) -> None:
         raise
     if started().number == 0 and (place := missing_folder(experiment)).exists():
         shutil.rmtree(place, ignore_errors=True)
+
+
+def check_weights(experiment: Experiment) -> None:
+    """Refuse a model's folder without weights; those of a model on a hub, the run asks for. Raises ``DataMissing``."""
+    model = experiment.model
+    folder = model_folder(model) if model.base_url is None and experiment.task.geometry is None else None
+    if folder is not None and not weights_bytes(model):
+        raise DataMissing(f"model.path={model.path} holds no weights (as model.safetensors); put them there, or name another folder")
 
 
 def missing_folder(experiment: Experiment) -> Path:

@@ -1,5 +1,6 @@
 """Hydra's launchers of several processes, where they are installed: hydra-joblib-launcher 1.2.0, hydra-submitit-launcher 1.2.0."""
 
+import json
 import os
 import subprocess
 import sys
@@ -36,5 +37,8 @@ def test_a_launcher_runs_every_point_in_other_processes(tmp_path, launcher, more
     logs = list(tmp_path.glob("sweep/launch_*/*/job.log" if launcher == "joblib" else "sweep/launch_*/.submitit/*/*_log.out"))
     assert len(logs) == 3 and all(log.read_text().count("attention: ") >= 1 for log in logs), "what its jobs said is kept, each by itself"
 
-    told = start("task=longbench,infbench", "task.length_tok=400", "seed=1", "--json")
-    assert told.returncode == 2 and told.stdout == "", "a length is nothing that longbench takes" if told.stdout else told.stderr
+    told = start("task=infbench", "task.length_tok=40,400", "seed=1", "--json")
+    assert told.returncode == 2, told.stderr
+    refused, stored = map(json.loads, told.stdout.splitlines())
+    assert (refused["status"], refused["class"]) == ("refused", "bad_config") and refused["overrides"].endswith("task.length_tok=40 seed=1")
+    assert stored["status"] == "done" and read_json(Path(stored["folder"]) / "summary.json")["scores"] == stored["scores"]

@@ -182,6 +182,17 @@ def test_what_was_missing_is_retried_when_it_is_here(fake, experiment, no_hub, m
     assert [run.state for run in load_runs()] == ["done"] and not missing_folder(one).exists()
 
 
+def test_a_folder_without_weights_is_missing_until_they_are_there(fake, experiment, model_folder, capsys):
+    one = experiment()
+    (model_folder / "model.safetensors").unlink()
+    with pytest.raises(DataMissing, match="holds no weights"):
+        prepare(one)
+    assert [run.failure for run in load_runs()] == ["data_missing"] and fake.calls == 0
+    (model_folder / "model.safetensors").write_bytes(b"weights")
+    assert retry.main(["class=data_missing"]) == 0
+    assert [run.state for run in load_runs()] == ["done"]
+
+
 def test_json_and_quiet_say_one_thing_on_stdout(fake, sweep_file, capsys):
     path = sweep_file({"seed": {"values": [1, 2]}}, metric={"name": "average", "goal": "maximize"})
     assert main([path, "--json"]) == 0
