@@ -15,3 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent / "kernels"))  # brute.py serves ot
 # Machines that run the tests may be busy: no deadline. The same examples on every run.
 settings.register_profile("hipexp", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("hipexp")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--pictures", metavar="DIR", help="where tests of the report leave their screenshots (docs has them)")

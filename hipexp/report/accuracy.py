@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hipexp.report.gather import Gathered, Run, digest, family_id, groups_of, seed_of
+from hipexp.report.gather import Entry, Gathered, digest, family_id, groups_of, seed_of
 from hipexp.report.naming import command_of
-from hipexp.report.paired import Difference, differences, interval_of, pairs_of
-from hipexp.report.parts import MOST_CHARTS, Cell, Chart, HeatChart, Link, Mark, Section, Table, fewer
+from hipexp.report.paired import differences, pairs_of
+from hipexp.report.parts import Cell, Chart, HeatChart, Link, Mark, Section, Table, fewer, section
+from hipexp.suites.scoring.statistics import mean_interval
 
 CELLS = """
 SELECT run, subtask, length_tok, count(*) AS n, avg(value) AS score, list(value ORDER BY sample) AS scores, any_value(pid) AS pid,
@@ -35,8 +36,8 @@ class Scores:
     gathered: Gathered
     cells: list[dict[str, Any]]
     whole: list[dict[str, Any]]
-    by_cell: dict[tuple[Any, ...], Difference]
-    by_run: dict[tuple[Any, ...], Difference]
+    by_cell: dict[tuple[Any, ...], dict[str, Any]]
+    by_run: dict[tuple[Any, ...], dict[str, Any]]
 
 
 def scores_of(gathered: Gathered) -> Scores:
@@ -48,12 +49,12 @@ def scores_of(gathered: Gathered) -> Scores:
     return Scores(gathered, gathered.query(CELLS), gathered.query(WHOLE), by_cell, by_run)
 
 
-def paired_cells(run: Run, found: Difference | None) -> list[Cell]:
+def paired_cells(run: Entry, found: dict[str, Any] | None) -> list[Cell]:
     """The cells under ``PAIRED``: for dense itself dashes, for a run without pairs the reason."""
     if found is None:
         return ["is dense" if run.is_dense else "no dense", None, None, 0, None, None, None]
-    low, high = found.interval or (None, None)
-    return [found.mean, low, high, found.n, found.better, found.worse, found.dense_mean]
+    low, high = found["interval"] or (None, None)
+    return [found["difference"], low, high, *(found[name] for name in ("n", "better", "worse", "a_mean"))]
 
 
 def leaderboard(scores: Scores) -> Section:
@@ -99,7 +100,7 @@ def missing_dense(scores: Scores) -> list[tuple[str, str]]:
     found: dict[str, list[str]] = {}
     for cell in scores.whole:
         run, difference = scores.gathered.runs[cell["run"]], scores.by_run.get((cell["run"],))
-        if run.is_dense or run.attention == "served" or (difference and difference.n == cell["n"]):
+        if run.is_dense or run.attention == "served" or (difference and difference["n"] == cell["n"]):
             continue
         command = command_of(run.config, dense=True) or f"the command of {run.folder.name}, without +pipeline= and offload="
         found.setdefault(command, []).append(run.label)
@@ -115,7 +116,7 @@ def _span(lengths: set[int]) -> Cell:
     return min(lengths) if len(lengths) == 1 else f"{min(lengths):,}–{max(lengths):,}"
 
 
-def card_id(run: Run) -> str:
+def card_id(run: Entry) -> str:
     """The name of a run's protocol card in the report."""
     return digest({name: value for name, value in run.card.items() if name != "strategy"})
 
@@ -126,7 +127,7 @@ def costs(cell: dict[str, Any]) -> list[Cell]:
     return [None if prefill is None else prefill / 1000, cell["decode_ms"], None if peak is None else peak / 2**20]
 
 
-def place(run: Run) -> list[Cell]:
+def place(run: Entry) -> list[Cell]:
     """Device, and the run folder as a link."""
     return [run.device, Link(run.folder.name, str(run.folder.resolve()))]
 
@@ -152,7 +153,7 @@ def subtasks(scores: Scores) -> Table:
     for cell in scores.cells:
         run = runs[cell["run"]]
         found = scores.by_cell.get((cell["run"], cell["subtask"], cell["length_tok"]))
-        interval = interval_of(cell["scores"]) or (None, None)
+        interval = mean_interval(cell["scores"]) or (None, None)
         mine = [run.label, cell["subtask"], cell["length_tok"], cell["score"], *interval, cell["n"], *paired_cells(run, found)]
         cut = [cell["cut"], cell["removed_tok"]]
         rows.append([*mine, run.task, run.model, run.protocol, *costs(cell)[:2], *cut, run.folder.name])
@@ -169,7 +170,8 @@ def over_length(scores: Scores) -> Section:
         for (label, length), mine in sorted(groups_of(cells, lambda cell: (runs[cell["run"]].label, cell["length_tok"])).items()):
             best = max(groups_of(mine, lambda cell: cell["run"]).values(), key=lambda of_run: sum(cell["n"] for cell in of_run))
             values = [value for cell in best for value in cell["scores"]]
-            interval, n = interval_of(values), len(values)
+            bounds, n = mean_interval(values), len(values)
+            interval = None if bounds is None else (bounds[0], bounds[1])
             mean = sum(values) / n
             series.setdefault(label, []).append(Mark(length, mean, f"{n} samples", interval))
             rows.append([label, length, mean, *(interval or (None, None)), n, runs[best[0]["run"]].folder.name])
@@ -183,20 +185,13 @@ def over_length(scores: Scores) -> Section:
         axes = ("context, tokens", "score, mean over samples")
         charts.append(Chart(table.name, title, "lines", axes, drawn, table, first.tags, top=100.0, note=note))
     words = (
-        "Bars: 95 % bootstrap intervals over samples; marks at one length stand a little beside each other, to be seen. Of several "
+        "Bars: 95 % bootstrap intervals over samples, where all are alike how far others not met could move the mean; marks at one "
+        "length stand a little beside each other, to be seen. Of several "
         "runs of one configuration the one with most samples is drawn. Families of runs at a single length have no curve; they are in "
         "the table below."
     )
-    few = [("curves over two lengths or more", "python -m hipexp -m +pipeline=dense,3stage task.length_tok=6144,12288,24576")]
-    return Section(
-        "length", "Accuracy over length", words + left_out(charts), charts[:MOST_CHARTS], [subtasks(scores)], [] if charts else few
-    )
-
-
-def left_out(charts: Sequence[Any]) -> str:
-    """A word on charts that a section has no room for."""
-    more = len(charts) - MOST_CHARTS
-    return f" {more} more groups of runs are in the tables only: narrow the folder with runs=<folder> to see them." if more > 0 else ""
+    few = ("curves over two lengths or more", "python -m hipexp -m +pipeline=dense,3stage task.length_tok=6144,12288,24576")
+    return section("length", "Accuracy over length", words, charts, [subtasks(scores)], few, bool(charts))
 
 
 def _listed(cells: Sequence[dict[str, Any]]) -> str:
@@ -209,7 +204,7 @@ def against_time(scores: Scores) -> Section:
     runs, charts = scores.gathered.runs, []
     cells = groups_of(scores.cells, lambda cell: (cell["run"], cell["length_tok"]))
     same = groups_of(
-        cells, lambda key: (key[1], runs[key[0]].device, runs[key[0]].env.get("threads"), frozenset((c["pid"], c["n"]) for c in cells[key]))
+        cells, lambda key: (key[1], *runs[key[0]].machine, frozenset((c["pid"], c["n"]) for c in cells[key]))
     )
     medians = {(row["run"], row["length_tok"]): row for row in scores.gathered.query(TIMES)} if cells else {}
     for (length, device, threads, samples), keys in same.items():
@@ -234,8 +229,8 @@ def against_time(scores: Scores) -> Section:
         "Both from the same forward passes. Only runs of the same samples on the same device share a picture; the dashed line joins "
         "those that no other run beats in both (Pareto front)."
     )
-    few = [("two runs or more of the same samples", "python -m hipexp -m +pipeline=dense,3stage task=infbench")]
-    return Section("pareto", "Accuracy against latency", words + left_out(charts), charts[:MOST_CHARTS], missing=[] if charts else few)
+    few = ("two runs or more of the same samples", "python -m hipexp -m +pipeline=dense,3stage task=infbench")
+    return section("pareto", "Accuracy against latency", words, charts, [], few, bool(charts))
 
 
 TIMES = """
@@ -249,7 +244,9 @@ def depths(scores: Scores) -> Section:
     runs, charts = scores.gathered.runs, []
     found = scores.gathered.query(DEPTHS) if scores.cells else []
     for family, cells in groups_of(found, lambda cell: family_id(runs[cell["run"]])).items():
-        first, name_of = runs[cells[0]["run"]], _bin if len({cell["depth"] for cell in cells}) > 11 else _depth
+        first = runs[cells[0]["run"]]
+        at_length = groups_of(cells, lambda cell: cell["length_tok"]).values()
+        name_of = _depth if len({frozenset(cell["depth"] for cell in mine) for mine in at_length}) == 1 else _bin
         rows: list[list[Cell]] = []
         maps: dict[str, dict[tuple[str, str], tuple[float, int]]] = {}
         for (label, length), mine in sorted(groups_of(cells, lambda cell: (runs[cell["run"]].label, cell["length_tok"])).items()):
@@ -271,13 +268,11 @@ def depths(scores: Scores) -> Section:
         columns = [f"{length:,}" for length in sorted({cell["length_tok"] for cell in cells})]
         charts.append(HeatChart(table.name, title, names, columns, {name: maps[name] for name in kept}, table, first.tags, more))
     words = "Mean score of the samples whose answer stands at that depth of the context; under each score its number of samples."
-    few = [
-        (
-            "runs that record depths",
-            "python -m hipexp +pipeline=3stage task=passkey 'task.depths=[0,0.5,1]' 'task.lengths_tok=[6144,24576]'",
-        )
-    ]
-    return Section("depth", "Depth × length", words + left_out(charts), charts[:MOST_CHARTS], missing=[] if charts else few)
+    few = (
+        "runs that record depths",
+        "python -m hipexp +pipeline=3stage task=passkey 'task.depths=[0,0.5,1]' 'task.lengths_tok=[6144,24576]'",
+    )
+    return section("depth", "Depth × length", words, charts, [], few, bool(charts))
 
 
 MOST_MAPS = 6

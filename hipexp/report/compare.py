@@ -37,7 +37,8 @@ def main(words: list[str]) -> int:
     a, b = map(find_run, named)
     told = compare(a, b)
     if told["refused"] and "--anyway" not in flags:
-        raise ConfigError(f"{a.name} and {b.name} may not be compared: {'; '.join(told['refused'])}. --anyway compares them all the same")
+        reasons = "\n  ".join(told["refused"])
+        raise ConfigError(f"{a.name} and {b.name} may not be compared (--anyway compares them all the same):\n  {reasons}")
     print(json.dumps(told, indent=2, ensure_ascii=False) if "--json" in flags else text(told, "all=true" in words))
     return 0
 
@@ -61,6 +62,7 @@ def compare(a: Run, b: Run) -> dict[str, Any]:
     if timed[0]:
         pairs.left_out.clear()  # what its lines hold are the times
     refused = [unfinished(run) for run in (a, b) if run.state != "done"]
+    protocol = [one for one in protocol if one.key == "suite"] or protocol  # the rest follows from that
     refused += [f"{one.key} differs ({brief(one.a)} and {brief(one.b)}): {one.why}" for one in [*protocol, *(machine if timed[0] else [])]]
     return {
         "a": described(a),
@@ -110,7 +112,8 @@ def text(told: dict[str, Any], every: bool = False) -> str:
 
 def run_line(run: dict[str, Any]) -> str:
     """Which run, in a line."""
-    return f"{run['folder']} ({run['model']}, {run['pipeline']}, {run['state']})"
+    average = "" if run["average"] is None else f", average {run['average']:.1f}"
+    return f"{run['folder']} ({run['model']}, {run['pipeline']}, {run['state']}{average})"
 
 
 def score_table(rows: list[dict[str, Any]]) -> str:
@@ -125,7 +128,7 @@ def score_table(rows: list[dict[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    words = "A, B: as their summaries report them, all: the average; B − A: mean difference over the pairs, by a paired bootstrap"
+    words = "A, B: as their summaries report them, all: the mean over the pairs; B − A: mean difference over the pairs"
     return text_table(header, cells, left=2) + "\n" + words
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from hipexp.report.accuracy import left_out, place
-from hipexp.report.gather import Gathered, Run, digest, family_id, groups_of
-from hipexp.report.parts import MOST_CHARTS, Cell, Chart, Mark, Section, Table, fewer
+from hipexp.report.accuracy import place
+from hipexp.report.gather import Entry, Gathered, digest, family_id, groups_of
+from hipexp.report.parts import Cell, Chart, Mark, Section, Table, fewer, section
 
 MIB = 2**20
 MOVED = """
@@ -31,13 +31,11 @@ def latency(gathered: Gathered) -> Section:
         "ways of measuring, never share a picture. Mass kept: share of the attention outside sinks and window that was selected, "
         "where the run measured it."
     )
-    few = [("runs of task=latency", "python -m hipexp +pipeline=3stage task=latency 'task.lengths_tok=[16384,32768,65536]'")]
-    return Section(
-        "latency", "Latency over length", words + left_out(charts), charts[:MOST_CHARTS], [table] if rows else [], [] if rows else few
-    )
+    few = ("runs of task=latency", "python -m hipexp +pipeline=3stage task=latency 'task.lengths_tok=[16384,32768,65536]'")
+    return section("latency", "Latency over length", words, charts, [table] if rows else [], few, bool(rows))
 
 
-def _timed(run: Run) -> list[dict[str, Any]]:
+def _timed(run: Entry) -> list[dict[str, Any]]:
     """The rows of a latency run that hold a time."""
     return [row for row in (run.summary.get("latency") or {}).get("rows", []) if row.get("mean_ms") is not None]
 
@@ -46,23 +44,23 @@ def _dense(row: dict[str, Any]) -> bool:
     return bool(row.get("dense", row["impl"] == "dense"))
 
 
-def _times(run: Run, row: dict[str, Any]) -> list[Cell]:
+def _times(run: Entry, row: dict[str, Any]) -> list[Cell]:
     name = run.label if not _dense(row) else "dense" if row["impl"] == "dense" else f"dense: {row['impl']}"
     kept = (row.get("recall") or {}).get("recall")
     times = [row.get(key) for key in ("mean_ms", "p10_ms", "p90_ms", "cached_ms", "worst_ms", "speedup")]
     return [name, row["phase"], row["context_tok"], *times, run.config["task"].get("repeats"), None if kept is None else 100 * kept]
 
 
-def _machine(run: Run) -> str:
+def _machine(run: Entry) -> str:
     """What times must share to be drawn together: model or geometry, machine, versions, and what is timed."""
-    packages, card = run.env.get("packages", {}), run.card
+    packages, card = run.environment.get("packages", {}), run.card
     versions = [packages.get(name) for name in ("torch", "triton", "transformers")]
-    return digest([run.model, run.device, run.env.get("threads"), versions, card.get("edition"), card.get("data"), card.get("model")])
+    return digest([run.model, *run.machine, versions, card.get("edition"), card.get("data"), card.get("model")])
 
 
-def _latency_chart(machine: str, phase: str, lines: list[tuple[Run, dict[str, Any]]]) -> Chart | None:
+def _latency_chart(machine: str, phase: str, lines: list[tuple[Entry, dict[str, Any]]]) -> Chart | None:
     first = lines[0][0]
-    points: dict[str, dict[int, list[tuple[float, Run]]]] = {}
+    points: dict[str, dict[int, list[tuple[float, Entry]]]] = {}
     for (_, length), mine in groups_of(lines, lambda line: (line[0].folder, line[1]["context_tok"])).items():
         for dense, same in groups_of(mine, lambda line: _dense(line[1])).items():
             run, row = min(same, key=lambda line: line[1]["mean_ms"])
@@ -78,7 +76,8 @@ def _latency_chart(machine: str, phase: str, lines: list[tuple[Run, dict[str, An
             words = f"{rounds} round(s) of {len(found)} run(s)"
             series.setdefault(name, []).append(Mark(length, mean, words))
             rows.append([name, length, mean, rounds, len(found)])
-    title = f"{phase}, {first.model} ({first.device}, {first.env.get('threads', 'unknown')} thread(s); {first.card.get('edition', '')})"
+    device, threads = first.machine
+    title = f"{phase}, {first.model} ({device}, {threads} thread(s); {first.card.get('edition', '')})"
     table = Table(f"latency_{phase}_{machine}", title, ["attention", "tokens", "ms", "rounds", "runs"], rows)
     drawn, note = fewer(series)
     return Chart(table.name, title, "lines", ("context, tokens", "ms"), drawn, table, first.tags, scales=("log", "log"), note=note)
@@ -127,10 +126,8 @@ def recall(gathered: Gathered) -> Section:
         "query blocks, and its 5th percentile; of oracle: in parts of what the heaviest tokens of each head hold, as many; top 64: "
         "share of the 64 heaviest."
     )
-    few = [("runs of task=recall", "python -m hipexp +pipeline=3stage task=recall")]
-    return Section(
-        "recall", "Recall by stage", words + left_out(charts), charts[:MOST_CHARTS], [table] if rows else [], [] if rows else few
-    )
+    few = ("runs of task=recall", "python -m hipexp +pipeline=3stage task=recall")
+    return section("recall", "Recall by stage", words, charts, [table] if rows else [], few, bool(rows))
 
 
 def _percent(found: dict[str, Any], name: str, part: str) -> float | None:
@@ -139,7 +136,7 @@ def _percent(found: dict[str, Any], name: str, part: str) -> float | None:
     return None if share is None else 100 * share
 
 
-def _blocks(run: Run, text: str) -> int | None:
+def _blocks(run: Entry, text: str) -> int | None:
     return (run.summary.get("scores") or {}).get(text, {}).get("n")
 
 
@@ -172,13 +169,11 @@ def traffic(gathered: Gathered) -> Section:
         "Keys and values that crossed the link, prefill and decode together in the pictures. Hit %: of the chunks asked for, those "
         "that were on the device. The table adds up all samples and layers of a run; stall: waiting for what was fetched."
     )
-    few = [("runs with an offload", "python -m hipexp +pipeline=3stage offload=host task=passkey")]
-    return Section(
-        "traffic", "Offload traffic", words + left_out(charts), charts[:MOST_CHARTS], [table] if rows else [], [] if rows else few
-    )
+    few = ("runs with an offload", "python -m hipexp +pipeline=3stage offload=host task=passkey")
+    return section("traffic", "Offload traffic", words, charts, [table] if rows else [], few, bool(rows))
 
 
-def _traffic_row(run: Run, row: dict[str, Any]) -> list[Cell]:
+def _traffic_row(run: Entry, row: dict[str, Any]) -> list[Cell]:
     hit = None if row["hit_ratio"] is None else 100 * row["hit_ratio"]
     reader = f"stage {row['by']}" if str(row["by"]).isdecimal() else row["by"]
     sizes = [row.get(name, 0) / MIB for name in ("h2d_bytes", "disk_read_bytes", "d2h_bytes")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from hipexp.report.runs import Run
 # Of a card, what two runs may differ in and still be compared: what attention did is what is compared; how many samples there are, and
 # what was cut off them, is told sample by sample; a note repeats what data and protocol say.
 FREE = ("strategy", "samples", "note")
+BY_SUBTASK = ("template", "metric", "length_tok", "new_tok")
 FREE_OF_MODEL = ("dtype", "n_layers", "tp_processes", "transformers", "trained_tok")
 WHY = {
     "suite": "other tasks",
@@ -43,21 +44,20 @@ class Difference(NamedTuple):
 
 def card_differences(a: Run, b: Run) -> list[Difference]:
     """What forbids to compare two runs: where their protocol cards disagree, about subtasks that both have."""
-    found = differing(_card(a.card, b.card), _card(b.card, a.card))
-    return [one._replace(why=WHY.get(one.key.split(".")[0], "the protocol is another")) for one in found]
+    shared = a.card.get("samples", {}).keys() & b.card.get("samples", {}).keys()
+    mine, theirs = (binding(run.card, shared or run.card.get("samples", {}).keys()) for run in (a, b))
+    return [one._replace(why=WHY.get(one.key.split(".")[0], "the protocol is another")) for one in differing(mine, theirs)]
 
 
-def _card(card: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """The part of a card that must be the same; of what is said by subtask, that of the subtasks in both."""
+def binding(card: dict[str, Any], subtasks: Collection[str]) -> dict[str, Any]:
+    """The part of a card that must be the same for samples to be compared; of what is said by subtask, that of ``subtasks``."""
     kept = {name: value for name, value in card.items() if name not in FREE}
-    shared = card.get("samples", {}).keys() & other.get("samples", {}).keys()
-    for name in ("template", "metric", "length_tok", "new_tok"):
-        if isinstance(kept.get(name), dict) and shared:
-            kept[name] = {subtask: value for subtask, value in kept[name].items() if subtask in shared}
-    if isinstance(kept.get("truncation"), dict):
-        kept["truncation"] = {name: value for name, value in kept["truncation"].items() if name != "removed_tok"}
-    if isinstance(kept.get("model"), dict):
-        kept["model"] = {name: value for name, value in kept["model"].items() if name not in FREE_OF_MODEL}
+    for name in BY_SUBTASK:
+        if isinstance(kept.get(name), dict):
+            kept[name] = {subtask: value for subtask, value in kept[name].items() if subtask in subtasks}
+    for name, free in (("truncation", ("removed_tok",)), ("model", FREE_OF_MODEL)):
+        if isinstance(kept.get(name), dict):
+            kept[name] = {key: value for key, value in kept[name].items() if key not in free}
     return kept
 
 

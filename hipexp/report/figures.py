@@ -9,19 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hipexp.report.parts import Chart
+from hipexp.report.parts import Chart, Mark
 from hipexp.report.svg import front_of
 from hipexp.run.ledger import make_folder, replacing
 
 COLORS = ("#222222", "#0072b2", "#d55e00", "#009e73", "#a4407f", "#7a5c00", "#56b4e9", "#8a8a8a")
 MARKERS = ("o", "s", "^", "D")
+ASIDE = 4.0  # points between marks of neighbouring series
+LETTERS = 9.5  # of a heading, for an inch
 MOST_NAMES = 20  # beside the points of a scatter chart; of more points only the best and dense are named
 INK, FAINT, EMPTY = "#222222", "#8a8a8a", "#efefef"
 
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Scores (0 to 100) by row and column; a cell that is not in ``scores`` was not run."""
+    """Scores (0 to 100) by row and column; a cell that is not in ``scores`` has no sample."""
 
     title: str
     scores: dict[tuple[str, str], float]
@@ -41,7 +43,7 @@ def draw_heat_maps(
     """Write heat maps that share their axes and one colour scale, side by side, as a picture at ``path``, in each of ``formats``.
 
     Every cell carries its number, so no value is told by
-    colour alone; cells that were not run are hatched.
+    colour alone; cells without samples are hatched.
     """
     import matplotlib
 
@@ -58,7 +60,6 @@ def draw_heat_maps(
     bar = figure.colorbar(image, ax=plots[0].tolist(), shrink=0.9, pad=0.02, ticks=[0, 25, 50, 75, 100])
     bar.set_label("score", color=INK)
     bar.outline.set_visible(False)
-    heading = textwrap.fill(heading, int(11 * wide))
     if note:
         figure.supxlabel(note, x=0.01, ha="left", fontsize=8, color=FAINT)
     _save(figure, heading, path, formats)
@@ -72,6 +73,7 @@ def _open_frame(plot: Any) -> None:
 def _save(figure: Any, heading: str, path: Path, formats: Sequence[str] = ("png",)) -> None:
     from matplotlib import pyplot as plt
 
+    heading = textwrap.fill(heading, int(LETTERS * figure.get_figwidth()))
     figure.suptitle(heading, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
     make_folder(path.parent)
     for kind in formats:
@@ -87,22 +89,28 @@ def draw_chart(path: Path, chart: Chart, formats: Sequence[str]) -> None:
         named = [(name, mark) for name, series in chart.series.items() for mark in series]
         best = front_of([mark for _, mark in named])
         told = [(name if len(named) <= MOST_NAMES or mark in best or name == "dense" else "", mark.x, mark.y) for name, mark in named]
-        draw_scatter(path, textwrap.fill(chart.title, 80), told, *chart.axes, formats)
+        draw_scatter(path, chart.title, told, *chart.axes, formats)
         return
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.transforms import ScaledTranslation
 
-    figure, plot = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    columns = 2 if max(map(len, chart.series)) <= 36 else 1
+    figure, plot = plt.subplots(figsize=(6.4, 3.7 + 0.17 * math.ceil(len(chart.series) / columns)), layout="constrained")
     for number, (name, series) in enumerate(chart.series.items()):
         marks = sorted(series, key=lambda mark: mark.x)
         x, y = [mark.x for mark in marks], [mark.y for mark in marks]
         style = {"color": COLORS[number % 8], "marker": MARKERS[number % 4], "fillstyle": "full" if number % 8 < 4 else "none"}
-        plot.plot(x, y, label=name, **style)
+        aside = ASIDE * (number - (len(chart.series) - 1) / 2) / 72  # inches, so that marks at one place are all seen
+        place = plot.transData + ScaledTranslation(aside, 0, figure.dpi_scale_trans)
+        plot.plot(x, y, label=textwrap.fill(name, 84), transform=place, **style)
         for mark in marks:
             if mark.span:
-                plot.plot([mark.x, mark.x], mark.span, color=COLORS[number % 8], linewidth=0.8, alpha=0.55)
+                plot.plot([mark.x, mark.x], mark.span, color=COLORS[number % 8], linewidth=0.8, alpha=0.55, transform=place)
+    plot.update_datalim([(mark.x, y) for series in chart.series.values() for mark in series for y in (mark.y, *(mark.span or ()))])
+    plot.autoscale_view()
     plot.set(xscale=chart.scales[0], yscale=chart.scales[1], xlabel=chart.axes[0], ylabel=chart.axes[1])
     if chart.top is not None:
         plot.set_ylim(-0.03 * chart.top, 1.03 * chart.top)
@@ -111,9 +119,9 @@ def draw_chart(path: Path, chart: Chart, formats: Sequence[str]) -> None:
         plot.set_xticks(lengths, [f"{length:,.0f}" for length in lengths])
         plot.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     plot.grid(color=EMPTY)
-    plot.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=columns)
     _open_frame(plot)
-    _save(figure, textwrap.fill(chart.title, 80), path, formats)
+    _save(figure, chart.title, path, formats)
 
 
 def draw_lines(
@@ -194,7 +202,7 @@ def draw_scatter(
 ) -> None:
     """Write named points over a logarithmic axis as a picture at ``path``, in each of ``formats``.
 
-    A line joins those that no other beats in both. A point whose name is empty has none beside it.
+    A line joins those that no other beats in both, which are filled; dense is black. A point whose name is empty has none beside it.
     """
     import matplotlib
 
@@ -202,12 +210,13 @@ def draw_scatter(
     from matplotlib import pyplot as plt
 
     figure, plot = plt.subplots(figsize=(7.6, 4.8), layout="constrained")
-    front = sorted((x, y) for _, x, y in points if not any(a <= x and b >= y and (a, b) != (x, y) for _, a, b in points))
+    front = [(mark.x, mark.y) for mark in front_of([Mark(x, y, "") for _, x, y in points])]
     plot.step(*zip(*front, strict=True), where="post", color=FAINT, linestyle="--", linewidth=1)
     ordered = sorted(points, key=lambda point: (-point[2], -point[1]))
     line = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.6, "shrinkB": 4, "relpos": (0.0, 0.5)}
-    for _, x, y in ordered:
-        plot.plot(x, y, marker="o", color="#0072b2" if (x, y) in front else INK)
+    for name, x, y in ordered:
+        best, color = (x, y) in front, INK if name.startswith("dense") else COLORS[1]
+        plot.plot(x, y, marker="o", color=color, fillstyle="full" if best or name.startswith("dense") else "none")
     named = [point for point in ordered if point[0]]
     for (name, x, y), height in zip(named, _apart([y for *_, y in named], gap=4.6), strict=True):
         beside = dict(xytext=(1.03, height), textcoords=("axes fraction", "data"), annotation_clip=False, va="center")
@@ -233,7 +242,7 @@ def _draw(plot: Any, one: HeatMap, rows: Sequence[str], columns: Sequence[str]) 
         if value is None:
             plot.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=EMPTY, edgecolor="#c9c9c9", hatch="///", linewidth=0))
             box = {"facecolor": EMPTY, "edgecolor": "none", "pad": 1.5}
-            plot.text(x, y, "not run", ha="center", va="center", fontsize=8, color=FAINT, bbox=box)
+            plot.text(x, y, "no sample", ha="center", va="center", fontsize=8, color=FAINT, bbox=box)
         else:
             shade = "white" if value < 55 else INK
             plot.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=11, color=shade)

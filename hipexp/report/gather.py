@@ -1,6 +1,6 @@
 """All runs of a folder, read once: what became of each, under which protocol it scored, and its samples in DuckDB.
 
-Only finished runs whose records are whole are counted; every other run keeps its reason in ``Run.problem``.
+Only finished runs whose records are whole are counted; every other run keeps its reason in ``Entry.problem``.
 """
 
 from __future__ import annotations
@@ -8,15 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hipexp.config.schema import ConfigError, Task
-from hipexp.report.listing import state_in_words
-from hipexp.report.runs import Run as Folder
-from hipexp.run.ledger import read_json, read_rows
+from hipexp.report.differences import binding
+from hipexp.report.runs import Run, run_folders
 from hipexp.suites import rules_of
 
 if TYPE_CHECKING:
@@ -24,46 +24,21 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("hipexp")
 NOT_WHOLE = "move its folder away and run the same command again"
-# Fields of a card that say how a score was made; those by subtask count for their subtask only. Left out: how many samples there were,
-# what truncation removed from them, the strategy, and versions that no prompt and no scorer depend on.
-CARD_WIDE = ("suite", "protocol", "edition", "wording", "scorer", "data", "stops", "decoding", "chat_template", "note")
-BY_SUBTASK = ("template", "metric", "new_tok", "length_tok")
-MODEL = ("revision", "dtype", "trained_tok")
+SAME_MODEL = ("dtype", "trained_tok")  # a difference to dense is one of attention alone
 
 
-@dataclass
-class Run:
-    """One run folder. ``problem`` is empty for a run that counts, else why it does not; ``label`` names its attention in the report."""
+@dataclass(eq=False)
+class Entry(Run):
+    """A run in the report. ``problem`` is empty for one that counts, else why it does not; ``label`` names its attention there."""
 
-    folder: Path
-    state: str
-    status: dict[str, Any]
-    summary: dict[str, Any]
-    card: dict[str, Any]
-    config: dict[str, Any]
-    env: dict[str, Any]
     problem: str = ""
     label: str = ""
     n_samples: int = 0
 
     @property
-    def task(self) -> str:
-        return str(self.summary.get("task") or self.config.get("task", {}).get("name") or self.folder.parent.name)
-
-    @property
-    def model(self) -> str:
-        model, task = self.config.get("model", {}), self.config.get("task", {})
-        return str(self.summary.get("model") or task.get("geometry") or model.get("name") or model.get("path") or "not known")
-
-    @property
     def attention(self) -> str:
         """Preset or method of the pipeline, ``dense``, or ``served`` for a server's own."""
-        if "pipeline" in self.summary:
-            return self.summary["pipeline"] or "dense"
-        if (self.config.get("model") or {}).get("base_url"):
-            return "served"
-        pipeline = self.config.get("pipeline") or {}
-        return str(pipeline.get("name") or pipeline.get("method") or ("dense" if self.config else "not known"))
+        return "served" if (self.config.get("model") or {}).get("base_url") else self.pipeline if self.config else "not known"
 
     @property
     def offload(self) -> str:
@@ -80,16 +55,17 @@ class Run:
 
     @property
     def device(self) -> str:
-        return str(self.env.get("device", "not known"))
+        return str(self.environment.get("device", "not known"))
 
     @property
-    def updated(self) -> str:
-        return str(self.status.get("updated", ""))
+    def machine(self) -> tuple[str, int | str]:
+        """Device and number of threads."""
+        return self.device, self.environment.get("threads", "unknown")
 
     @property
     def tags(self) -> dict[str, str]:
         """What the page filters by."""
-        return {"task": self.task, "model": self.model, "protocol": self.protocol}
+        return {"task": self.task, "model": self.model or "not known", "protocol": self.protocol}
 
 
 @dataclass
@@ -101,7 +77,7 @@ class Gathered:
     """
 
     root: Path
-    runs: list[Run]
+    runs: list[Entry]
     connection: duckdb.DuckDBPyConnection = field(repr=False)
 
     def query(self, sql: str) -> list[dict[str, Any]]:
@@ -111,13 +87,13 @@ class Gathered:
         return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
 
     @property
-    def counted(self) -> list[Run]:
+    def counted(self) -> list[Entry]:
         return [run for run in self.runs if not run.problem]
 
 
 def gather(root: Path) -> Gathered:
     """Read every run under ``root``. Raises ``ConfigError`` if there is none, or duckdb is not installed."""
-    folders = sorted({path.parent for name in ("status.json", "samples.jsonl") for path in root.glob(f"*/*/{name}")})
+    folders = run_folders(root)
     if not folders:
         raise ConfigError(
             f"runs={root} must be a folder with runs (<task>/<run>/status.json), and has none; make one with "
@@ -133,36 +109,21 @@ def gather(root: Path) -> Gathered:
     return Gathered(root, runs, connection)
 
 
-def read_run(folder: Path) -> Run:
-    """The files of one run folder, and whether it counts."""
-    state = state_in_words(Folder(folder))
-    names = ("status.json", "summary.json", "card.json", "env.json")
-    status, summary, card, env = (read_json(folder / name) for name in names)
-    run = Run(folder, state, status, summary, card, read_config(folder / "config.yaml"), env)
-    if state != "done":
-        run.n_samples = len(read_rows(folder))
-        run.problem = status.get("message", "") if state.startswith("failed") else ""
-        run.problem = run.problem or {"damaged": f"files of it are missing or damaged; {NOT_WHOLE}"}.get(state, "not finished")
-    elif not run.config:
-        run.problem = f"config.yaml is damaged; {NOT_WHOLE}"
+def read_run(folder: Path) -> Entry:
+    """One run folder, and whether it counts."""
+    run = Entry(folder)
+    if run.state != "done":
+        run.n_samples = len(run.samples())
+        run.problem = run.status.get("message", "") if run.state == "failed" else ""
+        run.problem = run.problem or {"damaged": f"files of it are missing or damaged; {NOT_WHOLE}"}.get(run.state, "not finished")
+    elif not run.config or not run.card:
+        run.problem = f"{'card.json' if run.config else 'config.yaml'} is damaged; {NOT_WHOLE}"
     elif not (folder / "records.parquet").exists():
         run.problem = f"there is no records.parquet (pyarrow was missing when it ran); install pyarrow, {NOT_WHOLE}"
     return run
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The resolved configuration of a run; empty if it is missing or damaged."""
-    import yaml
-
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), loader)
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return data if isinstance(data, dict) and all(isinstance(data.get(name), dict) for name in ("model", "task")) else {}
-
-
-def _load(connection: duckdb.DuckDBPyConnection, runs: Sequence[Run]) -> None:
+def _load(connection: duckdb.DuckDBPyConnection, runs: Sequence[Entry]) -> None:
     """Make the table ``samples`` of all runs whose records can be read and are complete; the others get a problem."""
     import duckdb
     import pyarrow as pa
@@ -186,7 +147,7 @@ def _load(connection: duckdb.DuckDBPyConnection, runs: Sequence[Run]) -> None:
         connection.execute("CREATE TABLE samples AS SELECT * FROM (SELECT 0 AS run, '' AS subtask) WHERE false")
         return
     numbers, paths = zip(*whole, strict=True)
-    connection.register("files", pa.table({"run": numbers, "filename": paths, "updated": [runs[n].updated for n in numbers]}))
+    connection.register("files", pa.table({"run": numbers, "filename": paths, "changed": [runs[n].changed for n in numbers]}))
     records = "read_parquet(?, union_by_name=true, filename=true)"
     named = connection.execute(f"SELECT DISTINCT run, subtask FROM {records} JOIN files USING (filename)", [list(paths)]).fetchall()
     protocols = [(n, name, protocol_id(runs[n], name), runs[n].is_dense) for n, name in named]
@@ -196,24 +157,17 @@ def _load(connection: duckdb.DuckDBPyConnection, runs: Sequence[Run]) -> None:
     connection.execute(f"CREATE TABLE samples AS SELECT * EXCLUDE (filename) FROM {joined}", [list(paths)])
 
 
-def protocol_id(run: Run, subtask: str) -> str:
-    """What two samples of a subtask must share to be compared: model, prompts, data, cut, decoding and scorer, as a short hash."""
-    shared = protocol_of(run)
-    for name in BY_SUBTASK:
-        values = run.card.get(name) or {}
-        shared[name] = values.get(subtask, values)
-    return digest(shared)
+def protocol_id(run: Entry, subtask: str) -> str:
+    """What two samples of a subtask must share for a difference to dense, as a short hash: what ``compare`` asks for, model, and dtype."""
+    return digest(_shared(run, (subtask,)))
 
 
-def protocol_of(run: Run) -> dict[str, Any]:
-    """The part of a protocol that holds for all subtasks of a run."""
-    card, model = run.card, run.card.get("model") or {}
-    told = {name: card.get(name) for name in CARD_WIDE} | {name: model.get(name) for name in (*MODEL, "served", "geometry")}
-    told |= {"model": run.model, "cut": (card.get("truncation") or {}).get("rule")}
-    return told | {"seed": seed_of(run), "data_folder": run.config["task"].get("data")}
+def _shared(run: Entry, subtasks: Sequence[str]) -> dict[str, Any]:
+    model = run.card.get("model") or {}
+    return binding(run.card, subtasks) | {"name": run.model, "same": [model.get(name) for name in SAME_MODEL], "seed": seed_of(run)}
 
 
-def seed_of(run: Run) -> int | None:
+def seed_of(run: Entry) -> int | None:
     """The seed that samples were drawn with; None for published rows, which nobody draws."""
     task = run.config["task"]
     known = {name: task[name] for name in ("name", "protocol", "edition") if name in task}
@@ -222,19 +176,15 @@ def seed_of(run: Run) -> int | None:
     return None if rules_of(Task(**known), None) else run.config.get("seed")
 
 
-def family_id(run: Run) -> str:
+def family_id(run: Entry) -> str:
     """What runs share that make one curve over length: the protocol, but for lengths and numbers of samples."""
-    shared = protocol_of(run)
-    words = str(shared["data"])
     numbers = {str(number) for name in ("length_tok", "samples") for number in (run.card.get(name) or {}).values()}
-    for number in numbers:
-        words = words.replace(f"/{number}", "/#").replace(f" of {number}", " of #")
-    shared |= {"data": words, "subtasks": sorted(plain_names(run))}
-    shared["template"] = sorted({str(value) for value in (run.card.get("template") or {}).values()})
-    return digest(shared)
+    data = re.sub(r"\d+", lambda found: "#" if found[0] in numbers else found[0], str(run.card.get("data")))
+    templates = sorted({str(value) for value in (run.card.get("template") or {}).values()})
+    return digest(_shared(run, ()) | {"data": data, "subtasks": sorted(plain_names(run)), "template": templates})
 
 
-def plain_names(run: Run) -> set[str]:
+def plain_names(run: Entry) -> set[str]:
     """The subtasks of a run without lengths and divisors behind ``@``."""
     return {name.partition("@")[0] for name in run.card.get("metric") or {}}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from datetime import datetime
 from typing import Any
 
 from hipexp.config.schema import ConfigError
@@ -18,11 +17,6 @@ USAGE = f"python -m hipexp ls [{'=… '.join(FILTERS)}=…] [--json|--quiet]"
 REASON = 150  # characters of a reason
 
 
-def state_in_words(run: Run) -> str:
-    """What became of a run: done, running, failed with its class, or stopped or damaged (the same command continues it)."""
-    return run.state if run.failure is None else f"failed: {run.failure}"
-
-
 def list_runs(runs: Runs) -> list[dict[str, Any]]:
     """One record per run, in the order of ``runs``; see :func:`record`."""
     return [record(run) for run in runs]
@@ -34,30 +28,22 @@ def record(run: Run) -> dict[str, Any]:
     ``samples`` are finished, of ``of`` (None where nobody knows yet); ``average`` is None unless the run is done: part of the samples
     make no score; ``age_s``: seconds since its status was written.
     """
-    status, failed, updated = run.status, run.state == "failed", str(run.status.get("updated", ""))
+    status, failed = run.status, run.state == "failed"
     of = status.get("of", status.get("finished") if run.state == "done" else None)
     return {
         "task": run.folder.parent.name,
         "run": run.folder.name,
-        "state": state_in_words(run),
+        "state": run.outcome,
         "samples": len(run.samples()),
         "of": of,
         "average": run.summary.get("average"),
         "protocol": run.summary.get("protocol") or run.card.get("protocol"),
         "class": run.failure,
         "message": status.get("message") if failed else None,
-        "updated": updated,
-        "age_s": age_s(updated),
+        "updated": str(status.get("updated", "")),
+        "age_s": max(0, round(time.time() - run.changed)) if run.changed else None,
         "folder": str(run.folder),
     }
-
-
-def age_s(updated: str) -> int | None:
-    """Seconds since a time as ``status.json`` writes it; None for one that is damaged."""
-    try:
-        return max(0, round(time.time() - datetime.strptime(updated, "%Y-%m-%dT%H:%M:%S%z").timestamp()))
-    except ValueError:
-        return None
 
 
 def main(argv: list[str]) -> int:

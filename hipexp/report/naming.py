@@ -3,32 +3,64 @@
 from __future__ import annotations
 
 import shlex
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
 from hipexp.config.schema import ConfigError
-from hipexp.report.gather import Run, groups_of
+from hipexp.report.gather import Entry, groups_of
 
 MOST = 3  # settings in a name
 CUT = " (prompts cut)"
+# Settings outside pipeline and offload that change results or times: told where runs of one task, model and attention differ in them.
+TELLING = ("seed", "model.dtype", "model.prefill_chunk_tok", "task.wording")
 ALSO = ("model", "task", "pipeline", "offload", "seed")
 
 
-def name_runs(runs: Sequence[Run]) -> None:
-    """Set every run's ``label``: its attention, with the settings in which it differs from most others of the same name."""
-    for attention, mine in groups_of(runs, lambda run: run.attention).items():
-        leaves = [dict(_attention_leaves(run)) for run in mine]
-        usual = {key: _usual([one.get(key) for one in leaves]) for key in dict.fromkeys(key for one in leaves for key in one)}
-        for run, one in zip(mine, leaves, strict=True):
-            own = [f"{_short(key)}={_word(value)}" for key, value in one.items() if value != usual[key]]
-            offload = f" + {run.offload}" if run.offload != "none" else ""
-            key = f", {run.folder.name.rpartition('_')[2][:6]}" if len(own) > MOST else ""
-            run.label = ", ".join([attention + offload, *own[:MOST]]) + key + (CUT if _is_cut(run) else "")
+def name_runs(runs: Sequence[Entry]) -> None:
+    """Set every run's ``label``: its attention, with the settings that its presets do not have, and what else tells namesakes apart."""
+    labels = [_label(run) for run in runs]
+    for (*_, label), mine in groups_of(zip(runs, labels, strict=True), lambda pair: (pair[0].task, pair[0].model, pair[1])).items():
+        apart = [{key: _other(run, key) for key in TELLING} for run, _ in mine]
+        keys = [key for key in TELLING if len({repr(values[key]) for values in apart}) > 1]
+        for (run, _), values in zip(mine, apart, strict=True):
+            told = [f"{key.rpartition('.')[2]}={_word(values[key])}" for key in keys if values[key] != _usual(run).get(key)]
+            run.label = ", ".join([label, *told]) + (CUT if _is_cut(run) else "")
 
 
-def _attention_leaves(run: Run) -> Iterator[tuple[str, Any]]:
+def _label(run: Entry) -> str:
+    """The attention of a run, with the settings in which it differs from its presets; the first ``MOST``, and of more the run's key."""
+    offload = f" + {run.offload}" if run.offload != "none" else ""
+    usual, leaves = _presets(run), dict(_attention_leaves(run))
+    own = [f"{_short(key)}={_word(leaves.get(key))}" for key in dict.fromkeys([*usual, *leaves]) if leaves.get(key) != usual.get(key)]
+    key = f", {run.folder.name.rpartition('_')[2][:6]}" if len(own) > MOST else ""
+    return ", ".join([run.attention + offload, *own[:MOST]]) + key
+
+
+def _presets(run: Entry) -> dict[str, Any]:
+    """What the presets of a run's pipeline and offload say by themselves; where they are not there any more, what the run has."""
+    leaves = dict(_attention_leaves(run))
+    usual = _usual(run) or leaves
+    return {key: value for key, value in usual.items() if key in leaves or (leaves and key.startswith("pipeline."))}
+
+
+def _usual(run: Entry) -> dict[str, Any]:
+    """What the presets that a run names configure by themselves; empty where one is not there any more."""
+    try:
+        return dict(_composed(tuple(_chosen(run.config)))) if run.config else {}
+    except ConfigError:
+        return {}
+
+
+def _other(run: Entry, key: str) -> Any:
+    """A setting outside pipeline and offload."""
+    found: Any = run.config
+    for name in key.split("."):
+        found = found.get(name) if isinstance(found, dict) else None
+    return found
+
+
+def _attention_leaves(run: Entry) -> Iterator[tuple[str, Any]]:
     yield from leaves_of(run.config.get("pipeline") or {}, "pipeline")
     if run.offload != "none":
         yield from (
@@ -36,14 +68,9 @@ def _attention_leaves(run: Run) -> Iterator[tuple[str, Any]]:
         )
 
 
-def _is_cut(run: Run) -> bool:
+def _is_cut(run: Entry) -> bool:
     """Whether truncation removed tokens from prompts of a run."""
     return any(((run.card.get("truncation") or {}).get("removed_tok") or {}).values())
-
-
-def _usual(values: Sequence[Any]) -> Any:
-    told = Counter(map(repr, (value for value in values if value is not None))).most_common(1)
-    return next((value for value in values if told and repr(value) == told[0][0]), None)
 
 
 def _short(key: str) -> str:

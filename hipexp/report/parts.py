@@ -97,6 +97,16 @@ class Section:
 MOST_SERIES, MOST_CHARTS = 8, 12
 
 
+def section(
+    name: str, title: str, words: str, charts: Sequence[Chart | HeatChart], tables: Sequence[Table], few: tuple[str, str], found: bool
+) -> Section:
+    """A chapter with the first ``MOST_CHARTS`` charts; of the others the tables. ``few``: what is not there unless ``found``."""
+    more = charts[MOST_CHARTS:]
+    if more:
+        words += f" {len(more)} more groups of runs are in tables only: narrow the folder with runs=<folder> to see them drawn."
+    return Section(name, title, words, charts[:MOST_CHARTS], [*tables, *(chart.table for chart in more)], [] if found else [few])
+
+
 def fewer(series: dict[str, list[Mark]]) -> tuple[dict[str, list[Mark]], str]:
     """At most ``MOST_SERIES`` of them, dense first, then the longest and highest; and a word on those that were left out."""
     order = sorted(series, key=lambda name: (name != "dense", -len(series[name]), -sum(mark.y for mark in series[name]), name))

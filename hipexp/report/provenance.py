@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hipexp.report.accuracy import card_id
-from hipexp.report.gather import Gathered, Run, groups_of
+from hipexp.report.gather import Entry, Gathered, groups_of
 from hipexp.report.naming import command_of
 from hipexp.report.parts import Cell, Link, Section, Table
 
@@ -20,7 +20,8 @@ def excluded(gathered: Gathered) -> Section:
     for run in runs:
         command = (command_of(run.config) if run.config else None) or "the command that started it"
         folder = Link(run.folder.name, str(run.folder.resolve()))
-        rows.append([run.label, _state(run), run.n_samples, run.problem, command, run.task, run.model, run.updated, folder])
+        last = str(run.status.get("updated", ""))
+        rows.append([run.label, _state(run), run.n_samples, run.problem, command, run.task, run.model, last, folder])
     table = Table("excluded", "Runs that are in no number", header, rows, [run.tags for run in runs], folded=False)
     counts = {state: len(mine) for state, mine in groups_of(runs, _state).items()}
     told = ", ".join(f"{n} {state}" for state, n in counts.items()) if counts else "none: every run is finished and whole"
@@ -28,8 +29,8 @@ def excluded(gathered: Gathered) -> Section:
     return Section("excluded", "Failed and unfinished runs", words, tables=[table] if rows else [])
 
 
-def _state(run: Run) -> str:
-    return "not counted" if run.state == "done" else run.state
+def _state(run: Entry) -> str:
+    return "not counted" if run.state == "done" else run.outcome
 
 
 def protocols(gathered: Gathered) -> Section:

@@ -6,6 +6,7 @@ import html
 from collections import UserList
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,10 +20,11 @@ if TYPE_CHECKING:
 
 STATES = ("done", "running", "failed", "stopped", "damaged")
 SHOWN = ("task", "model", "pipeline", "state", "finished", "average", "protocol")
+CARD_PARTS = ("template", "metric", "length_tok", "samples", "new_tok", "truncation", "model")  # each by subtask, or by field
 NESTED = ("references", "traffic", "layers", "rows", "steps_ms")  # fields of lines that are no cell of a table
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Run:
     """A run folder. Every property is read when it is first asked for, and kept; :meth:`samples` reads anew each time."""
 
@@ -57,7 +59,7 @@ class Run:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The resolved configuration; empty where there is none, or, with a word in the log, where it is no YAML."""
+        """The resolved configuration; empty where there is none, or, with a word in the log, where it is damaged."""
         import yaml
 
         path = self.folder / "config.yaml"
@@ -67,15 +69,19 @@ class Run:
             return {}
         except (OSError, UnicodeDecodeError, yaml.YAMLError):
             found = None
-        if not isinstance(found, dict):
+        if not isinstance(found, dict) or not all(isinstance(found.get(name), dict) for name in ("model", "task")):
             LOG.warning("%s is damaged and counts as missing", path)
             return {}
         return found
 
     @cached_property
     def card(self) -> dict[str, Any]:
-        """The protocol card; empty before the run came so far."""
-        return read_json(self.folder / "card.json")
+        """The protocol card; empty before the run came so far, or, with a word in the log, where it is damaged."""
+        card = read_json(self.folder / "card.json")
+        if any(not isinstance(card.get(name) or {}, dict) for name in CARD_PARTS):
+            LOG.warning("%s is damaged and counts as missing", self.folder / "card.json")
+            return {}
+        return card
 
     @cached_property
     def summary(self) -> dict[str, Any]:
@@ -86,6 +92,36 @@ class Run:
     def environment(self) -> dict[str, Any]:
         """``env.json``: device, threads, versions."""
         return read_json(self.folder / "env.json")
+
+    @property
+    def outcome(self) -> str:
+        """What became of the run in words: its state, of a failure with its class."""
+        return self.state if self.failure is None else f"failed: {self.failure}"
+
+    @cached_property
+    def changed(self) -> float:
+        """When its status was written, in seconds since 1970; 0 where that is not known."""
+        try:
+            return datetime.strptime(str(self.status.get("updated")), "%Y-%m-%dT%H:%M:%S%z").timestamp()
+        except ValueError:
+            return 0.0
+
+    @property
+    def task(self) -> str:
+        """The suite that was run."""
+        return str((self.config.get("task") or {}).get("name") or self.folder.parent.name)
+
+    @property
+    def model(self) -> str | None:
+        """The model's name; of a run without one the geometry."""
+        model, task = self.config.get("model") or {}, self.config.get("task") or {}
+        return task.get("geometry") or model.get("name") or model.get("path")
+
+    @property
+    def pipeline(self) -> str:
+        """Preset or method of the pipeline; ``dense`` without one."""
+        pipeline = self.config.get("pipeline") or {}
+        return str(pipeline.get("name") or pipeline.get("method") or "dense")
 
     def samples(self) -> list[dict[str, Any]]:
         """The finished samples, also of a run that is not done."""
@@ -98,12 +134,10 @@ class Run:
     @property
     def facts(self) -> dict[str, Any]:
         """One row about the run: what it is, its state, how many samples are finished, its average (None unless it is done)."""
-        model, pipeline = self.config.get("model") or {}, self.config.get("pipeline")
-        task = self.config.get("task") or {}
         return {
-            "task": task.get("name") or self.folder.parent.name,
-            "model": task.get("geometry") or model.get("name") or model.get("path"),
-            "pipeline": "dense" if pipeline is None else pipeline.get("name") or pipeline.get("method"),
+            "task": self.task,
+            "model": self.model,
+            "pipeline": self.pipeline,
             "state": self.state,
             "class": self.failure,
             "finished": len(self.samples()),
@@ -174,6 +208,11 @@ def _plain(values: list[Any]) -> list[Any]:
     return [None if value is None else kind(value) for value in values]
 
 
+def run_folders(root: Path) -> list[Path]:
+    """The run folders under ``root``, sorted: ``<task>/<run>`` with a status, or with samples."""
+    return sorted({path.parent for name in ("status.json", "samples.jsonl") for path in root.glob(f"*/*/{name}")})
+
+
 def load_runs(folder: str | Path | None = None, **filters: Any) -> Runs:
     """The stored runs, oldest first: those under ``folder``, by default under ``$HIPEXP_RUNS`` or ``runs``.
 
@@ -188,9 +227,9 @@ def load_runs(folder: str | Path | None = None, **filters: Any) -> Runs:
     for state in wanted.get("state", ()):
         if state not in STATES:
             raise ConfigError(f"state={state} must be one of {', '.join(STATES)}")
-    runs = (Run(path.parent) for path in (runs_root() if folder is None else Path(folder).expanduser()).glob("*/*/status.json"))
+    runs = map(Run, run_folders(runs_root() if folder is None else Path(folder).expanduser()))
     kept = [run for run in runs if not wanted or all(run.facts[name] in values for name, values in wanted.items())]
-    return Runs(sorted(kept, key=lambda run: (str(run.status.get("updated", "")), run.name)))
+    return Runs(sorted(kept, key=lambda run: (run.changed, run.name)))
 
 
 def find_run(word: str, runs: Iterable[Run] | None = None) -> Run:
@@ -199,7 +238,7 @@ def find_run(word: str, runs: Iterable[Run] | None = None) -> Run:
     Raises ``ConfigError`` if there is none, or if there are several.
     """
     folder = Path(word).expanduser()
-    if (folder / "status.json").is_file():
+    if any((folder / name).is_file() for name in ("status.json", "samples.jsonl")):
         return Run(folder.resolve())
     runs = load_runs() if runs is None else list(runs)
     word = word.rstrip("/")

@@ -9,9 +9,10 @@ from html import escape
 
 from hipexp.report.parts import Chart, HeatChart, Mark
 
-WIDE, HIGH, LEFT, BELOW, ABOVE, RIGHT, INSET = 420, 290, 52, 50, 12, 10, 14
+WIDE, HIGH, LEFT, BELOW, ABOVE, RIGHT, INSET = 420, 290, 60, 50, 12, 10, 14
 CELL_WIDE, CELL_HIGH = 62, 34
-ASIDE = 3.0  # between marks of neighbouring series at the same place
+MARKS = "Filled: on the Pareto front; black: dense."
+ASIDE = 6.0  # between marks of neighbouring series at the same place
 # cividis in five steps: readable by colour-blind people, and in grey.
 RAMP = ((0, 34, 78), (66, 78, 108), (124, 123, 120), (188, 175, 111), (254, 232, 56))
 
@@ -28,7 +29,7 @@ def draw(chart: Chart) -> str:
         parts += [_numbered(number, name, mark, x, y, marks) for number, name, mark in numbered(chart)]
     else:
         for number, (name, series) in enumerate(chart.series.items()):
-            aside = (number - (len(chart.series) - 1) / 2) * ASIDE if len(marks) > len(chart.series) else 0.0
+            aside = (number - (len(chart.series) - 1) / 2) * ASIDE
             drawn = _series(name, series, x, y, number % 8)
             parts.append(f'<g class="s{number % 8}" transform="translate({aside:g} 0)">{drawn}</g>')
     return _svg(chart.name, chart.title, _told(chart), WIDE, HIGH, "".join(parts))
@@ -38,7 +39,7 @@ def legend(chart: Chart) -> str:
     """The names of the series with their shapes, as a list."""
     if chart.kind == "scatter":
         items = [f'<li value="{number}">{escape(name)}</li>' for number, name, _ in numbered(chart)]
-        return f'<ol class="legend">{"".join(items)}</ol>'
+        return f'<p class="legend">{MARKS}</p><ol class="legend">{"".join(items)}</ol>'
     items = []
     for number, name in enumerate(chart.series):
         shape = f'<svg class="key s{number % 8}" width="16" height="12" aria-hidden="true">{_shape(8, 6, number % 8)}</svg>'
@@ -205,7 +206,8 @@ def _cell(x: float, y: float, found: tuple[float, int] | None) -> str:
     box = f'x="{x + 1}" y="{y + 1}" width="{CELL_WIDE - 2}" height="{CELL_HIGH - 2}"'
     middle = x + CELL_WIDE / 2
     if found is None:
-        return f'<rect class="none" {box}/><text class="faint" x="{middle}" y="{y + CELL_HIGH / 2 + 4}" text-anchor="middle">not run</text>'
+        at = f'x="{middle}" y="{y + CELL_HIGH / 2 + 4}" text-anchor="middle"'
+        return f'<rect class="none" {box}/><text class="faint" {at}>no sample</text>'
     score, n = found
     ink = "#fff" if score < 55 else "#111"
     text = f'<text style="fill:{ink}" x="{middle}" y="{y + 15}" text-anchor="middle">{score:.0f}</text>'

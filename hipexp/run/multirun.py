@@ -16,7 +16,6 @@ from hipexp.config import compose
 from hipexp.config.overrides import is_hydra
 from hipexp.config.schema import ConfigError, Experiment
 from hipexp.output import DRY, JSON, QUIET, Flags, to_json
-from hipexp.report.listing import state_in_words
 from hipexp.report.runs import Run
 from hipexp.report.tables import text_table
 from hipexp.run.ledger import classify, make_folder, read_json, runs_root
@@ -68,7 +67,7 @@ class Point:
         told = self.record()
         if self.refused or self.folder is None:
             return [self.name, f"refused: {told['class']}", None, self.folder and self.folder.name]
-        state = state_in_words(Run(self.folder)) if (self.folder / "status.json").exists() else "to do"
+        state = Run(self.folder).outcome if (self.folder / "status.json").exists() else "to do"
         return [self.name, state, told.get("average"), self.folder.name]
 
 

@@ -13,7 +13,7 @@ from hipexp.config.check import check_experiment
 from hipexp.config.convert import to_schema
 from hipexp.config.schema import ConfigError, Experiment
 from hipexp.output import DRY, answer, aside, split_flags
-from hipexp.report.listing import UNFINISHED, read_filters, state_in_words
+from hipexp.report.listing import UNFINISHED, read_filters
 from hipexp.report.runs import Run, find_run, load_runs
 from hipexp.run.ledger import classify, is_held
 from hipexp.run.point import Load, execute, folder_of, missing_folder, prepare
@@ -57,8 +57,8 @@ def retry(runs: Sequence[Run], dry: bool = False, load: Load | None = None) -> l
     """Go on with ``runs`` in order and tell what became of each; the same as plain data, ``class`` and ``message`` of what fails."""
     load, told = load or load_once(), list[dict[str, Any]]()
     for number, run in enumerate(runs, 1):
-        print(f"[{number}/{len(runs)}] {run.name}: {state_in_words(run)}, {len(run.samples())} sample(s) finished", flush=True)
-        told.append({"folder": str(run.folder), "before": state_in_words(run), "state": run.state, "class": None, "message": None})
+        print(f"[{number}/{len(runs)}] {run.name}: {run.outcome}, {len(run.samples())} sample(s) finished", flush=True)
+        told.append({"folder": str(run.folder), "before": run.outcome, "state": run.state, "class": None, "message": None})
         if run.state == "done":
             continue
         if is_held(run.folder):

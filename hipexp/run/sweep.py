@@ -14,7 +14,6 @@ from typing import Any
 from hipexp.config.compose import compose
 from hipexp.config.schema import ConfigError, Experiment
 from hipexp.output import DRY, answer, aside, split_flags
-from hipexp.report.listing import state_in_words
 from hipexp.report.runs import Run
 from hipexp.report.tables import markdown_table, text_table
 from hipexp.run.ledger import classify, file_name, make_folder, read_json, runs_root, write_text
@@ -45,7 +44,7 @@ class Row:
         """What became of it."""
         if self.run is None:
             return f"refused: {self.refused[0]}"
-        return state_in_words(Run(self.run.folder)) if (self.run.folder / "status.json").exists() else "to do"
+        return Run(self.run.folder).outcome if (self.run.folder / "status.json").exists() else "to do"
 
     def message(self) -> str | None:
         """Why it cannot begin, or failed; None for every other."""

@@ -79,8 +79,8 @@ def test_runs_are_listed_with_what_became_of_them(tmp_path, monkeypatch, capsys)
 def test_a_run_that_is_held_is_running(tmp_path):
     with open_ledger(tmp_path, KEY) as book:
         book.status("running")
-        assert listing.state_in_words(Run(tmp_path)) == "running"
-    assert listing.state_in_words(Run(tmp_path)) == "stopped"
+        assert Run(tmp_path).outcome == "running"
+    assert Run(tmp_path).outcome == "stopped"
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,15 @@
+import ast
 import csv
 import html
 import json
+import os
 import random
 import re
 import shlex
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -112,9 +115,9 @@ def test_subtasks_have_numbers_of_their_own(tmp_path):
         theirs = {row["sample"]: row["score"] for row in dense if row["subtask"] == name}
         steps = [row["score"] - theirs[row["sample"]] for row in ours if row["subtask"] == name]
         told = found[number, name, 6144]
-        assert (told.n, told.mean) == (20, pytest.approx(statistics.fmean(steps)))
-        assert list(told.interval) == pytest.approx(mean_interval(steps))
-        assert (told.better, told.worse) == (sum(s > 0 for s in steps), sum(s < 0 for s in steps))
+        assert (told["n"], told["difference"]) == (20, pytest.approx(statistics.fmean(steps)))
+        assert told["interval"] == pytest.approx(mean_interval(steps, least=-100))
+        assert (told["better"], told["worse"]) == (sum(s > 0 for s in steps), sum(s < 0 for s in steps))
 
 
 @pytest.mark.parametrize(
@@ -153,7 +156,7 @@ def test_of_several_dense_runs_every_sample_counts_once(tmp_path):
     write_run(tmp_path, DENSE, passkeys([0, 0, 100], 6144))
     write_run(tmp_path, PRUNED, passkeys([100, 100, 100], 6144))
     (told,) = differences(pairs_of(gather(tmp_path)), "run").values()
-    assert told.n == 3
+    assert told["n"] == 3
 
 
 def test_what_failed_or_is_not_finished_is_in_no_number(reported):
@@ -251,6 +254,34 @@ def test_runs_of_one_preset_are_named_by_what_differs(reported):
     assert labels[made["3stage 6144"]] == "3stage"
     assert labels[made["less 6144"]] == "3stage, stages.2.keep_tok=1024"
     assert labels[made["offload 6144"]] == "3stage + host"
+
+
+def test_names_do_not_depend_on_which_other_runs_there_are(tmp_path):
+    words = ["+pipeline=3stage", "pipeline.stages.2.keep_tok=1024"]
+    made = [write_run(tmp_path, [*words, *more], passkeys([100], 6144)) for more in ([], ["seed=1"])]
+    alone = gather(tmp_path)
+    name_runs(alone.runs)
+    labels = {run.folder: run.label for run in alone.runs}
+    assert labels[made[0]] == "3stage, stages.2.keep_tok=1024"
+    assert labels[made[1]] == "3stage, stages.2.keep_tok=1024, seed=1"
+
+
+def test_a_curve_over_length_is_one_whatever_hashes_are(tmp_path):
+    """2 samples at 2048 tokens: one number begins the other, and both stand in the words on where the data are from."""
+    for length in (2048, 4096):
+        data = {"data": f"generated, seeds made-up/<subtask>/0/<sample>/{length}, depth by <sample> of 2"}
+        write_run(tmp_path, DENSE, passkeys([100, 0], length), card=data)
+    program = "import sys; from pathlib import Path; from hipexp.report.gather import *; "
+    program += "print({family_id(run) for run in gather(Path(sys.argv[1])).runs})"
+    families = {
+        subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path)], env=os.environ | {"PYTHONHASHSEED": str(seed)}, capture_output=True, text=True,
+            check=True,
+        ).stdout
+        for seed in range(4)
+    }  # fmt: skip
+    [family] = families
+    assert len(ast.literal_eval(family)) == 1
 
 
 def test_the_front_against_brute_force():
@@ -386,7 +417,7 @@ def test_sorting_and_filtering_in_a_browser(reported):
 
 @needs_chromium
 @pytest.mark.slow
-def test_headers_and_search_answer_the_keyboard(reported, tmp_path):
+def test_headers_are_buttons_that_take_the_focus_and_search_answers(reported, tmp_path):
     keys = """<script>
       const head = document.querySelectorAll("#table-leaderboard thead button")[2];
       head.focus();
@@ -421,11 +452,21 @@ def test_a_page_fits_its_window(reported, tmp_path, wide):
     assert needed <= window  # nothing but tables, in their frames, scrolls sideways
 
 
+PICTURES = {"report": (1000, 1150, ""), "report_curves": (1000, 900, "length"), "report_phone": (500, 900, "")}
+
+
 @needs_chromium
 @pytest.mark.slow
-def test_the_picture_of_the_docs(reported, tmp_path):
-    path = tmp_path / "report.png"
-    chromium("--window-size=1000,1150", f"--screenshot={path}", (reported[2] / "report.html").as_uri())
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_of_the_docs(reported, tmp_path, request, name):
+    """With ``--pictures docs`` those that docs/report.md shows are made anew."""
+    wide, high, section = PICTURES[name]
+    path = Path(request.config.getoption("--pictures") or tmp_path).resolve() / f"{name}.png"
+    page = (reported[2] / "report.html").read_text().replace(str(reported[0]), "runs")
+    if section:  # its head and this section alone
+        page = page.replace("</head>", f"<style>main > section:not(#{section}) {{ display: none; }}</style></head>")
+    (tmp_path / "page.html").write_text(page)
+    chromium(f"--window-size={wide},{high}", f"--screenshot={path}", (tmp_path / "page.html").as_uri())
     assert 20_000 < path.stat().st_size < 200_000
 
 
@@ -442,9 +483,12 @@ def test_five_hundred_runs_open(tmp_path):
     # Milliseconds from the start of loading until the page is sorted, filtered, laid out and painted for the first time.
     told = "requestAnimationFrame(() => requestAnimationFrame(() => { document.title = `${performance.now()} ms`; }))"
     path.write_text(path.read_text().replace("</body>", f"<script>{told}</script></body>"))
-    dom = chromium("--dump-dom", f"{path.as_uri()}#sort=leaderboard:2:ascending&q=quest", budget_ms=None)
-    took_ms = float(re.search(r"<title>([\d.]+) ms", dom)[1])
-    print(f"{took_ms:.0f} ms to open it")
+    times = []
+    for _ in range(3):
+        dom = chromium("--dump-dom", f"{path.as_uri()}#sort=leaderboard:2:ascending&q=quest", budget_ms=None)
+        times.append(float(re.search(r"<title>([\d.]+) ms", dom)[1]))
+    print(f"{min(times):.0f} to {max(times):.0f} ms to open it")
+    assert min(times) < 3000
     rows = shown(dom, "leaderboard")
     scores = [float(row[2]) for row in rows]
     assert rows and scores == sorted(scores) and all(row[0].startswith("quest") for row in rows)

@@ -56,7 +56,7 @@ function remember() {
 
 function recall() {
   const state = new URLSearchParams(location.hash.slice(1));
-  for (const name of NAMES) if (state.has(name)) form.elements[name].value = state.get(name);
+  for (const name of NAMES) form.elements[name].value = state.get(name) || "";
   const [id, column, direction] = (state.get("sort") || "").split(":");
   const table = document.getElementById(`table-${id}`);
   if (table && table.tHead.rows[0].cells[Number(column)]) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from hipexp.config.schema import ConfigError
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 RESAMPLES, SEED, LEVEL = 2000, 0, 0.95
+MOST = 100.0  # of a score, and of a difference of two
 
 
 def describe(values: Sequence[float]) -> dict[str, Any]:
@@ -19,19 +21,31 @@ def describe(values: Sequence[float]) -> dict[str, Any]:
     return {"score": sum(scores.tolist()) / scores.size, "n": scores.size, "interval": mean_interval(values)}
 
 
-def mean_interval(values: Sequence[float]) -> list[float] | None:
-    """The 95 % interval of a mean by the percentile bootstrap; None for a single value, of whose spread nothing is known.
+def mean_interval(values: Sequence[float], least: float = 0.0) -> list[float] | None:
+    """The 95 % interval of a mean of scores by the percentile bootstrap; None for a single one, of whose spread nothing is known.
 
-    Seeded, and the same for every order of ``values``. Raises ``ConfigError`` for none, and for values that are not finite.
+    Samples that are all alike have no spread to draw from. They say that others are rarer than a share ``u`` with
+    ``(1 - u)**n = 2.5 %``: the interval reaches as far as that share can move the mean, between ``least`` (0, of differences -100)
+    and 100. Seeded, and the same for every order of ``values``. Raises ``ConfigError`` for none, and for values that are not finite.
     """
+    bounds = _interval(tuple(sorted(checked(values).tolist())), least)
+    return None if bounds is None else list(bounds)
+
+
+@cache  # most cells of a sweep hold the same few scores
+def _interval(scores: tuple[float, ...], least: float) -> tuple[float, float] | None:
     import numpy as np
 
-    scores = np.sort(checked(values))
-    if scores.size < 2:
+    n = len(scores)
+    if n < 2:
         return None
-    rng = np.random.default_rng(SEED)
-    means = [scores[rng.integers(scores.size, size=scores.size)].mean() for _ in range(RESAMPLES)]
-    return [float(bound) for bound in np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])]
+    if scores[0] == scores[-1]:
+        unseen = 1 - ((1 - LEVEL) / 2) ** (1 / n)
+        return scores[0] + unseen * (least - scores[0]), scores[0] + unseen * (MOST - scores[0])
+    drawn, rng = np.asarray(scores), np.random.default_rng(SEED)
+    means = [drawn[rng.integers(n, size=n)].mean() for _ in range(RESAMPLES)]
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
 
 
 def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
@@ -43,7 +57,7 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> dict[st
     if a.size != b.size:
         raise ConfigError(f"a paired difference needs the same samples in both runs: {a.size} here, {b.size} there; score the same ones")
     difference = (a - b).tolist()
-    return {"mean": sum(difference) / a.size, "interval": mean_interval(difference), "n": a.size}
+    return {"mean": sum(difference) / a.size, "interval": mean_interval(difference, least=-MOST), "n": a.size}
 
 
 def checked(values: Sequence[float]) -> np.ndarray:
