@@ -45,9 +45,7 @@ test-transformers: $(DEV) ## the tests of models on the oldest and the newest tr
 	done
 
 test-slurm: $(DEV) ## a sweep on a real Slurm, with a preempted job (Debian, root; installs slurm; some minutes)
-	test -d $(VENV)/slurm || $(RUN) -m pip --disable-pip-version-check install --quiet --no-deps --target $(VENV)/slurm \
-	  hydra-submitit-launcher==1.2.0 submitit==1.5.4 cloudpickle==3.1.3
-	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/$(VENV)/slurm OMP_NUM_THREADS=1 tests/slurm/cluster.sh $(RUN) -m pytest tests/slurm
+	OMP_NUM_THREADS=1 tests/slurm/cluster.sh $(RUN) -m pytest tests/slurm
 
 models: $(CORE) ## every family of models that fits, tried on small checkpoints of its real classes (some minutes)
 	$(RUN) -m hipexp models

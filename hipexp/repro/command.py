@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hipexp.config.schema import ConfigError
+from hipexp.output import DRY, answer, aside, split_flags
 from hipexp.report.page import page as html
 from hipexp.report.parts import Cell, Link, Section, Table
 from hipexp.report.tables import MISSING, duration, text_table
 from hipexp.repro import settings
 from hipexp.repro.data import FULL, NEEDLE, Published, known, read
-from hipexp.repro.needs import dry_run
+from hipexp.repro.needs import plan_of, plan_text
 from hipexp.repro.orderings import FAILS, judge_all
 from hipexp.repro.page import Page, counted, text, write
 from hipexp.repro.points import Cell as Ours
@@ -23,58 +26,68 @@ from hipexp.run.ledger import classify, make_folder, runs_root, write_text
 from hipexp.run.point import Load, stored
 from hipexp.run.several import Named, helpers, load_once, model_line, refuse_own, run_all, split_jobs
 
-DRY, STORED, ALL = "--dry-run", "--stored", "all"
+STORED, ALL = "stored=true", "all"
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a command line asks for: ids, size, overrides for every run, processes, and whether anything is run at all."""
+    """What a command line asks for: ids, size, overrides for every run, processes, and whether what is missing is run."""
 
     ids: list[str]
     size: str
     overrides: list[str]
     jobs: int
-    dry: bool
     stored: bool
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came out of a table: where its page is, in a few words how it ended, and whether nothing contradicts the paper."""
+    """What came out of a table: its page as text, where it is, in a few words how it ended, and whether nothing contradicts the paper."""
 
     id: str
     title: str
     path: Path | None
     told: str
     good: bool
+    text: str = ""
+
+    def plain(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {"id": self.id, "title": self.title, "page": self.path and str(self.path), "outcome": self.told, "holds": self.good}
 
 
 def main(argv: list[str]) -> int:
     """Run what is missing and show the page; resumable. Without an id: which there are. 1 where an ordering does not hold.
 
-    ``--dry-run`` tells the runs and what they need; ``--stored`` shows what is there and runs nothing.
+    ``--dry-run`` tells the runs and what they need; ``stored=true`` shows what is there and runs nothing.
     """
-    if not argv:
-        print(listing())
+    flags, words = split_flags(argv)
+    if not words:
+        answer(flags, listing(), known(), "\n".join(known()))
         return 0
-    asked = read_arguments(argv)
-    if asked.dry:
-        print("\n\n".join(dry_run(read(name), asked.size, asked.overrides) for name in asked.ids))
+    asked = read_arguments(words)
+    if DRY in flags:
+        plans = [plan_of(read(name), asked.size, asked.overrides) for name in asked.ids]
+        answer(flags, "\n\n".join(map(plan_text, plans)), plans, "")
         return 0
-    load = load_once()
-    if len(asked.ids) == 1:
-        return 0 if reproduce(read(asked.ids[0]), asked, load).good else 1
-    outcomes: list[Outcome] = []
+    load, outcomes = load_once(), list[Outcome]()
     for name in asked.ids:
         table = read(name)
         try:
-            outcomes.append(reproduce(table, asked, load))
+            with aside(flags):
+                outcomes.append(reproduce(table, asked, load))
+                print(f"{outcomes[-1].text}\n\n{outcomes[-1].path}", flush=True)
         except Exception as error:
-            print(f"{name}: {error}", flush=True)
+            if len(asked.ids) == 1:
+                raise
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
             outcomes.append(Outcome(name, table.title, None, f"{classify(error)}: {error}", False))
-        path = write_index(outcomes, asked.size)
-    print(text_table(["id", "title", "outcome"], [[one.id, one.title, one.told] for one in outcomes], left=3))
-    print(path)
+    path = outcomes[0].path if len(outcomes) == 1 else write_index(outcomes, asked.size)
+    plain = [outcome.plain() for outcome in outcomes]
+    told = ""
+    if len(outcomes) > 1:
+        told = text_table(["id", "title", "outcome"], [[one.id, one.title, one.told] for one in outcomes], left=3) + f"\n{path}"
+    answer(flags, told, plain, str(path))
     return 0 if all(outcome.good for outcome in outcomes) else 1
 
 
@@ -87,7 +100,7 @@ def read_arguments(argv: list[str]) -> Asked:
             f"repro needs a table or figure first, or {ALL}, as in `python -m hipexp repro table2 size=needle`, not {name or 'nothing'}"
         )
     ids = known() if name == ALL else [read(name).id]
-    flags = {word for word in rest if word in (DRY, STORED)}
+    flags = {word for word in rest if word == STORED}
     sizes = [word.removeprefix("size=") for word in rest if word.startswith("size=")]
     overrides = [word for word in rest if word not in flags and not word.startswith("size=")]
     refuse_own("repro", overrides, free=("task.samples", "task.data"))
@@ -96,16 +109,15 @@ def read_arguments(argv: list[str]) -> Asked:
         raise ConfigError(f"repro {ALL}: size={size} must be {NEEDLE} or {FULL}, which all tables have")
     if name != ALL and not (table := read(name)).settings:
         size_of(table, size)
-    return Asked(ids, size, overrides, jobs, DRY in flags, STORED in flags)
+    return Asked(ids, size, overrides, jobs, bool(flags))
 
 
 def reproduce(table: Published, asked: Asked, load: Load) -> Outcome:
-    """Run a table and write and print its page."""
+    """Run a table and write its page."""
     root = runs_root() / "repro"
     if table.settings:
         told, path, good = settings.write(table, root)
-        print(f"{told}\n\n{path}", flush=True)
-        return Outcome(table.id, table.title, path, "all as printed" if good else "some differ from what is printed", good)
+        return Outcome(table.id, table.title, path, "all as printed" if good else "some differ from what is printed", good, told)
     found = cells(table, asked.size, asked.overrides)
     points = points_of(found)
     if not asked.stored:
@@ -117,10 +129,9 @@ def reproduce(table: Published, asked: Asked, load: Load) -> Outcome:
         run_all([point for point in points if point not in shared], load)  # what is timed runs alone
     page = page_of(table, asked.size, found)
     path = write(page, root)
-    print(f"{text(page)}\n\n{path}", flush=True)
-    told = counted(page.counts()) if page.verdicts else "no ordering"
-    left = left_of(points)
-    return Outcome(table.id, table.title, path, told + f"; {left} of {len(points)} runs are missing" * bool(left), not page.counts()[FAILS])
+    left, told = left_of(points), counted(page.counts()) if page.verdicts else "no ordering"
+    told += f"; {left} of {len(points)} runs are missing" * bool(left)
+    return Outcome(table.id, table.title, path, told, not page.counts()[FAILS], text(page))
 
 
 def page_of(table: Published, size: str, found: Sequence[Ours]) -> Page:

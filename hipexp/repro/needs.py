@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hipexp.config.model import model_folder
 from hipexp.config.schema import ConfigError, Experiment, Model
@@ -15,28 +16,39 @@ from hipexp.suites import origins
 from hipexp.suites.sample import DataMissing
 
 
-def dry_run(table: Published, name: str, overrides: Sequence[str]) -> str:
-    """What would run at a size, in a table, and what is missing for it. Composes every point; raises ``ConfigError``."""
+def plan_of(table: Published, name: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """What would run at a size, and what is missing for it. Composes every point; raises ``ConfigError``."""
+    told: dict[str, Any] = {"id": table.id, "title": table.title, "size": name, "runs": [], "missing": []}
     if table.settings:
-        return f"{table.id}: {len(table.settings)} printed hyperparameters against presets; nothing is run"
-    size, rows, missing = size_of(table, name), [], dict[str, None]()
+        return told | {"says": f"{len(table.settings)} printed hyperparameters against presets; nothing is run"}
     points = points_of(cells(table, name, overrides))
-    for number, point in enumerate(points, 1):
+    for point in points:
         task = point.experiment.task
         of = "attention alone" if task.geometry else point.experiment.model.path
-        tokens = longest(point.experiment)
-        rows.append([number, point.name, of, task.name, tokens or "the data's", samples_of(point.experiment)])
-        missing |= dict.fromkeys(missing_of(point.experiment))
-    needed = [f"- {what}" for what in missing] or ["- nothing: all of it is here"]
-    told = []
+        size = {"tokens": longest(point.experiment), "samples": samples_of(point.experiment)}
+        told["runs"].append({"run": point.name, "model": of, "task": task.name} | size)
+        told["missing"] += [what for what in missing_of(point.experiment) if what not in told["missing"]]
     if name == FULL:
         found = estimate(points)
+        told |= {"gpu_hours": found.gpu_hours, "memory_gb": found.memory_gb}
+    return told | {"says": size_of(table, name).says}
+
+
+def plan_text(plan: dict[str, Any]) -> str:
+    """A plan in words."""
+    head = f"{plan['id']}: {plan['title']}, size={plan['size']}: {plan['says']}"
+    if not plan["runs"]:
+        return head
+    keys = ["run", "model", "task", "tokens", "samples"]
+    rows = [[number, *(run[key] or "the data's" for key in keys)] for number, run in enumerate(plan["runs"], 1)]
+    told = [head, text_table(["", *keys], rows, left=2)]
+    if "gpu_hours" in plan:
         told.append(
-            f"estimate for one NVIDIA H200 (docs/reproduce.md says how): {found.gpu_hours:.2g} GPU hours, "
-            f"{found.memory_gb:.0f} GB of GPU memory besides activations"
+            f"estimate for one NVIDIA H200 (docs/reproduce.md says how): {plan['gpu_hours']:.2g} GPU hours, "
+            f"{plan['memory_gb']:.0f} GB of GPU memory besides activations"
         )
-    head = f"{table.id}: {table.title}, size={name}: {size.says}"
-    return "\n".join([head, text_table(["", "run", "model", "task", "tokens", "samples"], rows, left=2), *told, "missing:", *needed])
+    needed = [f"- {what}" for what in plan["missing"]] or ["- nothing: all of it is here"]
+    return "\n".join([*told, "missing:", *needed])
 
 
 def samples_of(experiment: Experiment) -> str:

@@ -101,7 +101,7 @@ def by_pairs(found: list[tuple[tuple[Sample, Sample], float]]) -> tuple[str, str
     if not differences:
         return NOT_RUN, "no sample is in both runs"
     better, worse = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
-    interval = mean_interval(differences)
+    interval = mean_interval(differences, least=-100.0)
     around = f" ({interval[0]:+.0f} to {interval[1]:+.0f})" if interval else ""
     told = f"{better} better, {worse} worse of {len(differences)} pairs; mean {statistics.fmean(differences):+.1f}{around}"
     if tail(better, better + worse) <= CHANCE:

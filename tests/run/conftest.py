@@ -19,6 +19,7 @@ def model_folder(tmp_path):
     folder.mkdir()
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
     (folder / "config.json").write_text(json.dumps({"num_hidden_layers": 5, "max_position_embeddings": 512, **heads}))
+    (folder / "model.safetensors").write_bytes(b"none")
     return folder
 
 

@@ -8,7 +8,7 @@ from hipexp import cli
 from hipexp.config.schema import ConfigError
 from hipexp.repro import command, estimate, settings
 from hipexp.repro.data import FULL, NEEDLE, QUICK, Published, Row, known, mistakes, read
-from hipexp.repro.needs import dry_run
+from hipexp.repro.needs import plan_of, plan_text
 from hipexp.repro.orderings import FAILS, HOLDS, Verdict
 from hipexp.repro.page import verdict_of
 from hipexp.repro.points import cells, lines, points_of, stand_ins
@@ -197,7 +197,7 @@ def test_stand_ins_are_made_once_and_only_where_they_are_read(overrides, fake):
 
 
 def test_what_is_stored_is_shown_without_running(overrides, fake, capsys):
-    assert command.main(["table6", "size=needle", "--stored", *overrides]) == 0
+    assert command.main(["table6", "size=needle", "stored=true", *overrides]) == 0
     assert fake.calls == 0
     assert "4 of 4 runs are not there yet" in capsys.readouterr().out
 
@@ -232,7 +232,7 @@ def test_the_list_names_all_and_a_dry_run_says_what_is_missing(capsys, monkeypat
     assert command.main([]) == 0
     text = capsys.readouterr().out
     assert all(name in text for name in known())
-    told = dry_run(read("table6"), FULL, [])
+    told = plan_text(plan_of(read("table6"), FULL, []))
     assert "hf download meta-llama/Llama-3.1-8B-Instruct" in told and "longbook_choice_eng" in told
 
 
@@ -300,7 +300,7 @@ def test_times_are_compared_in_percent():
 @pytest.mark.parametrize("name", [*TABLES, *FIGURES])
 @pytest.mark.parametrize("size", [NEEDLE, FULL])
 def test_every_table_and_figure_says_what_it_would_run(name, size):
-    told = dry_run(read(name), size, []).splitlines()
+    told = plan_text(plan_of(read(name), size, [])).splitlines()
     assert told[0].startswith(f"{name}: ") and f"size={size}" in told[0]
     runs = [line for line in told if line.split()[:1] and line.split()[0].isdecimal()]
     assert len(runs) == len(points_of(cells(read(name), size, []))) > 0
