@@ -223,6 +223,30 @@ def draw_scatter(
     _save(figure, heading, path, formats)
 
 
+def draw_front(path: Path, heading: str, series: dict[str, list[tuple[float, float]]], axes: tuple[str, str]) -> None:
+    """Write series of points over a logarithmic axis as a picture at ``path``, as PNG and SVG: told apart by shape as well as colour."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, plot = plt.subplots(figsize=(6.8, 4.6), layout="constrained")
+    styles = [(FAINT, "o", 4), ("#0072b2", "s", 7), ("#0072b2", "D", 6), ("#d55e00", "^", 9), ("#d55e00", "v", 9)]
+    for number, (name, places) in enumerate(series.items()):
+        color, marker, size = styles[number % len(styles)]
+        x, y = zip(*sorted(places), strict=True)
+        plot.plot(x, y, label=name, color=color, marker=marker, markersize=size, linestyle="", fillstyle="none" if number % 2 else "full")
+    plot.set_xscale("log")
+    for formatter in (plot.xaxis.set_major_formatter, plot.xaxis.set_minor_formatter):
+        formatter(lambda size, _: f"{size:g}")
+    plot.set_xlabel(axes[0], color=INK)
+    plot.set_ylabel(axes[1], color=INK)
+    plot.grid(color=EMPTY)
+    plot.legend(frameon=False, fontsize=8)
+    _open_frame(plot)
+    _save(figure, heading, path, ("png", "svg"))
+
+
 def _draw(plot: Any, one: HeatMap, rows: Sequence[str], columns: Sequence[str]) -> Any:
     from matplotlib.patches import Rectangle
 

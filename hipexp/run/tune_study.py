@@ -23,6 +23,7 @@ from hipexp.run.tune_objectives import Objective
 
 # What a point may be beside measured: refused by the checks, too many bytes, the same as another, hopeless by its recall, failed.
 KINDS = ("measured", "invalid", "bytes", "repeated", "recall", "failed")
+FOUND = ("bytes", "attended_bytes", "recall", "scores", "decode_ms", "prefill_ms")  # what is found out of a point
 SAMPLERS = ("tpe", "random")
 RANDOM_FIRST = 20  # points before the sampler has something to go by
 NEEDS = "tune needs the package optuna, which is not installed here: python -m pip install --constraint constraints.txt '.[tune]'"
@@ -49,7 +50,7 @@ class Point:
     number: int
     pipeline: Pipeline | None = None
     rules: str = ""
-    bytes: float = 0.0
+    bytes: float = 0.0  # 0: not counted
     attended_bytes: float = 0.0
     recall: list[float] = field(default_factory=list)
     scores: dict[str, list[float]] = field(default_factory=dict)
@@ -63,13 +64,19 @@ class Point:
         found = getattr(self, name if name != "score" else "scores")
         if isinstance(found, dict):
             found = [x for rung in found.values() for x in rung]
-        return float(found) if isinstance(found, float) else (sum(found) / len(found) if found else None)
+        if isinstance(found, list):
+            return sum(found) / len(found) if found else None
+        return found or None  # every pipeline reads something
 
     def values(self, objectives: Sequence[Objective]) -> list[float]:
         """Of all objectives of a point that was measured."""
-        found = [self.value(one.name) for one in objectives]
-        assert None not in found, f"point {self.number} is not measured"
-        return found  # type: ignore[return-value]
+        found = [value for one in objectives if (value := self.value(one.name)) is not None]
+        assert len(found) == len(objectives), f"point {self.number} is not measured"
+        return found
+
+    def is_known(self, objectives: Sequence[Objective]) -> bool:
+        """Whether there is a value for every objective."""
+        return all(self.value(one.name) is not None for one in objectives)
 
 
 @dataclass
@@ -131,7 +138,7 @@ class Study:
         from optuna.trial import TrialState
 
         self.note(trial, point)
-        if point.kind == "measured":
+        if point.kind in ("measured", "repeated") and point.is_known(self.objectives):
             self.inner.tell(trial, point.values(self.objectives))
         else:
             self.inner.tell(trial, state=TrialState.FAIL if point.kind == "failed" else TrialState.PRUNED)

@@ -1,0 +1,96 @@
+"""How the points of a ``tune`` run: here with the model loaded once, in several processes, or through one of Hydra's launchers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hipexp.config import compose
+from hipexp.config.schema import Experiment
+from hipexp.run.ledger import classify, make_folder, read_json
+from hipexp.run.point import Load, execute
+from hipexp.run.several import Named, helpers
+from hipexp.run.sharing import Shared, run_each
+
+LOG = logging.getLogger("hipexp")
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts that pipelines are asked: ``words`` of the task and ``seed``, ``samples`` of each subtask."""
+
+    words: tuple[str, ...]
+    samples: int
+    seed: int
+
+    @property
+    def own(self) -> list[str]:
+        """The words of these prompts."""
+        return [*self.words, f"task.samples={self.samples}", f"seed={self.seed}"]
+
+    def of(self, pipeline: str) -> Named:
+        """The run of a pipeline, the name of a preset or the path of a file."""
+        path = f"'{pipeline}'" if pipeline.endswith(".yaml") else pipeline
+        return Named(f"{Path(pipeline).stem}, {self.samples} prompt(s) of each subtask", compose.compose([f"+pipeline={path}", *self.own]))
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Where runs happen: ``hydra`` holds the words of a launcher, else ``jobs`` processes here; notes go into ``folder``."""
+
+    hydra: Sequence[str]
+    jobs: int
+    folder: Path
+    load: Load
+    loud: bool
+
+    def run(self, prompts: Prompts, pipelines: Sequence[str]) -> dict[str, Path | str]:
+        """Ask each pipeline all of the prompts; returns for each the run folder, or why its run failed. What is stored is not run again."""
+        points = {pipeline: Shared.of(prompts.of(pipeline)) for pipeline in pipelines}
+        left = list({point.key: point for point in points.values() if not point.done}.values())
+        if left:
+            with self._aside():
+                if self.hydra:
+                    self._launch(prompts, [name for name, point in points.items() if point in left])
+                else:
+                    with helpers(left, min(self.jobs, len(left)), self.folder, run_each):
+                        run_each(left, load=self.load)
+        return {name: point.folder if point.done else _why(point.folder) for name, point in points.items()}
+
+    def _launch(self, prompts: Prompts, pipelines: Sequence[str]) -> None:
+        """All at once through the launcher, which comes back when they are over."""
+        names = ",".join(f"'{name}'" if name.endswith(".yaml") else name for name in pipelines)
+        line = compose.read_line(["-m", *self.hydra, f"+pipeline={names}", *prompts.own])
+        notes = self.folder / "launch"
+        make_folder(notes)
+        compose.run_sweep(line.overrides, attempt, notes.resolve())
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """What runs say goes to stderr, or nowhere; their logs have it."""
+        if self.loud:
+            with redirect_stdout(sys.stderr):
+                yield
+        else:
+            with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+                yield
+
+
+def attempt(experiment: Experiment, words: list[str]) -> None:
+    """Run a point in a process of a launcher; the run folder says what became of it."""
+    try:
+        execute(experiment)
+    except Exception as error:
+        LOG.error("%s failed (%s): %s", shlex.join(words), classify(error), error)
+
+
+def _why(folder: Path) -> str:
+    told: dict[str, Any] = read_json(folder / "status.json")
+    return f"{told.get('class', 'error')}: {told.get('message', 'its run did not begin')} (log: {folder / 'log.txt'})"
