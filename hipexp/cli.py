@@ -37,7 +37,10 @@ COMMANDS = {
     "score": ("hipexp.run.score:main", "official scores of predictions made elsewhere, as JSON"),
     "replay": ("hipexp.run.replay:main", "hits and traffic of caches of any size and policy in a recorded run; replay record records one"),
     "sweep": ("hipexp.run.sweep:main", "a wandb sweep file without wandb: sweep conf/sweep/budget.yaml [key=value …] [jobs=2] [--dry-run]"),
-    "tune": ("hipexp.run.tune:main", "search for pipelines that no other beats: tune task=infbench objective=[score,bytes] max_bytes=3stage hours=1"),
+    "tune": (
+        "hipexp.run.tune:main",
+        "search for pipelines that no other beats: tune task=infbench objective=[score,bytes] max_bytes=3stage hours=1",
+    ),
     "repro": ("hipexp.run.repro:main", "a published table beside ours, as in repro table2 size=needle task.samples=5"),
     "completion": ("hipexp.completion:main", "completion of this command line for a shell: source <(hipexp completion bash)"),
     "doctor": ("hipexp.doctor:main", "versions, device, what is missing; doctor +pipeline=3stage task=ruler: does that run fit?"),

@@ -16,20 +16,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hipexp.config.compose import compose
-from hipexp.config.convert import to_plain
 from hipexp.config.model import model_folder, read_facts
 from hipexp.config.overrides import is_hydra
 from hipexp.config.schema import ConfigError, Experiment
 from hipexp.report.tables import duration, text_table
 from hipexp.run.identity import model_revision
-from hipexp.run.ledger import locked, make_folder, read_json, runs_root, stoppable, write_json, write_text
+from hipexp.run.ledger import RunFailed, locked, make_folder, read_json, runs_root, stoppable, write_json, write_text
 from hipexp.run.point import check_point
 from hipexp.run.several import load_once, model_line, split_jobs, trained_length
+from hipexp.run.tune_final import SEED, Final, Result
 from hipexp.run.tune_launch import Launch, Prompts
-from hipexp.run.tune_objectives import dominates, read_objectives
+from hipexp.run.tune_objectives import read_objectives
 from hipexp.run.tune_recall import Recorded
-from hipexp.run.tune_report import Result, as_data, counts, picture, reasons, table, verdicts, write_pipelines
-from hipexp.run.tune_search import MORE, RUNGS, Aim, Search, take, to_stderr
+from hipexp.run.tune_report import as_data, counts, picture, reasons, table, verdicts, write_pipelines
+from hipexp.run.tune_search import MORE, Aim, Search, to_stderr
 from hipexp.run.tune_space import read_space
 from hipexp.run.tune_study import RANDOM_FIRST, SAMPLERS, Point, Study, open_study, optuna
 from hipexp.suites import filled, rules_of, subtasks_of
@@ -42,7 +42,6 @@ DEFAULTS = {
 }  # fmt: skip
 FLAGS = ("--dry-run", "--quiet", "--json")
 SAMPLES = 4  # prompts of each subtask that every point is asked
-HELD_OUT_SEED = 1000  # added to the seed: prompts that the search has not seen
 MADE = ("infbench", "passkey", "ruler")  # tasks whose prompts a seed makes
 
 
@@ -64,21 +63,21 @@ class Order:
         """The folder of the study."""
         return runs_root() / "tune" / self.name
 
-    def number(self, name: str) -> int:
-        """A whole number of the command's own words."""
-        return int(self.own[name])
+    @property
+    def held_out(self) -> Prompts:
+        """Prompts that the search does not see."""
+        return Prompts(self.aim.words, int(self.own["held_out"]), self.aim.experiment.seed + SEED)
 
     @property
     def identity(self) -> dict[str, str]:
         """What makes two calls the same search, in words; how long and by whom does not."""
         aim = self.aim
-        said = {
+        return {
             "prompts": shlex.join(aim.words), "samples": str(aim.experiment.task.samples), "seed": str(aim.experiment.seed),
             "model": f"{aim.experiment.model.path} {model_revision(aim.experiment.model)}",
             "objective": ",".join(one.name for one in aim.objectives), "sampler": self.own["sampler"],
             "max_bytes": str(aim.max_bytes), "space": json.dumps(asdict(aim.space)), "version": str(VERSION),
         }  # fmt: skip
-        return said
 
 
 def read_words(argv: Sequence[str]) -> Order:
@@ -94,7 +93,9 @@ def read_words(argv: Sequence[str]) -> Order:
     experiment = compose([*words, *_samples(words)])
     task, objectives = experiment.task, tuple(read_objectives(own["objective"]))
     if task.name not in MADE or rules_of(task, None):
-        raise ConfigError(f"task={task.name} has one set of prompts, and tune needs others to check by; use task={' or '.join(MADE)}, in own words")
+        raise ConfigError(
+            f"task={task.name} has one set of prompts, and tune needs others to check by; use task={' or '.join(MADE)}, in own words"
+        )
     trained_tok = trained_length(experiment.model)
     folder, facts = model_folder(experiment.model), read_facts(experiment.model)
     assert facts is not None and folder is not None and base.pipeline is not None, "refused by trained_length"
@@ -154,37 +155,37 @@ def _most(text: str, aim: Aim, words: Sequence[str]) -> float | None:
         assert pipeline is not None, "composed with one"
         return aim.bytes_of(pipeline)[1]
     if not most > 0:
-        raise ConfigError(f"max_bytes={text} must be a number above 0, or the name of a pipeline that reads as many, as in max_bytes=3stage")
+        raise ConfigError(
+            f"max_bytes={text} must be a number above 0, or the name of a pipeline that reads as many, as in max_bytes=3stage"
+        )
     return most
 
 
 def tell_plan(order: Order) -> None:
     """Print what would be searched and how; loads no model."""
-    aim, task = order.aim, order.aim.experiment.task
-    subtasks = len(subtasks_of(task)) if task.name != "passkey" else len(filled(task, aim.facts.trained_tok).depths or [1])
-    print(text_table(["parameter", "values"], aim.space.lines(), left=2))
-    most = "" if aim.max_bytes is None else f", at most {aim.max_bytes / 1e6:.3f} MB"
-    assert order.base.pipeline is not None
-    print(
-        f"some {aim.space.size:.1e} pipelines; {order.own['sampler']} draws {order.own['trials']} points at most, "
-        f"the first {RANDOM_FIRST} at random, in {order.own['hours']} h at most\n"
-        f"objectives: {', '.join(f'{one.name} ({one.direction}, {one.needs})' for one in aim.objectives)}\n"
-        f"a decode step behind {aim.n_tok} tokens: {order.base.pipeline.name} reads {aim.bytes_of(order.base.pipeline)[1] / 1e6:.3f} MB{most}"
-    )
+    aim, own, task, base = order.aim, order.own, order.aim.experiment.task, order.base.pipeline
+    assert base is not None, "refused before"
+    most = "" if aim.max_bytes is None else f"; at most {aim.max_bytes / 1e6:.3f} MB"
+    lines = [
+        text_table(["parameter", "values"], aim.space.lines(), left=2),
+        f"some {aim.space.size:.1e} pipelines, of which {own['sampler']} draws {own['trials']} in {own['hours']} h, at most; "
+        f"the first {RANDOM_FIRST} at random",
+        f"objectives: {', '.join(f'{one.name} ({one.direction}, {one.needs})' for one in aim.objectives)}",
+        f"a decode step behind {aim.n_tok} tokens: {base.name} reads {aim.bytes_of(base)[1] / 1e6:.3f} MB{most}",
+    ]
     if aim.hears:
-        print(f"first recall on recorded attention at {aim.facts.trained_tok} tokens, with 1/{aim.divisor} of the budgets")
+        lines.append(f"first: recall on recorded attention at {aim.facts.trained_tok} tokens, with 1/{aim.divisor} of the budgets")
     if aim.asks:
-        samples = task.samples
-        print(
-            f"then the model: {samples} prompts of each of {subtasks} subtask(s) for every point that is left, {MORE * samples} more for one "
-            f"that no other beats\nin the end up to {order.own['checked']} of the front and {order.base.pipeline.name} answer "
-            f"{order.own['held_out']} other prompts each"
-        )
-    print(order.folder)
+        cells = len(filled(task, aim.facts.trained_tok).depths or subtasks_of(task)) * len(task.lengths_tok or [1])
+        lines += [
+            f"then: {cells * task.samples} prompts for a point that is left, {cells * MORE * task.samples} more for one that none beats",
+            f"in the end: {cells * int(own['held_out'])} other prompts for {base.name} and each of up to {own['checked']} of the front",
+        ]
+    print("\n".join([*lines, str(order.folder)]))
 
 
 def main(argv: list[str]) -> int:
-    """Search, check what was found, and write it; ``--dry-run`` tells the space and the plan. Returns 0, or 1 where nothing was found."""
+    """Search, check what was found, and write it; ``--dry-run`` tells the space and the plan. Raises ``ConfigError`` and ``RunFailed``."""
     order = read_words(argv)
     if "--dry-run" in order.flags:
         tell_plan(order)
@@ -204,53 +205,55 @@ def _claim(order: Order) -> None:
         before = read_json(order.folder / "study.json").get("search", {})
         differing = [name for name, value in order.identity.items() if before and before.get(name) != value]
         if differing:
-            name = differing[0]
-            raise ConfigError(
-                f"name={order.name} is another search, by its {name}: {str(before.get(name))[:80]}, not {order.identity[name][:80]}; choose another name"
-            )
+            was, asked = (f"{str(told.get(differing[0]))[:80]}" for told in (before, order.identity))
+            raise ConfigError(f"name={order.name} is another search ({differing[0]} was {was}, not {asked}); choose another name")
         write_json(order.folder / "study.json", {"search": order.identity, "command": order.command})
 
 
 def search(order: Order, study: Study, begun: float) -> int:
     """The whole of it, in a study that is open."""
-    aim, loud = order.aim, "--quiet" not in order.flags
-    say = to_stderr if loud else _quiet
-    load = load_once()
+    aim, own, loud = order.aim, order.own, "--quiet" not in order.flags
+    say, load = to_stderr if loud else _quiet, load_once()
     launch = Launch(order.hydra, order.jobs, order.folder, load, loud)
-    recorded = Recorded(aim.experiment, order.folder / "activations", load, aim.facts.trained_tok, aim.divisor)
-    base, final = Point(-1, order.base.pipeline), Final(order, launch)
-    assert base.pipeline is not None
+    recorded, others = (
+        Recorded(aim.experiment, order.folder / "activations", load, aim.facts.trained_tok, aim.divisor, n) for n in (0, SEED)
+    )
+    batch = int(own["batch"] or (2 * order.jobs if order.jobs > 1 else 8 if order.hydra else 1))
+    until = begun + 3600 * float(own["hours"])
+    going = Search(aim, study, launch, recorded, order.name, int(own["trials"]), batch, until, say)
+    final = Final(aim, launch, others, own["baseline"], order.held_out, int(own["checked"]), going.file)
+    base = Point(-1, order.base.pipeline)
+    assert base.pipeline is not None, "refused before"
     base.attended_bytes, base.bytes = aim.bytes_of(base.pipeline)
     base.recall = recorded.of(base.pipeline) if aim.hears else []
-    batch = int(order.own["batch"] or (2 * order.jobs if order.jobs > 1 else 8 if order.hydra else 1))
-    until = begun + 3600 * float(order.own["hours"])
+    say(f"{order.folder}: {counts(study.points())}" if study.points() else f"{order.folder}: a new search")
     if aim.asks:
-        final.ask(base, order.own["baseline"], aim.prompts(0), 0)
-    going = Search(aim, study, launch, recorded, order.name, order.number("trials"), batch, until, say)
+        final.ask(base, 0)
     going.reserve_s = lambda: final.expected_s(base, study.points())
-    say(f"{order.folder}: {len(study.points())} points so far; {counts(study.points())}" if study.points() else f"{order.folder}: a new search")
     going.run()
     best = sorted(going.best(), key=lambda point: point.values(aim.objectives)[0], reverse=aim.objectives[0].more)
     if not best:
-        print(f"nothing was measured in {duration(time.monotonic() - begun)}: {counts(study.points())}; give it more hours= or trials=")
-        return 1
-    results = final.check(base, best)
-    points = study.points()
-    named = write_pipelines(order.folder, order.name, results[1:], results[0], final.held_out.own if aim.asks else aim.prompts(0).own, order.command)
-    results = [results[0], *named]
-    drawn = picture(order.folder / "front.png", aim, points, results)
+        raise RunFailed(
+            f"nothing was measured in {duration(time.monotonic() - begun)}: {counts(study.points())}; give it more hours= or trials="
+        )
+    return hand_over(order, study.points(), final.check(base, best))
+
+
+def hand_over(order: Order, points: Sequence[Point], results: Sequence[Result]) -> int:
+    """Write and print what was found."""
+    aim, folder = order.aim, order.folder
+    results = [results[0], *write_pipelines(folder, order.name, results, order.held_out.own, order.command)]
+    drawn, told = picture(folder / "front.png", aim, points, results), as_data(aim, points, results, folder)
     text = report(order, points, results)
-    write_text(order.folder / "table.txt", text + "\n")
-    write_json(order.folder / "result.json", as_data(aim, points, results, order.folder))
+    write_text(folder / "table.txt", text + "\n")
+    write_json(folder / "result.json", told)
     if "--json" in order.flags:
-        print(json.dumps(as_data(aim, points, results, order.folder), ensure_ascii=False))
-    elif loud:
-        print(text)
-        print(f"pipelines: {order.folder / 'pipelines'}\ntable:     {order.folder / 'table.txt'}")
-        if drawn:
-            print(f"picture:   {order.folder / 'front.png'}")
-    if "--json" not in order.flags:
-        print(order.folder)
+        print(json.dumps(told, ensure_ascii=False))
+        return 0
+    if "--quiet" not in order.flags:
+        print(f"{text}\npipelines: {folder / 'pipelines'}\ntable:     {folder / 'table.txt'}")
+        print(f"picture:   {folder / 'front.png'}" if drawn else "no picture: there is one objective")
+    print(folder)
     return 0
 
 
@@ -262,74 +265,5 @@ def report(order: Order, points: Sequence[Point], results: Sequence[Result]) -> 
     """Everything there is to say in the end."""
     aim = order.aim
     head = f"{model_line(aim.experiment.model)}; {aim.experiment.task.name}, prompts of {aim.n_tok} tokens; bytes: of a mean decode step"
-    first = next((result for result in results[1:] if result.file is not None), None)
-    run = [] if first is None else [shlex.join(["python", "-m", "hipexp", f"+pipeline={first.file}", *Final(order, None).held_out.own])]
-    parts = [head, "\n".join([counts(points), *reasons(points)]), table(aim, results), "\n".join(verdicts(aim, results)), *run]
-    return "\n\n".join(parts)
-
-
-@dataclass(frozen=True)
-class Final:
-    """The last check: the best points and the baseline, on prompts that chose neither."""
-
-    order: Order
-    launch: Launch | None
-
-    @property
-    def held_out(self) -> Prompts:
-        """Prompts that the search has not seen."""
-        aim = self.order.aim
-        return Prompts(aim.words, self.order.number("held_out"), aim.experiment.seed + HELD_OUT_SEED)
-
-    def ask(self, point: Point, pipeline: str, prompts: Prompts, rung: int) -> None:
-        """Ask prompts of a pipeline by name or file. Raises ``ConfigError`` where its run fails."""
-        assert self.launch is not None
-        told = self.launch.run(prompts, [pipeline])[pipeline]
-        if isinstance(told, str):
-            raise ConfigError(f"{pipeline} cannot be compared with, its run failed: {told}")
-        take(point, rung, told)
-
-    def chosen(self, base: Point, best: Sequence[Point]) -> list[Point]:
-        """The points that are checked: those that beat the baseline so far first, then in order."""
-        objectives, most = self.order.aim.objectives, self.order.number("checked")
-        theirs = base.values(objectives)
-        return sorted(best, key=lambda point: not dominates(point.values(objectives), theirs, objectives))[:most]
-
-    def check(self, base: Point, best: Sequence[Point]) -> list[Result]:
-        """The baseline and the front, with what they answer to other prompts."""
-        aim, baseline = self.order.aim, self.order.own["baseline"]
-        if not aim.asks:
-            return [Result(baseline, None, base, None), *(Result(f"t{point.number:04d}", point, point, None) for point in best)]
-        assert self.launch is not None
-        for rung in range(1, len(RUNGS)):
-            self.ask(base, baseline, aim.prompts(rung), rung)
-        chosen = self.chosen(base, best)
-        files = {point.number: str(self.order.folder / "trials" / f"{self.order.name}_t{point.number:04d}.yaml") for point in chosen}
-        other = Point(-1, base.pipeline, bytes=base.bytes, attended_bytes=base.attended_bytes)
-        told = self.launch.run(self.held_out, [*files.values(), baseline])
-        if isinstance(told[baseline], Path):
-            take(other, 0, told[baseline])  # type: ignore[arg-type]
-        results = [Result(baseline, None, base, other)]
-        for point in best:
-            found, place = Point(point.number, point.pipeline, bytes=point.bytes, attended_bytes=point.attended_bytes), None
-            place = told.get(files.get(point.number, ""))
-            if isinstance(place, Path):
-                take(found, 0, place)
-            results.append(Result(f"t{point.number:04d}", point, point, found if isinstance(place, Path) else None))
-        return results
-
-    def expected_s(self, base: Point, points: Sequence[Point]) -> float:
-        """What the last check will take, by what prompts took so far."""
-        aim = self.order.aim
-        measured = [point for point in points if point.kind == "measured"]
-        if not aim.asks or not measured:
-            return 0.0
-        best = sorted(measured, key=lambda point: point.values(aim.objectives)[0], reverse=aim.objectives[0].more)[: self.order.number("checked")]
-        subtasks = len(base.scores["0"]) / max(1, aim.experiment.task.samples)
-        each = [sum(ms) / len(ms) / 1e3 for point in best for ms in [[x for rung in point.prefill_ms.values() for x in rung]]]
-        theirs = sum(base.prefill_ms["0"]) / len(base.prefill_ms["0"]) / 1e3
-        prompts = self.order.number("held_out") * subtasks
-        return SLACK * (sum(each) * prompts + theirs * (prompts + RUNGS[1] * len(base.scores["0"]))) / self.order.jobs
-
-
-SLACK = 1.15  # of a prompt's time over its prefill: decode steps, and making it
+    run = shlex.join(["python", "-m", "hipexp", f"+pipeline={results[1].file}", *order.held_out.own])
+    return "\n\n".join([head, "\n".join([counts(points), *reasons(points)]), table(aim, results), "\n".join(verdicts(aim, results)), run])

@@ -10,7 +10,7 @@ import shlex
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from hipexp.report.figures import draw_front
 from hipexp.report.tables import score_text, text_table
 from hipexp.run.allocation import yaml_of
 from hipexp.run.ledger import make_folder, write_text
-from hipexp.run.tune_objectives import Objective, dominates
+from hipexp.run.tune_final import Result
+from hipexp.run.tune_objectives import dominates
 from hipexp.run.tune_search import Aim
 from hipexp.run.tune_study import KINDS, Point
 from hipexp.suites.scoring.statistics import mean_interval, paired_difference
@@ -31,22 +32,6 @@ KIND_WORDS = {
     "recall": "hopeless by recall",
     "failed": "failed",
 }
-
-
-@dataclass(frozen=True)
-class Result:
-    """A point of the front, or the baseline (``point`` None), with its values on the prompts of the search and on others."""
-
-    name: str
-    point: Point | None
-    searched: Point
-    checked: Point | None
-    file: Path | None = None
-
-    def known(self, objective: Objective) -> float | None:
-        """The value that counts: of the other prompts where there is one."""
-        other = self.checked.value(objective.name) if self.checked is not None and objective.needs != "count" else None
-        return self.searched.value(objective.name) if other is None else other
 
 
 def shape(point: Point) -> str:
@@ -85,7 +70,11 @@ def table(aim: Aim, results: Sequence[Result]) -> str:
     for result in results:
         row: list[Any] = [result.name]
         if scored:
-            row += [score_of(result.searched), score_of(result.checked), None if result is base else difference(result.checked, base.checked)]
+            row += [
+                score_of(result.searched),
+                score_of(result.checked),
+                None if result is base else difference(result.checked, base.checked),
+            ]
         for one in others:
             value, theirs = result.known(one), base.known(one)
             row.append(one.show(value))
@@ -122,20 +111,18 @@ def reasons(points: Sequence[Point], kind: str = "invalid", most: int = 3) -> li
     return [f"  {count} × {what}" for what, count in found.most_common(most)]
 
 
-def write_pipelines(folder: Path, name: str, results: Sequence[Result], base: Result, words: Sequence[str], command: str) -> list[Result]:
-    """The front as files under ``pipelines/``, which run as they are; what an earlier call left there of this study goes."""
+def write_pipelines(folder: Path, name: str, results: Sequence[Result], words: Sequence[str], command: str) -> list[Result]:
+    """The front as files under ``pipelines/``, which run as they are; those of an earlier call that are not among them go."""
     place, written = folder / "pipelines", []
     make_folder(place)
-    for result in results:
-        assert result.point is not None and result.point.pipeline is not None
-        path = place / f"{name}_t{result.point.number:04d}.yaml"
-        lines = [
-            shlex.join(["python", "-m", "hipexp", f"+pipeline={path}", *words]),
-            f"found by: {command} (point {result.point.number})",
-            *measured_lines(result, base),
-        ]
-        write_text(path, yaml_of(result.point.pipeline, lines))
-        written.append(Result(result.name, result.point, result.searched, result.checked, path))
+    for result in results[1:]:
+        point = result.searched
+        assert point.pipeline is not None
+        path = place / f"{name}_t{point.number:04d}.yaml"
+        run = shlex.join(["python", "-m", "hipexp", f"+pipeline={path}", *words])
+        lines = [run, f"found by: {command} (point {point.number})", *measured_lines(result, results[0])]
+        write_text(path, yaml_of(point.pipeline, lines))
+        written.append(replace(result, file=path))
     for path in place.glob(f"{name}_t*.yaml"):
         if path not in {result.file for result in written}:
             path.unlink()
@@ -147,7 +134,9 @@ def measured_lines(result: Result, base: Result) -> list[str]:
     lines = [f"a decode step reads {result.searched.bytes / 1e6:.3f} MB ({base.name}: {base.searched.bytes / 1e6:.3f} MB)"]
     for what, ours, theirs in (("search", result.searched, base.searched), ("held out", result.checked, base.checked)):
         if (score := score_of(ours)) is not None:
-            lines.append(f"score, {what}: {score} of {len(flat(ours)) if ours else 0} prompts; {base.name}: {score_of(theirs) or 'not asked'}")
+            lines.append(
+                f"score, {what}: {score} of {len(flat(ours)) if ours else 0} prompts; {base.name}: {score_of(theirs) or 'not asked'}"
+            )
     if result.searched.recall:
         lines.append(f"recall of recorded attention: {statistics.fmean(result.searched.recall):.3f}")
     return lines
@@ -158,27 +147,30 @@ def picture(path: Path, aim: Aim, points: Sequence[Point], results: Sequence[Res
     if len(aim.objectives) < 2:
         return False
     upright, across = sorted(aim.objectives[:2], key=lambda one: not one.more)
-    base, front = results[0], [result.searched for result in results[1:]]
+    base = results[0]
 
     def at(point: Point) -> tuple[float, float] | None:
         x, y = point.value(across.name), point.value(upright.name)
         scale = 1e-6 if across.unit == "MB" else 1.0
         return None if x is None or y is None else (x * scale, y * (1e-6 if upright.unit == "MB" else 1.0))
 
+    checked = [result.checked for result in results[1:] if result.checked]
     series = {
-        "measured": [place for point in points if point.kind == "measured" and (place := at(point))],
-        "front, search": [place for point in front if (place := at(point))],
-        "front, held out": [place for r in results[1:] if r.checked and upright.name == "score" and (place := at(r.checked))],
-        f"{base.name}, search": [place for place in [at(base.searched)] if place],
-        f"{base.name}, held out": [place for place in [base.checked and at(base.checked)] if place],
+        "measured": [point for point in points if point.kind == "measured"],
+        "front, search": [result.searched for result in results[1:]],
+        "front, held out": checked,
+        f"{base.name}, search": [base.searched],
+        f"{base.name}, held out": [base.checked] if base.checked else [],
     }
+    placed = {name: [place for point in found if (place := at(point))] for name, found in series.items()}
     heading = f"{aim.experiment.task.name}, {aim.n_tok} tokens: what {counts(points).partition(':')[0]} found"
-    draw_front(path, heading, {name: places for name, places in series.items() if places}, (across.header, upright.header))
+    draw_front(path, heading, placed, (across.header, upright.header))
     return True
 
 
 def as_data(aim: Aim, points: Sequence[Point], results: Sequence[Result], folder: Path) -> dict[str, Any]:
     """The result for scripts."""
+
     def values(point: Point | None) -> dict[str, Any]:
         return {} if point is None else {one.name: point.value(one.name) for one in aim.objectives} | {"scores": point.scores}
 
@@ -188,8 +180,7 @@ def as_data(aim: Aim, points: Sequence[Point], results: Sequence[Result], folder
         "points": dict(Counter(point.kind or "not finished" for point in points)),
         "baseline": {"name": results[0].name, "search": values(results[0].searched), "held_out": values(results[0].checked)},
         "front": [
-            {"point": r.point.number, "file": str(r.file), "search": values(r.searched), "held_out": values(r.checked)}
+            {"point": r.searched.number, "file": str(r.file), "search": values(r.searched), "held_out": values(r.checked)}
             for r in results[1:]
-            if r.point is not None
         ],
     }

@@ -39,7 +39,10 @@ WAIT_S = 1.0  # between looks at what other processes do
 
 @dataclass(frozen=True)
 class Aim:
-    """What is searched for: ``experiment`` with prompts of ``n_tok`` tokens; at most ``max_bytes`` read by a decode step, if there is a most."""
+    """What is searched for: ``experiment`` with prompts of ``n_tok`` tokens.
+
+    ``max_bytes``: the most that a decode step may read; None has no limit.
+    """
 
     experiment: Experiment
     words: tuple[str, ...]
@@ -186,12 +189,15 @@ class Search:
         return [p for p in points if not any(dominates(v, p.values(self.aim.objectives), self.aim.objectives) for v in values)]
 
     def write(self, point: Point) -> Path:
-        """The file of a point, so that it can be run."""
+        """Write a point as a file that can be run; returns it."""
         assert point.pipeline is not None
-        path = self.study.folder / "trials" / f"{self.name}_t{point.number:04d}.yaml"
-        make_folder(path.parent)
-        write_text(path, yaml_of(point.pipeline, [f"point {point.number} of {self.name}"]))
-        return path
+        make_folder(self.file(point).parent)
+        write_text(self.file(point), yaml_of(point.pipeline, [f"point {point.number} of {self.name}"]))
+        return self.file(point)
+
+    def file(self, point: Point) -> Path:
+        """Where that is."""
+        return self.study.folder / "trials" / f"{self.name}_t{point.number:04d}.yaml"
 
     def best(self) -> list[Point]:
         """The front, every point of it asked all prompts: who falls behind then makes room for others."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ class FrontStage:
 
 @dataclass(frozen=True)
 class Space:
-    """The values of everything that is drawn; ``early_layers`` first layers have a strategy of their own, and ``early_times`` the budget."""
+    """The values of everything that is drawn; ``early_layers`` first layers have a strategy and a budget of their own."""
 
     stages: list[int]
     heads: list[str]
@@ -126,7 +127,11 @@ class Space:
         flat: list[tuple[str, str]] = []
         for item in fields(self):
             value = getattr(self, item.name)
-            parts = [(item.name, value)] if isinstance(value, list) else [(f"{item.name}.{x.name}", getattr(value, x.name)) for x in fields(value)]
+            parts = (
+                [(item.name, value)]
+                if isinstance(value, list)
+                else [(f"{item.name}.{x.name}", getattr(value, x.name)) for x in fields(value)]
+            )
             flat += [(name, ", ".join(str(one).lower() if isinstance(one, bool) else str(one) for one in values)) for name, values in parts]
         return flat
 
@@ -142,7 +147,13 @@ def _product(part: Any) -> int:
     return found
 
 
-WORDS: dict[str, type] = {"heads": Heads, "rope": PruneRope, "attend": AttendRope, "early_rope": PruneRope, "representative": Representative}
+WORDS: dict[str, type[Enum]] = {
+    "heads": Heads,
+    "rope": PruneRope,
+    "attend": AttendRope,
+    "early_rope": PruneRope,
+    "representative": Representative,
+}
 
 
 def read_space(path: Path | None) -> Space:
@@ -155,9 +166,9 @@ def read_space(path: Path | None) -> Space:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"space={path} is no search space ({reason}); copy conf/tune/default.yaml and change it") from error
-    parts = {"last": LastStage, "front": FrontStage}
-    read = _read(made, Space, f"space={path}: ", parts)
-    return Space(**read | {name: kind(**_read(read[name], kind, f"space={path}: {name}.")) for name, kind in parts.items()})
+    read = _read(made, Space, f"space={path}: ", ("last", "front"))
+    last, front = (_read(read[name], kind, f"space={path}: {name}.") for name, kind in (("last", LastStage), ("front", FrontStage)))
+    return Space(**read | {"last": LastStage(**last), "front": FrontStage(**front)})
 
 
 def _read(made: Any, kind: type, where: str, parts: Any = ()) -> dict[str, Any]:

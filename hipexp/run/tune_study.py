@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hipexp.config.convert import to_plain, to_schema
 from hipexp.config.schema import ConfigError, Pipeline
@@ -89,10 +89,17 @@ class Study:
     seed: int
     owner: str
     inner: Any  # optuna.Study
+    _read: dict[int, Point] = field(default_factory=dict)  # finished ones
 
     def points(self) -> list[Point]:
-        """All points so far, in order."""
-        return [_point(trial) for trial in self.inner.get_trials(deepcopy=False)]
+        """All points so far, in order; those that are finished are the same objects every time."""
+        found = []
+        for trial in self.inner.get_trials(deepcopy=False):
+            point = self._read.get(trial.number) or _point(trial)
+            if trial.state.is_finished():
+                self._read[trial.number] = point
+            found.append(point)
+        return found
 
     def next(self, limit: int) -> Any | None:
         """An Optuna trial to work on: one that its process has left, else a new one; None if there are ``limit`` already."""
@@ -177,7 +184,7 @@ def open_study(folder: Path, objectives: Sequence[Objective], sampler: str, seed
         lock.acquire()
         mend(path)
         lock.release()
-        storage = module.storages.JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
+        storage = module.storages.JournalStorage(JournalFileBackend(str(path), lock_obj=cast(Any, lock)))
         directions = [one.direction for one in objectives]
         inner = module.create_study(storage=storage, study_name="tune", directions=directions, load_if_exists=True)
         yield Study(folder, objectives, sampler, seed, owner, inner)

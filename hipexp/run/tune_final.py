@@ -1,0 +1,98 @@
+"""The last check of ``tune``: what was found and the baseline, on prompts that chose neither."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hipexp.run.ledger import RunFailed
+from hipexp.run.tune_launch import Launch, Prompts
+from hipexp.run.tune_objectives import Objective, dominates
+from hipexp.run.tune_recall import Recorded
+from hipexp.run.tune_search import RUNGS, Aim, take
+from hipexp.run.tune_study import Point
+
+SEED = 1000  # added to that of the search: prompts that it has not seen
+SLACK = 1.15  # of a prompt's time over that of its prefill: decode steps, and making it
+
+
+@dataclass(frozen=True)
+class Result:
+    """A point of the front, or the baseline, with its values on the prompts of the search, and on others if it was asked them.
+
+    ``file``: the pipeline, as it is handed over.
+    """
+
+    name: str
+    searched: Point
+    checked: Point | None = None
+    file: Path | None = None
+
+    def known(self, objective: Objective) -> float | None:
+        """The value that counts: of the other prompts where there is one."""
+        other = self.checked.value(objective.name) if self.checked is not None else None
+        return self.searched.value(objective.name) if other is None else other
+
+
+@dataclass(frozen=True)
+class Final:
+    """``prompts`` are those of the check, ``recorded`` is of others of the same kind.
+
+    ``most`` points are asked; ``file`` gives that of a point.
+    """
+
+    aim: Aim
+    launch: Launch
+    recorded: Recorded
+    baseline: str
+    prompts: Prompts
+    most: int
+    file: Callable[[Point], Path]
+
+    def ask(self, base: Point, rung: int) -> None:
+        """Ask the baseline the prompts of a rung. Raises ``RunFailed`` if it cannot answer: there is nothing to compare with then."""
+        told = self.launch.run(self.aim.prompts(rung), [self.baseline])[self.baseline]
+        if isinstance(told, str):
+            raise RunFailed(f"baseline={self.baseline} cannot be compared with, its run failed: {told}; mend that, or choose another")
+        take(base, rung, told)
+
+    def chosen(self, base: Point, best: Sequence[Point]) -> list[Point]:
+        """Which points are asked: those that beat the baseline so far first, then in order."""
+        objectives = self.aim.objectives
+        theirs = base.values(objectives)
+        return sorted(best, key=lambda point: not dominates(point.values(objectives), theirs, objectives))[: self.most]
+
+    def check(self, base: Point, best: Sequence[Point]) -> list[Result]:
+        """The baseline and the front; the baseline is also asked what it was not yet of the search's prompts."""
+        if self.aim.asks:
+            for rung in range(1, len(RUNGS)):
+                self.ask(base, rung)
+        chosen = self.chosen(base, best)
+        others = {point.number: Point(point.number, point.pipeline) for point in (base, *chosen)}
+        if self.aim.asks:
+            names = {base.number: self.baseline, **{point.number: str(self.file(point)) for point in chosen}}
+            told = self.launch.run(self.prompts, list(names.values()))
+            for number, name in names.items():
+                if isinstance(place := told[name], Path):
+                    take(others[number], 0, place)
+        if any(one.name == "recall" for one in self.aim.objectives):
+            for other in others.values():
+                assert other.pipeline is not None
+                other.recall = self.recorded.of(other.pipeline)
+        return [
+            Result(self.baseline, base, others[base.number]),
+            *(Result(f"t{one.number:04d}", one, others.get(one.number)) for one in best),
+        ]
+
+    def expected_s(self, base: Point, points: Sequence[Point]) -> float:
+        """How long the check will take, by what prompts took so far."""
+        aim, samples = self.aim, self.aim.experiment.task.samples
+        measured = [point for point in points if point.kind == "measured"]
+        if not aim.asks or not measured:
+            return 0.0
+        best = sorted(measured, key=lambda point: point.values(aim.objectives)[0], reverse=aim.objectives[0].more)[: self.most]
+        known = len(base.prefill_ms["0"])
+        asked = self.prompts.samples * known / samples
+        theirs = (base.value("prefill_ms") or 0.0) * (asked + (RUNGS[1] * known if len(base.prefill_ms) == 1 else 0))
+        return SLACK * (asked * sum(point.value("prefill_ms") or 0.0 for point in best) + theirs) / 1e3 / self.launch.jobs
