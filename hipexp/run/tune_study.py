@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -136,7 +137,7 @@ class Study:
     def note(self, trial: Any, point: Point) -> None:
         """Write down what is known of a point."""
         for name, value in vars(point).items():
-            told = to_plain(value) if isinstance(value, Pipeline) else value
+            told = to_plain(value) if isinstance(value, Pipeline) else deepcopy(value)  # which Optuna keeps as it is, and compares
             if name != "number" and trial.user_attrs.get(name) != told:
                 trial.set_user_attr(name, told)
 
