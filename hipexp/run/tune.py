@@ -38,7 +38,7 @@ VERSION = 1  # raise it when the same words search otherwise
 USAGE = "tune task=infbench objective=[score,bytes] [key=value …] [max_bytes=3stage] [trials=1000] [hours=1] [space=FILE] [--dry-run]"
 DEFAULTS = {
     "objective": "[score,bytes]", "trials": "1000", "hours": "1", "name": "", "space": "", "baseline": "3stage", "max_bytes": "",
-    "held_out": "20", "checked": "5", "sampler": "tpe", "batch": "",
+    "held_out": "20", "checked": "5", "sampler": "tpe", "batch": "16",
 }  # fmt: skip
 FLAGS = ("--dry-run", "--quiet", "--json")
 SAMPLES = 4  # prompts of each subtask that every point is asked
@@ -66,7 +66,7 @@ class Order:
     @property
     def held_out(self) -> Prompts:
         """Prompts that the search does not see."""
-        return Prompts(self.aim.words, int(self.own["held_out"]), self.aim.experiment.seed + SEED)
+        return Prompts(self.aim.experiment, self.aim.words, int(self.own["held_out"]), self.aim.experiment.seed + SEED)
 
     @property
     def identity(self) -> dict[str, str]:
@@ -117,9 +117,9 @@ def _check_words(words: Sequence[str], own: dict[str, str]) -> None:
     for word in words:
         if _key(word).split(".")[0] in ("pipeline", "track"):
             raise ConfigError(f"{word} cannot be said in `tune`, which chooses pipelines itself and tracks nothing; leave it out")
-    for name, least in (("trials", 1), ("held_out", 2), ("checked", 1), *([("batch", 1)] if own["batch"] else [])):
+    for name, least in (("trials", 1), ("held_out", 2), ("checked", 1), ("batch", 1)):
         if not own[name].isascii() or not own[name].isdecimal() or int(own[name]) < least:
-            raise ConfigError(f"{name}={own[name]} must be a whole number from {least}; try {name}={DEFAULTS[name] or 4}")
+            raise ConfigError(f"{name}={own[name]} must be a whole number from {least}; try {name}={DEFAULTS[name]}")
     try:
         hours = float(own["hours"])
     except ValueError:
@@ -218,9 +218,8 @@ def search(order: Order, study: Study, begun: float) -> int:
     recorded, others = (
         Recorded(aim.experiment, order.folder / "activations", load, aim.facts.trained_tok, aim.divisor, n) for n in (0, SEED)
     )
-    batch = int(own["batch"] or (2 * order.jobs if order.jobs > 1 else 8 if order.hydra else 1))
     until = begun + 3600 * float(own["hours"])
-    going = Search(aim, study, launch, recorded, order.name, int(own["trials"]), batch, until, say)
+    going = Search(aim, study, launch, recorded, order.name, int(own["trials"]), int(own["batch"]), until, say)
     final = Final(aim, launch, others, own["baseline"], order.held_out, int(own["checked"]), going.file)
     base = Point(-1, order.base.pipeline)
     assert base.pipeline is not None, "refused before"

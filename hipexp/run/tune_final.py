@@ -52,7 +52,8 @@ class Final:
 
     def ask(self, base: Point, rung: int) -> None:
         """Ask the baseline the prompts of a rung. Raises ``RunFailed`` if it cannot answer: there is nothing to compare with then."""
-        told = self.launch.run(self.aim.prompts(rung), [self.baseline])[self.baseline]
+        assert base.pipeline is not None
+        told = self.launch.run(self.aim.prompts(rung), {self.baseline: base.pipeline})[self.baseline]
         if isinstance(told, str):
             raise RunFailed(f"baseline={self.baseline} cannot be compared with, its run failed: {told}; mend that, or choose another")
         take(base, rung, told)
@@ -72,7 +73,7 @@ class Final:
         others = {point.number: Point(point.number, point.pipeline) for point in (base, *chosen)}
         if self.aim.asks:
             names = {base.number: self.baseline, **{point.number: str(self.file(point)) for point in chosen}}
-            told = self.launch.run(self.prompts, list(names.values()))
+            told = self.launch.run(self.prompts, {name: pipeline for n, name in names.items() if (pipeline := others[n].pipeline)})
             for number, name in names.items():
                 if isinstance(place := told[name], Path):
                     take(others[number], 0, place)

@@ -6,14 +6,14 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hipexp.config import compose
-from hipexp.config.schema import Experiment
+from hipexp.config.schema import Experiment, Pipeline
 from hipexp.run.ledger import classify, make_folder, read_json
 from hipexp.run.point import Load, execute
 from hipexp.run.several import Named, helpers
@@ -24,8 +24,9 @@ LOG = logging.getLogger("hipexp")
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts that pipelines are asked: ``words`` of the task and ``seed``, ``samples`` of each subtask."""
+    """The prompts that pipelines are asked: those of ``experiment``, by its ``words``, but ``samples`` of each subtask and a ``seed``."""
 
+    experiment: Experiment
     words: tuple[str, ...]
     samples: int
     seed: int
@@ -35,10 +36,11 @@ class Prompts:
         """The words of these prompts."""
         return [*self.words, f"task.samples={self.samples}", f"seed={self.seed}"]
 
-    def of(self, pipeline: str) -> Named:
-        """The run of a pipeline, the name of a preset or the path of a file."""
-        path = f"'{pipeline}'" if pipeline.endswith(".yaml") else pipeline
-        return Named(f"{Path(pipeline).stem}, {self.samples} prompt(s) of each subtask", compose.compose([f"+pipeline={path}", *self.own]))
+    def of(self, name: str, pipeline: Pipeline) -> Named:
+        """The run of a pipeline, by the name of a preset or the path of a file: what ``+pipeline=<name>`` and the words would run."""
+        stem, task = Path(name).stem, replace(self.experiment.task, samples=self.samples)
+        own = replace(self.experiment, task=task, seed=self.seed, pipeline=replace(pipeline, name=stem))
+        return Named(f"{stem}, {self.samples} prompt(s) of each subtask", own)
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,17 @@ class Launch:
     load: Load
     loud: bool
 
-    def run(self, prompts: Prompts, pipelines: Sequence[str]) -> dict[str, Path | str]:
-        """Ask each pipeline all of the prompts; returns for each the run folder, or why its run failed. What is stored is not run again."""
-        points = {pipeline: Shared.of(prompts.of(pipeline)) for pipeline in pipelines}
+    @property
+    def at_once(self) -> int:
+        """How many pipelines are run beside each other; 0: as many as there are."""
+        return 0 if self.hydra else self.jobs
+
+    def run(self, prompts: Prompts, pipelines: Mapping[str, Pipeline]) -> dict[str, Path | str]:
+        """Ask pipelines, by the names of presets and paths of files, all of the prompts; returns the run folder of each, or why it failed.
+
+        What is stored is not run again.
+        """
+        points = {name: Shared.of(prompts.of(name, pipeline)) for name, pipeline in pipelines.items()}
         left = list({point.key: point for point in points.values() if not point.done}.values())
         if left:
             with self._aside():

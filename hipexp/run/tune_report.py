@@ -30,6 +30,7 @@ KIND_WORDS = {
     "bytes": "read too much",
     "repeated": "drawn before",
     "recall": "hopeless by recall",
+    "late": "not asked for want of time",
     "failed": "failed",
 }
 

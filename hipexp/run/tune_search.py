@@ -1,9 +1,12 @@
 """The search of ``tune``: draw a point, refuse it as cheaply as can be, ask the model few prompts, and more where it is worth it.
 
-1. The checks of the configuration, which cost nothing; so do counted bytes, and points that were drawn before.
-2. Recall on recorded attention, about a second: a point that clearly holds less than another that reads no more is dropped, and one that
-   clearly holds less than another (of the same positions in the final attention) which answered nothing.
-3. The model, ``task.samples`` prompts of each subtask. A point that no other beats by then is asked ``MORE`` times as many other ones.
+Points come in batches, of which every point passes
+
+1. the checks of the configuration, which cost nothing; so do counted bytes, and points that were drawn before;
+2. recall on recorded attention, about a second: a point that clearly holds less than another that reads no more is dropped, and one that
+   clearly holds less than another (of the same positions in the final attention) which answered nothing. When the batch is full, it is
+   looked at again, beside the others of the batch;
+3. the model, ``task.samples`` prompts of each subtask. Points that no other beats by then are asked ``MORE`` times as many other ones.
 """
 
 from __future__ import annotations
@@ -71,7 +74,7 @@ class Aim:
     def prompts(self, rung: int) -> Prompts:
         """The prompts of a rung; no prompt is in two of them."""
         experiment = self.experiment
-        return Prompts(self.words, RUNGS[rung] * experiment.task.samples, experiment.seed + rung)
+        return Prompts(experiment, self.words, RUNGS[rung] * experiment.task.samples, experiment.seed + rung)
 
     def bytes_of(self, pipeline: Pipeline) -> tuple[float, float]:
         """Bytes attended to, and all that are read, in a mean decode step."""
@@ -104,7 +107,7 @@ class Search:
                     break
                 if (point := self.considered(trial)) is not None:
                     batch.append((trial, point))
-            self.measure(batch)
+            self.measure(self.kept(batch))
             if not batch and self.study.in_work() == 0:
                 return
             if not batch and not self.over():
@@ -159,6 +162,18 @@ class Search:
             return "invalid", str(error)
         return hopeless(point, known)
 
+    def kept(self, batch: Sequence[tuple[object, Point]]) -> list[tuple[object, Point]]:
+        """Those of a batch that are not hopeless beside all that are known by now; the others are told."""
+        known, left = self.study.points(), list[tuple[object, Point]]()
+        for trial, point in batch:
+            told = hopeless(point, [other for other in known if other.number != point.number]) if self.aim.hears else None
+            if told is None:
+                left.append((trial, point))
+            else:
+                point.kind, point.why = told
+                self.study.tell(trial, point)
+        return left
+
     def measure(self, batch: Sequence[tuple[object, Point]]) -> None:
         """Ask the model, rung by rung, and tell what came out, in the order in which points were drawn."""
         self.ask([point for _, point in batch], 0)
@@ -174,26 +189,32 @@ class Search:
 
     def ask(self, points: Sequence[Point], rung: int) -> None:
         """Ask the prompts of a rung; a point whose run fails is decided by that."""
-        paths = {point.number: self.write(point) for point in points}
-        found = self.launch.run(self.aim.prompts(rung), [str(path) for path in paths.values()]) if points else {}
-        for point in points:
-            told = found[str(paths[point.number])]
-            if isinstance(told, str):
-                point.kind, point.why = "failed", told
-            else:
-                take(point, rung, told)
+        size = self.launch.at_once or len(points) or 1
+        for begin in range(0, len(points), size):
+            some = points[begin : begin + size]
+            if rung == 0 and self.over():
+                for point in points[begin:]:
+                    point.kind, point.why = "late", "no time was left to ask the model"
+                return
+            found = self.launch.run(self.aim.prompts(rung), dict(map(self.write, some)))
+            for point in some:
+                told = found[str(self.file(point))]
+                if isinstance(told, str):
+                    point.kind, point.why = "failed", told
+                else:
+                    take(point, rung, told)
 
     def _worth(self, points: Sequence[Point], among: Sequence[Point]) -> list[Point]:
         values = [point.values(self.aim.objectives) for point in among if point.is_known(self.aim.objectives)]
         points = [point for point in points if point.is_known(self.aim.objectives)]
         return [p for p in points if not any(dominates(v, p.values(self.aim.objectives), self.aim.objectives) for v in values)]
 
-    def write(self, point: Point) -> Path:
-        """Write a point as a file that can be run; returns it."""
+    def write(self, point: Point) -> tuple[str, Pipeline]:
+        """Write a point as a file that can be run; returns it and what it holds."""
         assert point.pipeline is not None
         make_folder(self.file(point).parent)
         write_text(self.file(point), yaml_of(point.pipeline, [f"point {point.number} of {self.name}"]))
-        return self.file(point)
+        return str(self.file(point)), point.pipeline
 
     def file(self, point: Point) -> Path:
         """Where that is."""

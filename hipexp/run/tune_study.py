@@ -12,7 +12,6 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -22,8 +21,9 @@ from hipexp.config.schema import ConfigError, Pipeline
 from hipexp.run.ledger import is_held, locked, make_folder, on_disk
 from hipexp.run.tune_objectives import Objective
 
-# What a point may be beside measured: refused by the checks, too many bytes, the same as another, hopeless by its recall, failed.
-KINDS = ("measured", "invalid", "bytes", "repeated", "recall", "failed")
+# What a point may be beside measured: refused by the checks, too many bytes, the same as another, hopeless by its recall, not
+# asked for want of time, failed.
+KINDS = ("measured", "invalid", "bytes", "repeated", "recall", "late", "failed")
 FOUND = ("bytes", "attended_bytes", "recall", "scores", "decode_ms", "prefill_ms")  # what is found out of a point
 SAMPLERS = ("tpe", "random")
 RANDOM_FIRST = 20  # points before the sampler has something to go by
@@ -136,10 +136,7 @@ class Study:
 
     def note(self, trial: Any, point: Point) -> None:
         """Write down what is known of a point."""
-        for name, value in vars(point).items():
-            told = to_plain(value) if isinstance(value, Pipeline) else deepcopy(value)  # which Optuna keeps as it is, and compares
-            if name != "number" and trial.user_attrs.get(name) != told:
-                trial.set_user_attr(name, told)
+        trial.set_user_attr("point", to_plain(point))
 
     def tell(self, trial: Any, point: Point) -> None:
         """Write down what is known of a point, which is decided, and let the sampler know."""
@@ -153,10 +150,8 @@ class Study:
 
 
 def _point(trial: Any) -> Point:
-    attrs = {name: value for name, value in trial.user_attrs.items() if name in Point.__dataclass_fields__}
-    if attrs.get("pipeline"):
-        attrs["pipeline"] = to_schema(attrs["pipeline"], Pipeline)
-    return Point(trial.number, **attrs)
+    told = trial.user_attrs.get("point", {"number": trial.number})
+    return Point(**told | {"pipeline": told.get("pipeline") and to_schema(told["pipeline"], Pipeline)})
 
 
 def picker(trial: Any) -> Any:
