@@ -38,6 +38,20 @@ compdef _hipexp hipexp""",
 FLAGS = ("-m", "--cfg", "--dry-run", "--quiet", "--json", "--help", "--version")
 STAGES = 4  # numbers of stages that are offered
 OF_RUNS = {"compare": ("--anyway", "--json", "all=true"), "retry": ("--dry-run", "class=", "task=")}  # commands whose words are runs
+TUNE = (
+    "objective=",
+    "max_bytes=",
+    "trials=",
+    "hours=",
+    "name=",
+    "space=",
+    "baseline=",
+    "held_out=",
+    "checked=",
+    "sampler=",
+    "jobs=",
+    "batch=",
+)
 FILTERS = ("task=", "model=", "pipeline=", "state=", "class=", "protocol=", "--json")
 
 
@@ -65,6 +79,8 @@ def candidates(line: str) -> list[str]:
         return starting(current, [*run_names(), *OF_RUNS[command]])
     if command == "ls":
         return starting(current, FILTERS)
+    if command == "tune":
+        return starting(current, ["--dry-run", *TUNE]) + overrides(current)
     if command == "completion":
         return starting(current, SCRIPTS)
     if current.startswith("-") and "=" not in current:

@@ -38,6 +38,8 @@ PRESETS = sorted(path.stem for path in (conf_dir() / "pipeline").glob("*.yaml"))
         ("hipexp --d", ["--dry-run"]),
         ("hipexp ls st", ["state="]),
         ("hipexp completion f", ["fish"]),
+        ("hipexp tune task=ruler obj", ["objective="]),
+        ("hipexp tune task.sa", ["task.samples="]),
         ("hipexp nothing.at.all", []),
         ("hipexp nothing=", []),
     ],

@@ -52,6 +52,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         CONFIG | {"hipexp.cache.policies", "hipexp.cache.replay", "hipexp.cache.traces", "hipexp.report", "hipexp.run"},
         {"hipexp.hf", "tqdm"},
     ),
+    "hipexp/run/tune_study.py": (CONFIG | {"hipexp.run"}, {"optuna"}),
     "hipexp/run/link_traffic.py": (
         CONFIG | {"hipexp.cache.traffic", "hipexp.hf", "hipexp.report", "hipexp.run", "torch", "transformers"},
         set(),

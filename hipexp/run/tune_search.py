@@ -102,7 +102,8 @@ class Search:
         while not self.over():
             batch = list[tuple[object, Point]]()
             while len(batch) < self.batch and not self.over():
-                trial = self.study.next(self.limit)
+                whole = any(point.asked for _, point in batch)  # a batch that was left: nobody joins it
+                trial = self.study.next(0 if whole else self.limit)
                 if trial is None:
                     break
                 if (point := self.considered(trial)) is not None:
@@ -119,9 +120,10 @@ class Search:
 
     def considered(self, trial: object) -> Point | None:
         """A point of which the model has to be asked, or None: the others are decided here, and told."""
-        number = trial.number  # type: ignore[attr-defined]
+        if (begun := self.study.begun(trial)).asked:
+            return begun
         pipeline = self.aim.space.draw(picker(trial), self.aim.divisor)
-        point = Point(number, pipeline)
+        point = Point(begun.number, pipeline)
         told = self._refused(point)
         if told is None and not self.aim.asks:
             told = "measured", ""
@@ -166,12 +168,16 @@ class Search:
         """Those of a batch that are not hopeless beside all that are known by now; the others are told."""
         known, left = self.study.points(), list[tuple[object, Point]]()
         for trial, point in batch:
-            told = hopeless(point, [other for other in known if other.number != point.number]) if self.aim.hears else None
+            others = [other for other in known if other.number != point.number]
+            told = hopeless(point, others) if self.aim.hears and not point.asked else None
             if told is None:
                 left.append((trial, point))
             else:
                 point.kind, point.why = told
                 self.study.tell(trial, point)
+        for trial, point in left:
+            point.asked = True
+            self.study.note(trial, point)
         return left
 
     def measure(self, batch: Sequence[tuple[object, Point]]) -> None:

@@ -6,10 +6,10 @@ Every point is drawn by a sampler with a seed of its own, so that a study that w
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
 import socket
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,7 +37,6 @@ def optuna() -> Any:
     except ImportError as error:
         raise ConfigError(NEEDS) from error
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    logging.captureWarnings(True)  # of features that Optuna calls experimental
     return optuna
 
 
@@ -45,7 +44,8 @@ def optuna() -> Any:
 class Point:
     """A drawn pipeline and what is known of it.
 
-    ``scores``, ``decode_ms`` and ``prefill_ms`` are those of single prompts, by rung; ``kind`` None: it is not decided yet.
+    ``scores``, ``decode_ms`` and ``prefill_ms`` are those of single prompts, by rung; ``kind`` None: it is not decided yet;
+    ``asked``: it is the model's turn.
     """
 
     number: int
@@ -59,6 +59,7 @@ class Point:
     prefill_ms: dict[str, list[float]] = field(default_factory=dict)
     kind: str | None = None
     why: str = ""
+    asked: bool = False
 
     def value(self, name: str) -> float | None:
         """Of an objective: the mean over all prompts; None while it is not known."""
@@ -103,7 +104,7 @@ class Study:
         return found
 
     def next(self, limit: int) -> Any | None:
-        """An Optuna trial to work on: one that its process has left, else a new one; None if there are ``limit`` already."""
+        """An Optuna trial to work on: one that its process has left, else a new one, or None if there are ``limit`` already."""
         import optuna
 
         with locked(self.folder / ".next"):
@@ -115,6 +116,10 @@ class Study:
             trial = self.inner.ask() if left is None else optuna.trial.Trial(self.inner, left._trial_id)
             trial.set_user_attr("owner", self.owner)
             return trial
+
+    def begun(self, trial: Any) -> Point:
+        """What is known of a trial that is not finished."""
+        return _point(trial)
 
     def in_work(self) -> int:
         """How many points are being worked on, by whomever, or were left."""
@@ -132,7 +137,9 @@ class Study:
         seed = (self.seed * 1_000_003 + number) % 2**32
         if self.sampler == "random":
             return optuna.samplers.RandomSampler(seed=seed)
-        return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, n_startup_trials=RANDOM_FIRST)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # groups are for stages that there may not be
+            return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, n_startup_trials=RANDOM_FIRST)
 
     def note(self, trial: Any, point: Point) -> None:
         """Write down what is known of a point."""
