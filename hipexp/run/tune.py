@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shlex
+import sys
 import time
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hipexp.config.compose import compose
-from hipexp.config.model import model_folder, read_facts
+from hipexp.config.model import model_folder, read_config, read_facts
 from hipexp.config.overrides import is_hydra
 from hipexp.config.schema import ConfigError, Experiment
 from hipexp.report.tables import duration, text_table
@@ -89,8 +92,7 @@ def read_words(argv: Sequence[str]) -> Order:
     hydra = tuple(word for word in words if is_hydra(word))
     words = [word for word in words if word.split("=")[0] not in DEFAULTS and word not in hydra]
     _check_words(words, own)
-    base = _baseline(own["baseline"], words)
-    experiment = compose([*words, *_samples(words)])
+    base = experiment = _baseline(own["baseline"], words)
     task, objectives = experiment.task, tuple(read_objectives(own["objective"]))
     if task.name not in MADE or rules_of(task, None):
         raise ConfigError(
@@ -101,7 +103,8 @@ def read_words(argv: Sequence[str]) -> Order:
     assert facts is not None and folder is not None and base.pipeline is not None, "refused by trained_length"
     full = filled(task, trained_tok)
     n_tok = min(max([full.length_tok or 0, *(full.lengths_tok or [])]), task.truncate_tok or 2**31)
-    heads = read_json(folder / "config.json")["num_attention_heads"]
+    config = read_config(folder / "config.json", experiment.model)
+    heads = config.get("text_config", config)["num_attention_heads"]
     kept = tuple(word for word in words if _key(word) not in ("task.samples", "seed"))
     space = read_space(Path(own["space"]).expanduser() if own["space"] else None)
     aim = Aim(experiment, kept, objectives, space, facts, heads, n_tok, None)
@@ -195,7 +198,8 @@ def main(argv: list[str]) -> int:
     with stoppable():
         _claim(order)
         with open_study(order.folder, order.aim.objectives, order.own["sampler"], order.aim.experiment.seed) as study:
-            return search(order, study, begun)
+            with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stderr(nowhere if "--quiet" in order.flags else sys.stderr):
+                return search(order, study, begun)
 
 
 def _claim(order: Order) -> None:
@@ -212,20 +216,19 @@ def _claim(order: Order) -> None:
 
 def search(order: Order, study: Study, begun: float) -> int:
     """The whole of it, in a study that is open."""
-    aim, own, loud = order.aim, order.own, "--quiet" not in order.flags
-    say, load = to_stderr if loud else _quiet, load_once()
-    launch = Launch(order.hydra, order.jobs, order.folder, load, loud)
+    aim, own, load = order.aim, order.own, load_once()
+    launch = Launch(order.hydra, order.jobs, order.folder, load)
     recorded, others = (
         Recorded(aim.experiment, order.folder / "activations", load, aim.facts.trained_tok, aim.divisor, n) for n in (0, SEED)
     )
     until = begun + 3600 * float(own["hours"])
-    going = Search(aim, study, launch, recorded, order.name, int(own["trials"]), int(own["batch"]), until, say)
+    going = Search(aim, study, launch, recorded, order.name, int(own["trials"]), int(own["batch"]), until)
     final = Final(aim, launch, others, own["baseline"], order.held_out, int(own["checked"]), going.file)
     base = Point(-1, order.base.pipeline)
     assert base.pipeline is not None, "refused before"
     base.attended_bytes, base.bytes = aim.bytes_of(base.pipeline)
     base.recall = recorded.of(base.pipeline) if aim.hears else []
-    say(f"{order.folder}: {counts(study.points())}" if study.points() else f"{order.folder}: a new search")
+    to_stderr(f"{order.folder}: {counts(study.points())}" if study.points() else f"{order.folder}: a new search")
     if aim.asks:
         final.ask(base, 0)
     going.reserve_s = lambda: final.expected_s(base, study.points())
@@ -254,10 +257,6 @@ def hand_over(order: Order, points: Sequence[Point], results: Sequence[Result]) 
         print(f"picture:   {folder / 'front.png'}" if drawn else "no picture: there is one objective")
     print(folder)
     return 0
-
-
-def _quiet(text: str) -> None:
-    pass
 
 
 def report(order: Order, points: Sequence[Point], results: Sequence[Result]) -> str:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,6 @@ class Launch:
     jobs: int
     folder: Path
     load: Load
-    loud: bool
 
     @property
     def at_once(self) -> int:
@@ -66,7 +64,7 @@ class Launch:
         points = {name: Shared.of(prompts.of(name, pipeline)) for name, pipeline in pipelines.items()}
         left = list({point.key: point for point in points.values() if not point.done}.values())
         if left:
-            with self._aside():
+            with redirect_stdout(sys.stderr):
                 if self.hydra:
                     self._launch(prompts, [name for name, point in points.items() if point in left])
                 else:
@@ -81,16 +79,6 @@ class Launch:
         notes = self.folder / "launch"
         make_folder(notes)
         compose.run_sweep(line.overrides, attempt, notes.resolve())
-
-    @contextmanager
-    def _aside(self) -> Iterator[None]:
-        """What runs say goes to stderr, or nowhere; their logs have it."""
-        if self.loud:
-            with redirect_stdout(sys.stderr):
-                yield
-        else:
-            with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-                yield
 
 
 def attempt(experiment: Experiment, words: list[str]) -> None:

@@ -36,7 +36,7 @@ from hipexp.run.tune_study import FOUND, Point, Study, picker
 MARGIN = 0.02  # of recall, by which a point has to hold less to be dropped
 MORE = 2  # times as many prompts for points that no other beats
 RUNGS = (1, MORE)
-AGAIN = 200  # points in a row that were drawn before: there are no others
+AGAIN = 50  # points in a row that were drawn before: there are no others
 WAIT_S = 1.0  # between looks at what other processes do
 
 
@@ -83,7 +83,7 @@ class Aim:
 
 @dataclass
 class Search:
-    """A search in progress. ``until``: when it ends (``time.monotonic``), by the time that is left for ``reserve_s``."""
+    """A search in progress; ``until`` (of ``time.monotonic``) there must be time left for ``reserve_s``."""
 
     aim: Aim
     study: Study
@@ -93,7 +93,6 @@ class Search:
     limit: int
     batch: int
     until: float
-    say: Callable[[str], None]
     reserve_s: Callable[[], float] = lambda: 0.0
     _again: int = field(default=0, init=False)
 
@@ -245,7 +244,7 @@ class Search:
         left = max(0.0, self.until - time.monotonic())
         shown = [f"{one.header} {one.show(point.value(one.name))}" for one in self.aim.objectives]
         told = ", ".join(shown) if point.kind == "measured" else f"{point.kind}: {point.why}"
-        self.say(f"{len(points)} drawn, {measured} measured, {duration(left)} left at most; point {point.number}: {told}")
+        to_stderr(f"{len(points)} drawn, {measured} measured, {duration(left)} left at most; point {point.number}: {told}")
 
 
 def hopeless(point: Point, known: Sequence[Point]) -> tuple[str, str] | None:

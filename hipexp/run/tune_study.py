@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import socket
 import time
 import warnings
@@ -191,6 +192,7 @@ def open_study(folder: Path, objectives: Sequence[Objective], sampler: str, seed
         directions = [one.direction for one in objectives]
         inner = module.create_study(storage=storage, study_name="tune", directions=directions, load_if_exists=True)
         yield Study(folder, objectives, sampler, seed, owner, inner)
+    shutil.rmtree(folder / "owners" / owner, ignore_errors=True)
 
 
 def mend(path: Path) -> None:

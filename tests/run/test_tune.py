@@ -12,14 +12,17 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
+import yaml
 
 import hipexp
 from hipexp.config.compose import compose
-from hipexp.config.schema import ConfigError
+from hipexp.config.overrides import conf_dir
+from hipexp.config.schema import ConfigError, Pipeline, Representative, Stage
 from hipexp.run import tune, tune_launch
 from hipexp.run.allocation import rules
 from hipexp.run.ledger import RunFailed, is_done, read_json
 from hipexp.run.point import folder_of
+from hipexp.run.several import load_once
 from hipexp.run.tune_objectives import dominates, front, read_objectives
 from hipexp.run.tune_recall import Recorded
 from hipexp.run.tune_study import open_study
@@ -260,6 +263,36 @@ def test_processes_share_a_study_and_take_over_what_is_left(tmp_path):
             assert other.in_work() == 2
         assert other.next(3).number == gone.number, "until that is gone"
         assert other.next(3).number == 2 and other.next(3) is None
+
+
+def test_a_space_that_is_exhausted_ends_the_search(search, tmp_path):
+    made = yaml.safe_load((conf_dir() / "tune" / "default.yaml").read_text())
+    few = {name: values[:1] for name, values in made.items() if isinstance(values, list)} | {"window_tok": [256, 512]}
+    few |= {part: {name: values[:1] for name, values in made[part].items()} for part in ("last", "front")}
+    path = tmp_path / "space.yaml"
+    path.write_text(yaml.safe_dump(few))
+    found, _ = search(f"space={path}", "objective=[recall,bytes]")
+    assert found["points"]["measured"] + found["points"].get("recall", 0) == 2, "both there are"
+    assert found["points"]["repeated"] >= 50
+
+
+@pytest.mark.skipif(not (MODEL / "config.json").exists(), reason="the embedded model is not trained yet: make needle")
+def test_recall_is_what_is_still_seen(tmp_path, monkeypatch):
+    """All of it where all is kept, more with a larger window, and the same of attention that was recorded before."""
+    from hipexp import hf
+
+    experiment = compose(["task=infbench", "task.subtasks=[passkey]"])
+    recorded = Recorded(experiment, tmp_path, load_once(), 700, 2)
+
+    def made(keep_tok: int, window_tok: int) -> Pipeline:
+        return Pipeline(method="hip", sink_tok=64, window_tok=window_tok, stages=[Stage(16, keep_tok, representative=Representative.exact)])
+
+    few, more, wide, everything = (recorded.of(made(*sizes)) for sizes in ((64, 64), (256, 64), (64, 256), (2048, 64)))
+    assert len(few) == 9 and all(0 <= one <= 1 for one in few)
+    assert everything == [1.0] * 9
+    assert all(a < b for a, b in zip(few, more, strict=True)) and all(a < b for a, b in zip(few, wide, strict=True))
+    monkeypatch.setattr(hf, "activations", lambda *_: pytest.fail("it is recorded"))
+    assert Recorded(experiment, tmp_path, recorded.load, 700, 2).of(made(64, 64)) == few
 
 
 def test_values_of_objectives_come_from_what_was_found():
