@@ -44,13 +44,16 @@ def held(pipeline) -> list[float]:
 def search(fake, model_folder, monkeypatch, capsys):
     """``search("trials=20")`` runs the command and returns what it found, and its output."""
     monkeypatch.setattr(Recorded, "of", lambda self, pipeline: held(pipeline))
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # no test pulls the plug
+    drawn = tune.picture
+    monkeypatch.setattr(tune, "picture", lambda *args: run.draws and drawn(*args))
 
     def run(*words):
         assert tune.main([f"model.path={model_folder}", *SEARCH, *words]) == 0
         told = capsys.readouterr()
         return read_json(Path(told.out.splitlines()[-1]) / "result.json"), told
 
-    run.fake, run.model = fake, model_folder
+    run.fake, run.model, run.draws = fake, model_folder, False
     return run
 
 
@@ -67,6 +70,7 @@ def folder_of_search() -> Path:
 
 
 def test_the_front_runs_as_it_is_written(search):
+    search.draws = True
     found, told = search("trials=30")
     assert found["points"]["measured"] >= 2
     assert found["front"], "all answers are right, so the front is what reads least"
@@ -282,7 +286,7 @@ def test_recall_is_what_is_still_seen(tmp_path, monkeypatch):
     from hipexp import hf
 
     experiment = compose(["task=infbench", "task.subtasks=[passkey]"])
-    recorded = Recorded(experiment, tmp_path, load_once(), 700, 2)
+    recorded = Recorded(experiment, tmp_path, load_once(), 640, 2)
 
     def made(keep_tok: int, window_tok: int) -> Pipeline:
         return Pipeline(method="hip", sink_tok=64, window_tok=window_tok, stages=[Stage(16, keep_tok, representative=Representative.exact)])
@@ -292,7 +296,7 @@ def test_recall_is_what_is_still_seen(tmp_path, monkeypatch):
     assert everything == [1.0] * 9
     assert all(a < b for a, b in zip(few, more, strict=True)) and all(a < b for a, b in zip(few, wide, strict=True))
     monkeypatch.setattr(hf, "activations", lambda *_: pytest.fail("it is recorded"))
-    assert Recorded(experiment, tmp_path, recorded.load, 700, 2).of(made(64, 64)) == few
+    assert Recorded(experiment, tmp_path, recorded.load, 640, 2).of(made(64, 64)) == few
 
 
 def test_values_of_objectives_come_from_what_was_found():

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hipexp.config.check import check_experiment, check_layers
@@ -54,6 +54,7 @@ def test_what_is_drawn_can_be_divided(seed, divisor):
         assert less.keep_tok * divisor == stage.keep_tok >= stage.chunk_tok * divisor
 
 
+@settings(max_examples=12)
 @given(st.integers(0, 2**32))
 def test_a_file_of_what_is_drawn_is_what_was_drawn(tmp_path_factory, seed):
     pipeline = drawn(seed)
