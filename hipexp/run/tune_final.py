@@ -87,13 +87,14 @@ class Final:
         ]
 
     def expected_s(self, base: Point, points: Sequence[Point]) -> float:
-        """How long the check will take, by what prompts took so far."""
-        aim, samples = self.aim, self.aim.experiment.task.samples
-        measured = [point for point in points if point.kind == "measured"]
-        if not aim.asks or not measured:
+        """How long the check will take, by what prompts took so far; as long as nothing is measured, by those of the baseline."""
+        aim = self.aim
+        if not aim.asks:
             return 0.0
+        measured = [point for point in points if point.kind == "measured"]
         best = sorted(measured, key=lambda point: point.values(aim.objectives)[0], reverse=aim.objectives[0].more)[: self.most]
-        known = len(base.prefill_ms["0"])
-        asked = self.prompts.samples * known / samples
-        theirs = (base.value("prefill_ms") or 0.0) * (asked + (RUNGS[1] * known if len(base.prefill_ms) == 1 else 0))
-        return SLACK * (asked * sum(point.value("prefill_ms") or 0.0 for point in best) + theirs) / 1e3 / self.launch.jobs
+        times = [point.value("prefill_ms") or 0.0 for point in best or [base] * self.most]
+        theirs, known = base.value("prefill_ms") or 0.0, len(base.prefill_ms["0"])
+        asked = self.prompts.samples * known / aim.experiment.task.samples
+        left = RUNGS[1] * known if len(base.prefill_ms) == 1 else 0
+        return SLACK * (asked * (sum(times) + theirs) + left * theirs) / 1e3 / self.launch.jobs

@@ -23,9 +23,11 @@ from hipexp.run.allocation import rules
 from hipexp.run.ledger import RunFailed, is_done, read_json
 from hipexp.run.point import folder_of
 from hipexp.run.several import load_once
+from hipexp.run.tune_final import SLACK, Final
+from hipexp.run.tune_launch import Launch
 from hipexp.run.tune_objectives import dominates, front, read_objectives
 from hipexp.run.tune_recall import Recorded
-from hipexp.run.tune_study import open_study
+from hipexp.run.tune_study import Point, open_study
 
 pytest.importorskip("optuna", reason="optuna is not installed: pip install '.[tune]'")
 MODEL = Path(hipexp.__file__).parent / "needle" / "model"
@@ -269,6 +271,17 @@ def test_processes_share_a_study_and_take_over_what_is_left(tmp_path):
         assert other.next(3).number == 2 and other.next(3) is None
 
 
+def test_time_is_kept_back_for_the_last_check(search):
+    """Five points and the baseline, 3 prompts each, and the 4 of the baseline's that are missing, of 2 s; then by what is measured."""
+    order = tune.read_words([f"model.path={search.model}", *SEARCH])
+    final = Final(order.aim, Launch((), 1, folder_of_search(), load_once()), None, "3stage", order.held_out, 5, lambda point: Path())
+    base = Point(-1, prefill_ms={"0": [2000.0, 2000.0]})
+    assert final.expected_s(base, []) == pytest.approx(SLACK * 2 * (6 * 3 + 4))
+    quick = Point(0, scores={"0": [100.0]}, bytes=1e6, prefill_ms={"0": [100.0]}, kind="measured")
+    base.prefill_ms["1"] = [2000.0] * 4
+    assert final.expected_s(base, [quick]) == pytest.approx(SLACK * (3 * 0.1 + 3 * 2))
+
+
 def test_a_space_that_is_exhausted_ends_the_search(search, tmp_path):
     made = yaml.safe_load((conf_dir() / "tune" / "default.yaml").read_text())
     few = {name: values[:1] for name, values in made.items() if isinstance(values, list)} | {"window_tok": [256, 512]}
@@ -300,7 +313,7 @@ def test_recall_is_what_is_still_seen(tmp_path, monkeypatch):
 
 
 def test_values_of_objectives_come_from_what_was_found():
-    point = tune.Point(3, scores={"0": [100.0, 0.0], "1": [100.0, 100.0]}, decode_ms={"0": [2.0], "1": [4.0]}, bytes=5e6)
+    point = Point(3, scores={"0": [100.0, 0.0], "1": [100.0, 100.0]}, decode_ms={"0": [2.0], "1": [4.0]}, bytes=5e6)
     assert point.values(read_objectives("[score,decode_ms,bytes]")) == [75.0, 3.0, 5e6]
     assert not point.is_known(read_objectives("[recall]")) and dataclasses.replace(point, recall=[0.5, 0.7]).value("recall") == 0.6
 
