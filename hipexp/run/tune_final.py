@@ -70,7 +70,9 @@ class Final:
             for rung in range(1, len(RUNGS)):
                 self.ask(base, rung)
         chosen = self.chosen(base, best)
-        others = {point.number: Point(point.number, point.pipeline) for point in (base, *chosen)}
+        others = {
+            one.number: Point(one.number, one.pipeline, bytes=one.bytes, attended_bytes=one.attended_bytes) for one in (base, *chosen)
+        }
         if self.aim.asks:
             names = {base.number: self.baseline, **{point.number: str(self.file(point)) for point in chosen}}
             told = self.launch.run(self.prompts, {name: pipeline for n, name in names.items() if (pipeline := others[n].pipeline)})

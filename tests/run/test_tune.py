@@ -84,6 +84,9 @@ def test_the_front_runs_as_it_is_written(search):
     assert "score, held out: 100.0 (100 to 100) of 3 prompts; 3stage: 100.0 (100 to 100)" in text
     assert f"{best['search']['bytes'] / 1e6:.3f} MB" in text
     assert "dominates 3stage: score 100.0 to 100.0" in told.out
+    assert found["baseline"]["held_out"] == {"score": 100.0, "bytes": found["baseline"]["search"]["bytes"], "scores": {"0": [100.0] * 3}}
+    svg = (folder_of_search() / "front.svg").read_text()
+    assert all(name in svg for name in ("<!-- measured -->", "<!-- front, held out -->", "<!-- 3stage, held out -->"))
     assert matplotlib.image.imread(folder_of_search() / "front.png").std() > 0
     assert (folder_of_search() / "table.txt").read_text().strip() in told.out
 
