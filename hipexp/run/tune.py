@@ -238,7 +238,8 @@ def search(order: Order, study: Study, begun: float) -> int:
         raise RunFailed(
             f"nothing was measured in {duration(time.monotonic() - begun)}: {counts(study.points())}; give it more hours= or trials="
         )
-    return hand_over(order, study.points(), final.check(base, best))
+    points = study.points()
+    return hand_over(order, points, final.check(base, best, [point for point in points if point.kind == "measured"]))
 
 
 def hand_over(order: Order, points: Sequence[Point], results: Sequence[Result]) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hipexp.run.ledger import RunFailed
 from hipexp.run.tune_launch import Launch, Prompts
-from hipexp.run.tune_objectives import Objective, dominates
+from hipexp.run.tune_objectives import OBJECTIVES, Objective, dominates, front
 from hipexp.run.tune_recall import Recorded
 from hipexp.run.tune_search import RUNGS, Aim, take
 from hipexp.run.tune_study import Point
@@ -58,34 +58,44 @@ class Final:
             raise RunFailed(f"baseline={self.baseline} cannot be compared with, its run failed: {told}; mend that, or choose another")
         take(base, rung, told)
 
-    def chosen(self, base: Point, best: Sequence[Point]) -> list[Point]:
-        """Which points are asked: those that beat the baseline so far first, then in order."""
-        objectives = self.aim.objectives
-        theirs = base.values(objectives)
-        return sorted(best, key=lambda point: not dominates(point.values(objectives), theirs, objectives))[: self.most]
+    def chosen(self, base: Point, best: Sequence[Point], measured: Sequence[Point]) -> list[Point]:
+        """Which points are asked: of those that beat the baseline so far, from that of most recall on; then the front in order.
 
-    def check(self, base: Point, best: Sequence[Point]) -> list[Result]:
-        """The baseline and the front; the baseline is also asked what it was not yet of the search's prompts."""
+        A few prompts answered alike do not make the one that reads less the better one: of points that beat the baseline also those
+        stay that no other beats if more recall is better too. They are taken evenly, with that of most recall and that of least bytes.
+        """
+        objectives = self.aim.objectives
+        rivals = [point for point in measured if dominates(point.values(objectives), base.values(objectives), objectives)]
+        held = (OBJECTIVES["recall"],) if self.aim.hears and OBJECTIVES["recall"] not in objectives else ()
+        kept = [rivals[i] for i in front([point.values([*objectives, *held]) for point in rivals], [*objectives, *held])]
+        kept.sort(key=lambda point: (-(point.value("recall") or 0.0), point.bytes))
+        last = max(1, self.most - 1)
+        found = kept if len(kept) <= self.most else [kept[i * (len(kept) - 1) // last] for i in range(self.most)]
+        return [*found, *(point for point in best if point not in found)][: self.most]
+
+    def check(self, base: Point, best: Sequence[Point], measured: Sequence[Point]) -> list[Result]:
+        """The baseline, the front, and what is asked besides; the baseline also what it was not yet of the search's prompts."""
         if self.aim.asks:
             for rung in range(1, len(RUNGS)):
                 self.ask(base, rung)
-        chosen = self.chosen(base, best)
+        chosen = self.chosen(base, best, measured)
         others = {
             one.number: Point(one.number, one.pipeline, bytes=one.bytes, attended_bytes=one.attended_bytes) for one in (base, *chosen)
         }
         if self.aim.asks:
             names = {base.number: self.baseline, **{point.number: str(self.file(point)) for point in chosen}}
-            told = self.launch.run(self.prompts, {name: pipeline for n, name in names.items() if (pipeline := others[n].pipeline)})
+            ran = self.launch.run(self.prompts, {name: pipeline for n, name in names.items() if (pipeline := others[n].pipeline)})
             for number, name in names.items():
-                if isinstance(place := told[name], Path):
+                if isinstance(place := ran[name], Path):
                     take(others[number], 0, place)
         if any(one.name == "recall" for one in self.aim.objectives):
             for other in others.values():
                 assert other.pipeline is not None
                 other.recall = self.recorded.of(other.pipeline)
+        told = sorted([*best, *(point for point in chosen if point not in best)], key=lambda point: point.bytes, reverse=True)
         return [
             Result(self.baseline, base, others[base.number]),
-            *(Result(f"t{one.number:04d}", one, others.get(one.number)) for one in best),
+            *(Result(f"t{one.number:04d}", one, others.get(one.number)) for one in told),
         ]
 
     def expected_s(self, base: Point, points: Sequence[Point]) -> float:
@@ -94,8 +104,7 @@ class Final:
         if not aim.asks:
             return 0.0
         measured = [point for point in points if point.kind == "measured"]
-        best = sorted(measured, key=lambda point: point.values(aim.objectives)[0], reverse=aim.objectives[0].more)[: self.most]
-        times = [point.value("prefill_ms") or 0.0 for point in best or [base] * self.most]
+        times = sorted((point.value("prefill_ms") or 0.0 for point in measured or [base] * self.most), reverse=True)[: self.most]
         theirs, known = base.value("prefill_ms") or 0.0, len(base.prefill_ms["0"])
         asked = self.prompts.samples * known / aim.experiment.task.samples
         left = RUNGS[1] * known if len(base.prefill_ms) == 1 else 0

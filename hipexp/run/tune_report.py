@@ -1,7 +1,6 @@
-"""What ``tune`` hands over: the front as pipeline files that run, a table, a picture, and the same as JSON.
+"""What ``tune`` hands over: its best points as pipeline files that run, a table, a picture, and the same as JSON.
 
-The front was chosen by its scores on some prompts, so those are too good. All of it, and the baseline, answer other prompts in the end:
-both are told.
+They were chosen by their scores on some prompts, so those are too good. In the end they and the baseline answer others: both are told.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ def score_of(point: Point | None) -> str | None:
 
 
 def table(aim: Aim, results: Sequence[Result]) -> str:
-    """The baseline and the front, a line each."""
+    """The baseline and what is handed over, a line each."""
     base = results[0]
     scored = any(one.name == "score" for one in aim.objectives)
     header = ["point", *(["score, search", "score, held out", "difference"] if scored else [])]
@@ -86,7 +85,7 @@ def table(aim: Aim, results: Sequence[Result]) -> str:
 
 
 def verdicts(aim: Aim, results: Sequence[Result]) -> list[str]:
-    """Which points of the front beat the baseline in everything, by the prompts that did not choose them."""
+    """Which points beat the baseline in everything, by the prompts that did not choose them."""
     base, lines = results[0], []
     for result in results[1:]:
         pairs = [(result.known(one), base.known(one)) for one in aim.objectives]
@@ -95,8 +94,9 @@ def verdicts(aim: Aim, results: Sequence[Result]) -> list[str]:
         ours, theirs = ([float(pair[i] or 0) for pair in pairs] for i in (0, 1))
         if dominates(ours, theirs, aim.objectives):
             told = [f"{one.header} {one.show(a)} to {one.show(b)}" for one, a, b in zip(aim.objectives, ours, theirs, strict=True)]
-            lines.append(f"{result.name} dominates {base.name}: {', '.join(told)}")
-    return lines or [f"no point of the front dominates {base.name} on the prompts that did not choose it"]
+            asked = f" on {len(flat(result.checked))} held-out prompts" if result.checked is not None and flat(result.checked) else ""
+            lines.append(f"{result.name} dominates {base.name}{asked}: {', '.join(told)}")
+    return lines or [f"no point dominates {base.name} on the prompts that did not choose it"]
 
 
 def counts(points: Sequence[Point]) -> str:
@@ -113,7 +113,7 @@ def reasons(points: Sequence[Point], kind: str = "invalid", most: int = 3) -> li
 
 
 def write_pipelines(folder: Path, name: str, results: Sequence[Result], words: Sequence[str], command: str) -> list[Result]:
-    """The front as files under ``pipelines/``, which run as they are; those of an earlier call that are not among them go."""
+    """The points as files under ``pipelines/``, which run as they are; those of an earlier call that are not among them go."""
     place, written = folder / "pipelines", []
     make_folder(place)
     for result in results[1:]:
@@ -144,7 +144,7 @@ def measured_lines(result: Result, base: Result) -> list[str]:
 
 
 def picture(path: Path, aim: Aim, points: Sequence[Point], results: Sequence[Result]) -> bool:
-    """Every measured point in the first two objectives, the front and the baseline; False where there is one objective."""
+    """Every measured point in the first two objectives, what is handed over and the baseline; False where there is one objective."""
     if len(aim.objectives) < 2:
         return False
     upright, across = sorted(aim.objectives[:2], key=lambda one: not one.more)
@@ -158,8 +158,8 @@ def picture(path: Path, aim: Aim, points: Sequence[Point], results: Sequence[Res
     checked = [result.checked for result in results[1:] if result.checked]
     series = {
         "measured": [point for point in points if point.kind == "measured"],
-        "front, search": [result.searched for result in results[1:]],
-        "front, held out": checked,
+        "handed over, search": [result.searched for result in results[1:]],
+        "handed over, held out": checked,
         f"{base.name}, search": [base.searched],
         f"{base.name}, held out": [base.checked] if base.checked else [],
     }
@@ -180,7 +180,7 @@ def as_data(aim: Aim, points: Sequence[Point], results: Sequence[Result], folder
         "objectives": [one.name for one in aim.objectives],
         "points": dict(Counter(point.kind or "not finished" for point in points)),
         "baseline": {"name": results[0].name, "search": values(results[0].searched), "held_out": values(results[0].checked)},
-        "front": [
+        "best": [
             {"point": r.searched.number, "file": str(r.file), "search": values(r.searched), "held_out": values(r.checked)}
             for r in results[1:]
         ],
