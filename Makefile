@@ -12,6 +12,8 @@ TRITON := 3.6.0
 # The ends of the window of transformers that hipexp takes; the environment has one between them.
 TRANSFORMERS := 5.16.0 5.24.0
 
+TUNED := task=infbench 'task.subtasks=[kv_retrieval]' task.length_tok=12288 'objective=[score,bytes]' max_bytes=3stage hours=0.8 checked=3 seed=1
+
 ALONE := task=latency task.geometry=llama31_8b task.dtype=float32 task.repeats=3
 
 VENV := .venv
@@ -21,7 +23,7 @@ DEV := $(VENV)/.dev
 PIP := $(RUN) -m pip --disable-pip-version-check install --constraint constraints.txt --no-build-isolation
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-transformers test-slurm models check check-official needle needle-table needle-1m methods ablation aot bench-cpu link-table gpu
+.PHONY: help setup demo test test-all test-transformers test-slurm models check check-official needle needle-table needle-1m tune methods ablation aot bench-cpu link-table gpu
 
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z0-9%-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -77,6 +79,10 @@ aot: $(DEV) ## compile every kernel for five kinds of GPU, without one: register
 bench-cpu: $(CORE) ## attention alone on this CPU: 3stage and 3stage_scan against torch's fastest dense path, with recall (11 minutes)
 	$(RUN) -m hipexp -m +pipeline=3stage,3stage_scan $(ALONE) 'task.phases=[prefill]'
 	$(RUN) -m hipexp -m +pipeline=3stage,3stage_scan $(ALONE) 'task.contexts_tok=[131072,524288,1048576]' 'task.phases=[decode]'
+
+tune: $(CORE) ## search for pipelines that beat 3stage at no more bytes, from nothing (under an hour; resumable)
+	$(RUN) -c 'import optuna' 2>/dev/null || $(PIP) --editable '.[tune]'
+	$(RUN) -m hipexp tune $(TUNED)
 
 needle-1m: $(CORE) ## a pass key in 1,048,576 tokens at five depths: 64 MB on the device, the rest in memory and on disk (an hour; resumable)
 	$(RUN) -m hipexp +pipeline=3stage_long offload=disk offload.device_tok=null offload.device_bytes=64000000 offload.host_tok=262144 \

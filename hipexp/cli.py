@@ -38,6 +38,11 @@ COMMANDS = {
         (JSON,),
     ),
     "sweep": ("hipexp.run.sweep:main", "a wandb sweep file without wandb: sweep conf/sweep/budget.yaml [key=value …] [jobs=2]", ALL),
+    "tune": (
+        "hipexp.tune.command:main",
+        "search for pipelines that no other beats: tune task=infbench objective=[score,bytes] max_bytes=3stage hours=1",
+        ALL,
+    ),
     "repro": (
         "hipexp.repro.command:main",
         "tables and figures of the paper beside ours: repro (which there are), repro table2 size=needle, repro all size=needle",

@@ -42,9 +42,9 @@ FLAGS = ("-m", "--cfg", "--dry-run", "--quiet", "--json", "--help", "--version")
 STAGES = 4  # numbers of stages that are offered
 FILTERS = ("task=", "model=", "pipeline=", "state=", "class=", "protocol=")
 OF_RUNS = ("compare", "retry")  # commands whose words are runs
-OF_POINTS = ("demo", "methods", "calibrate", "table", "sweep", "repro", "doctor")  # commands that take overrides
+OF_POINTS = ("demo", "methods", "calibrate", "table", "sweep", "tune", "repro", "doctor")  # commands that take overrides
 OWN: dict[
-    str, dict[str, str | tuple[str, ...]]
+    str, dict[str, Any]
 ] = {  # words of commands besides their flags; behind =, what completes them: a kind of path, or names
     "compare": {"--anyway": (), "all=": ("true", "false")},
     "retry": dict.fromkeys(FILTERS, ()),
@@ -52,6 +52,9 @@ OWN: dict[
     "report": {"out=": "/", "runs=": "/"},
     "sweep": {"": ".yaml", "jobs=": (), "count=": (), "sweep_seed=": ()},
     "methods": {"jobs=": (), "of=": "conf/comparison", "fast=": ("true",)},
+    "tune": {"space=": ".yaml", "sampler=": ("tpe", "random")}
+    | dict.fromkeys(("max_bytes=", "baseline="), "conf/pipeline")
+    | dict.fromkeys(("objective=", "trials=", "hours=", "name=", "held_out=", "checked=", "jobs=", "batch="), ()),
     "repro": {"": "conf/experiment", "jobs=": (), "size=": ("full", "needle", "quick"), "stored=": ("true",), "all": ()},
     "calibrate": {"name=": (), "out=": "/", "texts=": ()},
     "data": {"": ("pull", "verify", "ls", "make")},

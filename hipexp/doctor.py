@@ -31,6 +31,7 @@ PACKAGES: dict[str, tuple[str, tuple[str, str], str]] = {
     "matplotlib": ("matplotlib", ("3.9", "4"), "pictures"),
     "triton": ("triton", ("3.6", "4"), "fast kernels on a GPU"),
     "wandb": ("wandb", ("0.24", "1"), "track=wandb and wandb's sweeps"),
+    "optuna": ("optuna", ("5", "6"), "tune"),
     "hydra-joblib-launcher": ("hydra_plugins.hydra_joblib_launcher", ("1.2", "2"), "hydra/launcher=joblib"),
     "hydra-submitit-launcher": ("hydra_plugins.hydra_submitit_launcher", ("1.2", "2"), "hydra/launcher=submitit_slurm"),
     "submitit": ("submitit", ("1.5.4", "2"), "hydra/launcher=submitit_slurm"),

@@ -58,6 +58,8 @@ PRESETS = sorted(path.stem for path in (conf_dir() / "pipeline").glob("*.yaml"))
         ("hipexp -m hydra/l", ["hydra/launcher="]),
         ("hipexp hydra/l", []),
         ("hipexp completion f", ["fish"]),
+        ("hipexp tune task=ruler obj", ["objective="]),
+        ("hipexp tune task.sa", ["task.samples="]),
         ("hipexp nothing.at.all", []),
         ("hipexp nothing=", []),
     ],
