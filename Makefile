@@ -4,13 +4,15 @@
 
 PYTHON ?= python3
 JOBS ?= 2
-SIZE ?= needle
+SIZE ?= full
 
 # The version whose interpreter the kernels are tested in where torch brings none (GPU builds of torch demand one of their own).
 TRITON := 3.6.0
 
 # The ends of the window of transformers that hipexp takes; the environment has one between them.
 TRANSFORMERS := 5.16.0 5.24.0
+
+TUNED := task=infbench 'task.subtasks=[kv_retrieval]' task.length_tok=12288 'objective=[score,bytes]' max_bytes=3stage hours=0.8 checked=3 seed=1
 
 ALONE := task=latency task.geometry=llama31_8b task.dtype=float32 task.repeats=3
 
@@ -21,10 +23,10 @@ DEV := $(VENV)/.dev
 PIP := $(RUN) -m pip --disable-pip-version-check install --constraint constraints.txt --no-build-isolation
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-transformers test-slurm test-pythons dist models check pre-commit check-official results needle needle-table needle-1m methods ablation aot bench-cpu link-table gpu repro-table2
+.PHONY: help setup demo test test-all test-transformers test-slurm test-pythons dist models check pre-commit check-official results needle needle-table needle-1m tune methods ablation aot bench-cpu link-table gpu
 
 help: ## this text
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9%-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(CORE) ## create .venv with what running needs
 
@@ -53,9 +55,7 @@ dist: $(DEV) ## wheel and source archive, in dist/
 	$(RUN) -m pip --disable-pip-version-check wheel --no-deps --no-build-isolation --wheel-dir dist .
 
 test-slurm: $(DEV) ## a sweep on a real Slurm, with a preempted job (Debian, root; installs slurm; some minutes)
-	test -d $(VENV)/slurm || $(RUN) -m pip --disable-pip-version-check install --quiet --no-deps --target $(VENV)/slurm \
-	  hydra-submitit-launcher==1.2.0 submitit==1.5.4 cloudpickle==3.1.3
-	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/$(VENV)/slurm OMP_NUM_THREADS=1 tests/slurm/cluster.sh $(RUN) -m pytest tests/slurm
+	OMP_NUM_THREADS=1 tests/slurm/cluster.sh $(RUN) -m pytest tests/slurm
 
 models: $(CORE) ## every family of models that fits, tried on small checkpoints of its real classes (some minutes)
 	$(RUN) -m hipexp models
@@ -94,6 +94,10 @@ bench-cpu: $(CORE) ## attention alone on this CPU: 3stage and 3stage_scan agains
 	$(RUN) -m hipexp -m +pipeline=3stage,3stage_scan $(ALONE) 'task.phases=[prefill]'
 	$(RUN) -m hipexp -m +pipeline=3stage,3stage_scan $(ALONE) 'task.contexts_tok=[131072,524288,1048576]' 'task.phases=[decode]'
 
+tune: $(CORE) ## search for pipelines that beat 3stage at no more bytes, from nothing (under an hour; resumable)
+	$(RUN) -c 'import optuna' 2>/dev/null || $(PIP) --editable '.[tune]'
+	$(RUN) -m hipexp tune $(TUNED)
+
 needle-1m: $(CORE) ## a pass key in 1,048,576 tokens at five depths: 64 MB on the device, the rest in memory and on disk (an hour; resumable)
 	$(RUN) -m hipexp +pipeline=3stage_long offload=disk offload.device_tok=null offload.device_bytes=64000000 offload.host_tok=262144 \
 	  task=passkey 'task.lengths_tok=[1048576]' 'task.depths=[0.0,0.25,0.5,0.75,1.0]' task.samples=1
@@ -104,8 +108,8 @@ link-table: $(CORE) ## what offload moves over the link at 32K, 64K and 128K, sc
 gpu: $(CORE) ## a GPU: its tests, what it can do, attention alone against every dense kernel, with recall (at most 8 minutes)
 	$(RUN) -m hipexp.run.gpu
 
-repro-table2: $(CORE) ## the paper's table 2 beside ours: make repro-table2 SIZE=needle
-	$(RUN) -m hipexp repro table2 jobs=$(JOBS) size=$(SIZE)
+repro-%: $(CORE) ## a table or figure of the paper beside ours: make repro-table2 SIZE=needle; repro-all: every one (75 minutes)
+	$(RUN) -m hipexp repro $* jobs=$(JOBS) size=$(SIZE)
 
 $(CORE): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

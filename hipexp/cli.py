@@ -5,44 +5,53 @@ Nothing heavy is imported before it is needed: help and a mistake in the configu
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import tempfile
-import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib import import_module
 from io import TextIOWrapper
-from pathlib import Path
 
 from hipexp.config.schema import ConfigError, Experiment
+from hipexp.output import DRY, JSON, QUIET, Flags, aside, split_flags, to_json
 
-# Name: (module:function taking the remaining words and returning an exit code, what it does).
+# Name: (module:function taking the remaining words and returning an exit code, what it does, its flags).
+SAY, ALL = (QUIET, JSON), (DRY, QUIET, JSON)
 COMMANDS = {
-    "demo": ("hipexp.run.demo:main", "dense against 3stage on the embedded model: a table and a picture"),
-    "ls": ("hipexp.report.listing:main", "the runs there are and how far they got"),
-    "retry": ("hipexp.run.retry:main", "go on with runs that failed or were stopped; retry --dry-run lists them"),
-    "compare": ("hipexp.report.compare:main", "two runs side by side: scores, paired differences, flipped answers, or times"),
-    "report": ("hipexp.report.command:main", "all runs as one HTML file, with figures and tables; report out=<folder> runs=<folder>"),
-    "models": ("hipexp.run.models_table:main", "every family of models that fits, tried on small checkpoints of its real classes"),
-    "methods": ("hipexp.run.methods_table:main", "every method beside each other; methods --dry-run tells how long, fast=true is short"),
+    "demo": ("hipexp.run.demo:main", "dense against 3stage on the embedded model: a table and a picture", SAY),
+    "ls": ("hipexp.report.listing:main", "the runs there are and how far they got", SAY),
+    "retry": ("hipexp.run.retry:main", "go on with runs that failed or were stopped", ALL),
+    "compare": ("hipexp.report.compare:main", "two runs side by side: scores, paired differences, flipped answers, or times", SAY),
+    "report": ("hipexp.report.command:main", "all runs as one HTML file, with figures and tables; report out=<folder> runs=<folder>", SAY),
+    "models": ("hipexp.run.models_table:main", "every family of models that fits, tried on small checkpoints of its real classes", SAY),
+    "methods": ("hipexp.run.methods_table:main", "every method beside each other; fast=true is short", ALL),
     "calibrate": (
         "hipexp.run.calibrate:main",
         "a pipeline whose layers have measured budgets and RoPE strategies: calibrate +pipeline=3stage",
+        SAY,
     ),
-    "table": ("hipexp.run.needle_table:main", "the long form of the demo; table --dry-run tells how long it takes here"),
-    "data": ("hipexp.run.data:main", "data of the suites: data pull, verify, ls, make"),
-    "score": ("hipexp.run.score:main", "official scores of predictions made elsewhere, as JSON"),
-    "replay": ("hipexp.run.replay:main", "hits and traffic of caches of any size and policy in a recorded run; replay record records one"),
-    "sweep": ("hipexp.run.sweep:main", "a wandb sweep file without wandb: sweep conf/sweep/budget.yaml [key=value …] [jobs=2] [--dry-run]"),
-    "repro": ("hipexp.run.repro:main", "a published table beside ours, as in repro table2 size=needle task.samples=5"),
-    "completion": ("hipexp.completion:main", "completion of this command line for a shell: source <(hipexp completion bash)"),
-    "doctor": ("hipexp.doctor:main", "versions, device, what is missing; doctor +pipeline=3stage task=ruler: does that run fit?"),
+    "table": ("hipexp.run.needle_table:main", "the long form of the demo", ALL),
+    "data": ("hipexp.run.data:main", "data of the suites: data pull, verify, ls, make", ()),
+    "score": ("hipexp.run.score:main", "official scores of predictions made elsewhere, as JSON", ()),
+    "replay": (
+        "hipexp.run.replay:main",
+        "hits and traffic of caches of any size and policy in a recorded run; replay record records one",
+        (JSON,),
+    ),
+    "sweep": ("hipexp.run.sweep:main", "a wandb sweep file without wandb: sweep conf/sweep/budget.yaml [key=value …] [jobs=2]", ALL),
+    "tune": (
+        "hipexp.tune.command:main",
+        "search for pipelines that no other beats: tune task=infbench objective=[score,bytes] max_bytes=3stage hours=1",
+        ALL,
+    ),
+    "repro": (
+        "hipexp.repro.command:main",
+        "tables and figures of the paper beside ours: repro (which there are), repro table2 size=needle, repro all size=needle",
+        ALL,
+    ),
+    "completion": ("hipexp.completion:main", "completion of this command line for a shell: source <(hipexp completion bash)", ()),
+    "doctor": ("hipexp.doctor:main", "versions, device, what is missing; doctor +pipeline=3stage task=ruler: does that run fit?", SAY),
 }
 DONE, FAILED, BAD_INPUT = 0, 1, 2
-DRY, QUIET, JSON = "--dry-run", "--quiet", "--json"
 
 HELP = """hipexp: experiments on long-context attention that prunes its keys in stages (InfiniteHiP).
 
@@ -60,7 +69,8 @@ keys: every field of the configuration, as in pipeline.stages.2.keep_tok=4096 ta
       --cfg job prints all of them with their values and runs nothing.
 
 flags: --dry-run shows the configuration, what attention would do and what is left, and loads no weights; --quiet prints the
-       run folder only, --json the summary as one line of JSON (everything else goes to stderr). All go with -m too.
+       run folder only, --json the summary as one line of JSON (everything else goes to stderr). All go with -m too, and
+       with the commands whose --help names them.
 
 examples:
   python -m hipexp +pipeline=3stage task=infbench
@@ -118,7 +128,7 @@ def help_text() -> str:
     options = group_options(conf_dir())
     ordered = {group: sorted(options[group], key=lambda name, group=group: (name != defaults[group], name)) for group in GROUPS}  # type: ignore[misc]
     groups = "\n".join(f"  {group + '=':<10} {', '.join(names)}" for group, names in ordered.items())
-    commands = "\n".join(f"  {name:<10} {purpose}" for name, (_, purpose) in COMMANDS.items())
+    commands = "\n".join(f"  {name:<10} {purpose}" for name, (_, purpose, _) in COMMANDS.items())
     return HELP.format(groups=groups, commands=commands)
 
 
@@ -128,18 +138,22 @@ def _run_command(name: str, words: list[str]) -> int:
 
         raise unknown(f"command {name}", name, COMMANDS)
     _check_one_process(words, f"the command {name}")
+    place, purpose, flags = COMMANDS[name]
+    takes = ", ".join(flags) or "no flags"
     if {"-h", "--help"} & set(words):
-        print(f"python -m hipexp {name}: {COMMANDS[name][1]}")
+        print(f"python -m hipexp {name}: {purpose}\nflags: {takes}")
         return DONE
-    module, _, function = COMMANDS[name][0].partition(":")
+    for word in words:
+        if word in ALL and word not in flags:
+            raise ConfigError(f"{name} takes no {word}; it takes {takes}")
+    module, _, function = place.partition(":")
     return int(getattr(import_module(module), function)(words))
 
 
 def _run_overrides(words: list[str]) -> int:
     from hipexp.config import compose
 
-    flags = frozenset(words) & {DRY, QUIET, JSON}
-    words = [word for word in words if word not in flags]
+    flags, words = split_flags(words)
     line = compose.read_line(words)
     if line.show:
         print(compose.to_yaml(compose.compose_point(line.overrides)), end="")
@@ -147,115 +161,41 @@ def _run_overrides(words: list[str]) -> int:
     if line.sweep:
         return _run_sweep(line.overrides, flags)
     experiment = compose.compose_point(line.overrides)
-    return _show_plans([("", experiment)], flags) if DRY in flags else _run_point(experiment, words, flags)
+    if DRY not in flags:
+        return _run_point(experiment, words, flags)
+    from hipexp.run.plan import checked_plan, show
+
+    show([("", checked_plan(experiment, flags))], flags, compose.to_yaml(experiment))
+    return DONE
 
 
-def _run_point(experiment: Experiment, words: list[str], flags: frozenset[str]) -> int:
+def _run_point(experiment: Experiment, words: list[str], flags: Flags, tells: bool = True) -> int:
+    """Run a point; ``tells``: with ``--json`` or ``--quiet`` it says itself what came out."""
     from hipexp.config.processes import started
-    from hipexp.run.point import check_point, run_point
+    from hipexp.run.point import prepare, run_point
 
-    check_point(experiment)
-    with _aside(flags):
+    prepare(experiment)
+    with aside(flags):
         folder = run_point(experiment, words)
-    if started().number:
+    if started().number or not tells:
         return DONE
     if JSON in flags:
         from hipexp.run.ledger import read_json
 
-        print(json.dumps(read_json(folder / "summary.json") | {"folder": str(folder)}, ensure_ascii=False), flush=True)
+        print(to_json(read_json(folder / "summary.json") | {"folder": str(folder)}), flush=True)
     elif QUIET in flags:
         print(folder, flush=True)
     return DONE
 
 
-@contextmanager
-def _aside(flags: frozenset[str]) -> Iterator[None]:
-    """Keep what is said inside the block off stdout: with ``--quiet`` it goes nowhere (the run's log has it), with ``--json`` to stderr."""
-    if QUIET in flags:
-        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-            yield
-    elif JSON in flags:
-        with redirect_stdout(sys.stderr):
-            yield
-    else:
-        yield
-
-
-def _show_plans(points: list[tuple[str, Experiment]], flags: frozenset[str]) -> int:
-    """Print what points would do, each with its overrides (empty: the only one, shown with its configuration)."""
-    from hipexp.config import compose
-    from hipexp.run.plan import plan, sweep_text, text
-    from hipexp.run.point import check_point
-
-    told = []
-    for words, experiment in points:
-        check_point(experiment)
-        with _aside(flags):
-            told.append((words, plan(experiment)))
-    if JSON in flags:
-        for words, one in told:
-            print(json.dumps(one | ({"overrides": words} if words else {}), ensure_ascii=False))
-    elif QUIET in flags:
-        print("\n".join(one["folder"] for _, one in told))
-    elif len(told) == 1 and not told[0][0]:
-        print(text(told[0][1], compose.to_yaml(points[0][1])))
-    else:
-        print(sweep_text(told))
-    return DONE
-
-
-def _run_sweep(overrides: list[str], flags: frozenset[str]) -> int:
-    """Check all points, then run them through Hydra's launcher: a point that fails does not stop the others."""
+def _run_sweep(overrides: list[str], flags: Flags) -> int:
+    """The points of a sweep through Hydra's launcher, or with ``--dry-run`` what they would do."""
     _check_one_process(overrides, "a sweep (-m)")
-    from hipexp.config import compose
-    from hipexp.config.overrides import is_hydra
-    from hipexp.run.point import check_point
+    from hipexp.run import multirun
 
-    points: list[Experiment] = []
-    named: list[list[str]] = []
-    if any(word.lstrip("+").startswith("hydra/sweeper=") for word in overrides):  # it chooses its points as it goes
-        if DRY in flags:
-            raise ConfigError("--dry-run cannot tell the points of a hydra/sweeper that chooses them as it goes; leave one of them out")
-        compose.compose_point([word for word in overrides if is_hydra(word)])
-    else:
-        named = compose.sweep_points(overrides)
-        points = [compose.compose_point(point) for point in named]
-        for experiment in points:
-            check_point(experiment)
     if DRY in flags:
-        titles = [" ".join(word.lstrip("+") for word in words) or "defaults" for words in named]
-        return _show_plans(list(zip(titles, points, strict=True)), flags)
-    codes: list[int] = []
-
-    def job(experiment: Experiment, words: list[str]) -> None:
-        try:
-            codes.append(_run_point(experiment, words, flags))
-        except Exception as error:
-            codes.append(_explain(error))
-
-    with _launch_folder(overrides) as folder:
-        compose.run_sweep(overrides, job, folder)
-    if codes:
-        return max(codes)
-    from hipexp.run.point import stored  # the launcher ran the points in other processes: the run folders tell
-
-    return DONE if all(map(stored, points)) else FAILED
-
-
-@contextmanager
-def _launch_folder(overrides: list[str]) -> Iterator[Path]:
-    """Where a launcher keeps its notes: under the runs, which the machines of a cluster share, or, for Hydra's own, nowhere for long."""
-    from hipexp.run.ledger import make_folder, runs_root
-
-    chosen = [word.partition("=")[2] for word in overrides if word.lstrip("+").startswith("hydra/launcher=")]
-    if chosen in ([], ["basic"]):
-        with tempfile.TemporaryDirectory(prefix="hipexp-sweep-") as folder:
-            yield Path(folder)
-        return
-    place = (runs_root() / "sweep" / f"launch_{time.strftime('%Y-%m-%d_%H-%M-%S')}_{os.getpid()}").resolve()
-    make_folder(place)
-    print(f"notes and logs of the launcher {chosen[0]}: {place}", file=sys.stderr)
-    yield place
+        return multirun.show_plans(overrides, flags)
+    return multirun.run_sweep(overrides, flags, _run_point, _explain)
 
 
 def _check_one_process(words: list[str], what: str) -> None:

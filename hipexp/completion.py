@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from enum import Enum
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from hipexp.config.convert import field_type, fields_of, is_list, is_plain, required, unknown
@@ -22,7 +25,7 @@ SCRIPTS = {
   mapfile -t COMPREPLY < <("$1" completion words "$line" 2>/dev/null)
   cut=${current%"${current##*[=:]}"}  # bash takes = and : for the ends of words
   COMPREPLY=("${COMPREPLY[@]#"$cut"}")
-  [[ ${#COMPREPLY[@]} == 1 && ${COMPREPLY[0]} != *[=.] ]] && COMPREPLY[0]+=" "
+  [[ ${#COMPREPLY[@]} == 1 && ${COMPREPLY[0]} != *[=./] ]] && COMPREPLY[0]+=" "
   return 0
 }
 complete -o nospace -F _hipexp hipexp""",
@@ -37,8 +40,29 @@ compdef _hipexp hipexp""",
 }
 FLAGS = ("-m", "--cfg", "--dry-run", "--quiet", "--json", "--help", "--version")
 STAGES = 4  # numbers of stages that are offered
-OF_RUNS = {"compare": ("--anyway", "--json", "all=true"), "retry": ("--dry-run", "class=", "task=")}  # commands whose words are runs
-FILTERS = ("task=", "model=", "pipeline=", "state=", "class=", "protocol=", "--json")
+FILTERS = ("task=", "model=", "pipeline=", "state=", "class=", "protocol=")
+OF_RUNS = ("compare", "retry")  # commands whose words are runs
+OF_POINTS = ("demo", "methods", "calibrate", "table", "sweep", "tune", "repro", "doctor")  # commands that take overrides
+OWN: dict[
+    str, dict[str, Any]
+] = {  # words of commands besides their flags; behind =, what completes them: a kind of path, or names
+    "compare": {"--anyway": (), "all=": ("true", "false")},
+    "retry": dict.fromkeys(FILTERS, ()),
+    "ls": dict.fromkeys(FILTERS, ()),
+    "report": {"out=": "/", "runs=": "/"},
+    "sweep": {"": ".yaml", "jobs=": (), "count=": (), "sweep_seed=": ()},
+    "methods": {"jobs=": (), "of=": "conf/comparison", "fast=": ("true",)},
+    "tune": {"space=": ".yaml", "sampler=": ("tpe", "random")}
+    | dict.fromkeys(("max_bytes=", "baseline="), "conf/pipeline")
+    | dict.fromkeys(("objective=", "trials=", "hours=", "name=", "held_out=", "checked=", "jobs=", "batch="), ()),
+    "repro": {"": "conf/experiment", "jobs=": (), "size=": ("full", "needle", "quick"), "stored=": ("true",), "all": ()},
+    "calibrate": {"name=": (), "out=": "/", "texts=": ()},
+    "data": {"": ("pull", "verify", "ls", "make")},
+    "replay": {"": ("record",), "policies=": (), "sizes=": ()},
+    "score": {"": ("infbench", "ruler", "longbench", "longbench2"), "edition=": (), "drop_first_number=": ("true", "false")},
+    "completion": {"": tuple(SCRIPTS)},
+}
+LAUNCHERS = {"joblib": ("joblib",), "submitit": ("submitit_local", "submitit_slurm")}
 
 
 def main(words: list[str]) -> int:
@@ -61,15 +85,66 @@ def candidates(line: str) -> list[str]:
     *before, current = line.lstrip().split(" ")
     typed = [word for word in before[1:] if word]
     command = typed[0] if typed and typed[0] in COMMANDS else None
-    if command in OF_RUNS:
-        return starting(current, [*run_names(), *OF_RUNS[command]])
-    if command == "ls":
-        return starting(current, FILTERS)
-    if command == "completion":
-        return starting(current, SCRIPTS)
+    if command is not None and current.startswith("-") and "=" not in current:
+        return starting(current, (*COMMANDS[command][2], *(word for word in OWN.get(command, {}) if word.startswith("-")), "--help"))
+    if command is not None:
+        return [*own_words(command, current), *(overrides(current) if command in OF_POINTS else ())]
     if current.startswith("-") and "=" not in current:
         return starting(current, FLAGS)
-    return [*(starting(current, COMMANDS) if not typed else ()), *overrides(current)]
+    launchers = launcher_words(current) if {"-m", "--multirun"} & set(typed) else []
+    return [*(starting(current, COMMANDS) if not typed else ()), *launchers, *overrides(current)]
+
+
+def own_words(command: str, current: str) -> list[str]:
+    """What the last word may become of the words that only ``command`` has."""
+    words = OWN.get(command, {})
+    key, equals, value = current.partition("=")
+    if not equals:
+        bare = completed(words[""], current) if "" in words else []
+        return [
+            *bare,
+            *starting(current, [word for word in words if word]),
+            *(starting(current, run_names()) if command in OF_RUNS else ()),
+        ]
+    if f"{key}=" not in words:
+        return []
+    known = filter_values(key) if f"{key}=" in FILTERS and command in ("ls", "retry") else words[f"{key}="]
+    done = value[: value.rfind(",") + 1]
+    return [f"{key}={done}{one}" for one in completed(known, value[len(done) :])]
+
+
+def completed(known: str | Sequence[str], current: str) -> list[str]:
+    """What a word may become: one of the names that are ``known``, of a folder of ``conf/``, or a path: ``/`` for folders, or an ending."""
+    if not isinstance(known, str):
+        return starting(current, known)
+    if known.startswith("conf/"):
+        return starting(current, sorted(path.stem for path in (conf_dir() / known.removeprefix("conf/")).glob("*.yaml")))
+    parent, _, begun = current.rpartition("/")
+    folder = Path(f"{parent}/" if "/" in current else ".").expanduser()
+    found = sorted(path for path in folder.glob("*") if path.name.startswith(begun) and (begun or not path.name.startswith(".")))
+    before = current[: len(current) - len(begun)]
+    return [f"{before}{path.name}{'/' if path.is_dir() else ''}" for path in found if path.is_dir() or path.name.endswith(known)]
+
+
+def filter_values(name: str) -> list[str]:
+    """The values of a filter of runs that are known."""
+    from hipexp.report.runs import STATES
+    from hipexp.run.ledger import FAILURES
+
+    return {"state": list(STATES), "class": list(FAILURES), "protocol": []}.get(name) or (values(name) if name in GROUPS else [])
+
+
+def launcher_words(current: str) -> list[str]:
+    """Hydra's launchers that are installed."""
+    here = [name for package, names in LAUNCHERS.items() if _installed(f"hydra-{package}-launcher") for name in names]
+    return starting(current, [f"hydra/launcher={name}" for name in here] if "=" in current else ["hydra/launcher="])
+
+
+def _installed(package: str) -> bool:
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
 
 
 def starting(current: str, words: Any) -> list[str]:

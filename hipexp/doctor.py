@@ -6,7 +6,6 @@ With the overrides of a run it tells whether that fits this machine (:mod:`hipex
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import platform
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 
 from hipexp import __version__
 from hipexp.config.schema import ConfigError
+from hipexp.output import answer, split_flags
 
 # Package: (import name, tested versions as (at least, below), needed for; "" for everything).
 PACKAGES: dict[str, tuple[str, tuple[str, str], str]] = {
@@ -27,27 +27,39 @@ PACKAGES: dict[str, tuple[str, tuple[str, str], str]] = {
     "PyYAML": ("yaml", ("6", "7"), ""),
     "tqdm": ("tqdm", ("4.66", "5"), ""),
     "pyarrow": ("pyarrow", ("17", "100"), "records.parquet"),
+    "duckdb": ("duckdb", ("1.4", "3"), "report"),
     "matplotlib": ("matplotlib", ("3.9", "4"), "pictures"),
     "triton": ("triton", ("3.6", "4"), "fast kernels on a GPU"),
-    "wandb": ("wandb", ("0.24", "1"), "track=wandb and sweeps"),
+    "wandb": ("wandb", ("0.24", "1"), "track=wandb and wandb's sweeps"),
+    "optuna": ("optuna", ("5", "6"), "tune"),
+    "hydra-joblib-launcher": ("hydra_plugins.hydra_joblib_launcher", ("1.2", "2"), "hydra/launcher=joblib"),
+    "hydra-submitit-launcher": ("hydra_plugins.hydra_submitit_launcher", ("1.2", "2"), "hydra/launcher=submitit_slurm"),
+    "submitit": ("submitit", ("1.5.4", "2"), "hydra/launcher=submitit_slurm"),
+    "lm_eval": ("lm_eval", ("0.4.13", "0.4.14"), "official suites"),
+    "jieba": ("jieba", ("0.42.1", "0.42.2"), "official scores of LongBench and ∞Bench"),
+    "rouge": ("rouge", ("1.0.1", "1.0.2"), "official scores of LongBench and ∞Bench"),
+    "rouge_score": ("rouge_score", ("0.1.2", "0.1.3"), "official scores of LongBench and ∞Bench"),
+    "nltk": ("nltk", ("3.9.1", "4"), "official suites"),
+    "wonderwords": ("wonderwords", ("3.0.1", "3.0.2"), "RULER"),
+    "scipy": ("scipy", ("1", "2"), "RULER"),
 }
 
 
 def main(argv: list[str]) -> int:
-    """Print the report, with ``--json`` as JSON; 0 if everything that is always needed is there, else 1.
+    """Print the report; 0 if everything that is always needed is there, else 1.
 
-    ``argv`` may hold overrides: then the report is on that run, and 0 means that it fits.
+    ``argv`` may hold overrides: then the report is on that run, and 0 means that it fits and that nothing it needs is missing.
     """
-    words = [word for word in argv if word != "--json"]
+    flags, words = split_flags(argv)
     if any("=" in word for word in words):
         from hipexp.run.fits import main as tell
 
-        return tell(words, as_json=len(words) < len(argv))
+        return tell(words, flags)
     if words:
         raise ConfigError(f"doctor takes no argument {words[0]!r}; only --json, and overrides as in model=llama31_8b +pipeline=3stage")
     packages = [examine(name) for name in PACKAGES]
     report = {"hipexp": __version__, "python": platform.python_version(), "packages": packages, "device": device(), "kernels": shadowed()}
-    print(json.dumps(report, indent=2) if argv else _text(report))
+    answer(flags, _text(report), report, "")
     broken = [one for one in packages if one["state"] == "missing" and not one["for"]]
     return 1 if broken or report["kernels"] else 0
 
@@ -107,7 +119,7 @@ def _text(report: dict[str, Any]) -> str:
             "missing": f"missing, needed for {one['for'] or 'everything'}",
             "untested": f"untested, known are {one['tested']}",
         }
-        lines.append(f"  {one['name']:<13} {one['version'] or '-':<14} {note[one['state']]}".rstrip())
+        lines.append(f"  {one['name']:<24} {one['version'] or '-':<14} {note[one['state']]}".rstrip())
     if report["kernels"]:
         lines += ["", f"{report['kernels']} hides the package `kernels` that transformers looks for: rename that folder or leave it"]
     return "\n".join(lines)

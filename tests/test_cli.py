@@ -3,13 +3,16 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from hipexp import cli
+from hipexp.doctor import PACKAGES
 from hipexp.run.ledger import RunFailed
 from hipexp.suites.sample import DataMissing
 
@@ -28,6 +31,7 @@ def points(monkeypatch, tmp_path):
     """Experiments that were run, where running does nothing; the working directory is empty and there is a model."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps({"num_hidden_layers": 5, "max_position_embeddings": 6144}))
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"none")
     seen = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("hipexp.run.point.run_point", lambda experiment, overrides=None: seen.append((experiment, list(overrides))))
@@ -138,9 +142,18 @@ def test_a_sweep_goes_on_after_a_failure(points, monkeypatch, capsys):
     assert points == [0, 1, 2] and "error: not here" in capsys.readouterr().err
 
 
-def test_a_mistake_in_one_point_stops_a_sweep_before_it_starts(points, capsys):
-    assert cli.main(["-m", "+pipeline=3stage", "pipeline.stages.2.keep_tok=2048,100", *MODEL]) == 2
-    assert "pipeline.stages[2].keep_tok=100" in capsys.readouterr().err and not points
+def test_a_mistake_in_one_point_is_told_first_and_the_others_run(points, capsys):
+    assert cli.main(["-m", "+pipeline=3stage", "pipeline.stages.2.keep_tok=100,2048", *MODEL]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("refused: pipeline=3stage pipeline.stages.2.keep_tok=100 ") and "pipeline.stages[2].keep_tok=100" in said.err
+    assert [one.pipeline.stages[2].keep_tok for one, _ in points] == [2048]
+    assert "refused: bad_config" in said.out
+
+
+def test_a_mistake_in_every_point_of_a_sweep_is_one_line(points, capsys):
+    assert cli.main(["-m", "+pipeline=3stage", "pipeline.stages.2.keep_tok=100,101", *MODEL]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: pipeline.stages[2].keep_tok=100") and said.err.count("\n") == 1 and said.out == "" and not points
 
 
 @pytest.mark.parametrize("word", ["hydra/sweeper=nope", "hydra/launcher=nope"])
@@ -167,7 +180,7 @@ def test_a_pattern_in_a_sweep(points):
 
 
 def test_a_terminal_without_a_character_gets_another(tmp_path):
-    script = "import sys; from hipexp import cli; cli.COMMANDS['ls'] = ('show:main', ''); sys.exit(cli.main(['ls']))"
+    script = "import sys; from hipexp import cli; cli.COMMANDS['ls'] = ('show:main', '', ()); sys.exit(cli.main(['ls']))"
     (tmp_path / "show.py").write_text("def main(words):\n    print('256→8')\n    return 0\n")
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, env=environment)
@@ -182,11 +195,12 @@ def test_a_reader_that_has_seen_enough_is_no_defect():
     assert (done.returncode, done.stderr) == (1, "")
 
 
-def test_commands_get_their_words(monkeypatch):
+def test_commands_get_their_words(monkeypatch, capsys):
     seen = []
     monkeypatch.setattr("hipexp.report.listing.main", lambda words: seen.append(words) or 7)
     assert cli.main(["ls", "--json"]) == 7
     assert seen == [["--json"]]
+    assert cli.main(["ls", "--help"]) == 0 and "flags: --quiet, --json" in capsys.readouterr().out
 
 
 def test_an_unknown_command_names_the_others(capsys):
@@ -210,6 +224,19 @@ def test_doctor(capsys):
     report = json.loads(capsys.readouterr().out)
     assert {one["state"] for one in report["packages"]} <= {"ok", "missing", "untested"}
     assert cli.main(["doctor", "--loud"]) == 2
+
+
+def test_doctor_knows_every_package_that_a_run_may_need():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    needed = [*project["dependencies"], *(one for name, each in extras.items() if name != "dev" for one in each)]
+    assert {re.split(r"[=<>;]", one)[0].strip().lower() for one in needed} == {name.lower() for name in PACKAGES}
+
+
+@pytest.mark.parametrize(("name", "flag"), [(name, flag) for name, (_, _, flags) in cli.COMMANDS.items() for flag in cli.ALL if flag not in flags])
+def test_a_flag_that_a_command_does_not_have_is_refused(capsys, name, flag):
+    assert cli.main([name, flag]) == 2
+    assert f"{name} takes no {flag}" in capsys.readouterr().err
 
 
 def test_doctor_sees_a_package_that_hides_another(tmp_path, monkeypatch, capsys):

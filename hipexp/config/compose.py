@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -96,15 +97,15 @@ def _choices(override: Override) -> list[str]:
         raise ConfigError(f"{override.input_line} cannot be listed point by point; write the values with commas") from error
 
 
-def run_sweep(overrides: Sequence[str], job: Callable[[Experiment, list[str]], None], sweep_dir: Path) -> None:
-    """Give every point of a sweep and its overrides to ``job``, through Hydra's launcher.
+def run_sweep(overrides: Sequence[str], job: Callable[[Callable[[], Experiment], list[str], Path], None], sweep_dir: Path) -> None:
+    """Give every point of a sweep to ``job``, through Hydra's launcher: what composes it, its overrides, and Hydra's folder for it.
 
     Hydra writes its own notes into ``sweep_dir``.
     """
 
     def task(config: DictConfig) -> None:
-        hydra_config = HydraConfig.get()
-        job(_build(config, hydra_config.runtime.choices), list(hydra_config.overrides.task))
+        told = HydraConfig.get()
+        job(partial(_build, config, told.runtime.choices), list(told.overrides.task), Path(told.runtime.output_dir))
 
     own = any(word.lstrip("+").startswith("hydra.sweep.dir=") for word in overrides)
     argv, sys.argv = sys.argv, [sys.argv[0], "-m", *overrides, *([] if own else [f"hydra.sweep.dir='{sweep_dir}'"])]

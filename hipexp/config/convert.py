@@ -93,9 +93,9 @@ def convert(value: Any, kind: Any, key: str) -> Any:
         if is_optional(kind):
             return None
         raise ConfigError(f"{key}=null must be {_words(kind)}")
+    kind = required(kind)
     if kind is Any:  # a sweep agent prints whole numbers as 256.0
         return int(value) if isinstance(value, float) and value.is_integer() else value
-    kind = required(kind)
     if isinstance(value, str) and value == MISSING:
         raise ConfigError(f"{key} is not set and must be {_words(kind)}; give it, as in {key}=…")
     if dataclasses.is_dataclass(kind) or typing.get_origin(kind) is dict:

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from hipexp.config.schema import ConfigError
+from hipexp.output import answer, split_flags
 from hipexp.report import accuracy, costs, provenance
 from hipexp.report.export import export
 from hipexp.report.gather import Gathered, gather
@@ -19,7 +20,8 @@ KEYS = ("out", "runs")
 
 def main(argv: list[str]) -> int:
     """Write the report of ``runs=`` (the runs folder) into ``out=`` (``<runs>/report``) and print its path last."""
-    chosen = read_words(argv)
+    flags, words = split_flags(argv)
+    chosen = read_words(words)
     root = Path(chosen.get("runs") or runs_root()).expanduser()
     out = Path(chosen.get("out") or root / "report").expanduser()
     gathered = gather(root)
@@ -33,8 +35,8 @@ def main(argv: list[str]) -> int:
     )
     path = out / "report.html"
     write_text(path, page(sections, f"hipexp: {root.resolve().name}", about, out))
-    print(about.partition(". ")[0])
-    print(path)
+    told = {"report": str(path), "runs": len(gathered.runs), "counted": counted}
+    answer(flags, f"{about.partition('. ')[0]}\n{path}", told, str(path))
     return 0
 
 
@@ -44,7 +46,7 @@ def read_words(argv: list[str]) -> dict[str, str]:
     for word in argv:
         key, equals, value = word.partition("=")
         if key not in KEYS or not equals or not value:
-            raise ConfigError(f"report takes no {word!r}; only out=<folder> and runs=<folder>")
+            raise ConfigError(f"report takes no {word!r}; only out=<folder>, runs=<folder>, --json and --quiet")
         chosen[key] = value
     return chosen
 

@@ -6,11 +6,11 @@ machines, are refused with the reasons; ``--anyway`` compares them and shows the
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from hipexp.config.schema import ConfigError
+from hipexp.output import answer, split_flags
 from hipexp.report.differences import (
     Difference,
     brief,
@@ -23,23 +23,23 @@ from hipexp.report.pairs import flipped, pair, score_rows_of, times
 from hipexp.report.runs import Run, find_run
 from hipexp.report.tables import text_table
 
-USAGE = "python -m hipexp compare A B [all=true] [--anyway] [--json], where A and B are run folders or beginnings of their names"
-FLAGS = ("--anyway", "--json")
+USAGE = "python -m hipexp compare A B [all=true] [--anyway] [--json] [--quiet], where A and B are run folders or beginnings of their names"
+ANYWAY = "--anyway"
 SHOWN, WIDTH = 10, 120  # flipped answers without all=true; characters of an answer
 
 
 def main(words: list[str]) -> int:
     """Compare two runs. Raises ``ConfigError`` for words it does not know, and for runs that may not be compared."""
-    flags = [word for word in words if word in FLAGS]
-    named = [word for word in words if word not in (*FLAGS, "all=true", "all=false")]
+    flags, words = split_flags(words)
+    named = [word for word in words if word not in (ANYWAY, "all=true", "all=false")]
     if len(named) != 2 or any(word.startswith("-") or word.startswith("all=") for word in named):
         raise ConfigError(f"compare takes two runs, not {' '.join(named) or 'none'}: {USAGE}")
     a, b = map(find_run, named)
     told = compare(a, b)
-    if told["refused"] and "--anyway" not in flags:
+    if told["refused"] and ANYWAY not in words:
         reasons = "\n  ".join(told["refused"])
         raise ConfigError(f"{a.name} and {b.name} may not be compared (--anyway compares them all the same):\n  {reasons}")
-    print(json.dumps(told, indent=2, ensure_ascii=False) if "--json" in flags else text(told, "all=true" in words))
+    answer(flags, text(told, "all=true" in words), told, score_table(told["scores"]) or time_table(told["times"]))
     return 0
 
 

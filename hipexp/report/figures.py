@@ -116,7 +116,7 @@ def draw_chart(path: Path, chart: Chart, formats: Sequence[str]) -> None:
         plot.set_ylim(-0.03 * chart.top, 1.03 * chart.top)
     lengths = sorted({mark.x for series in chart.series.values() for mark in series})
     if len(lengths) <= 8:
-        plot.set_xticks(lengths, [f"{length:,.0f}" for length in lengths])
+        plot.set_xticks(lengths, [f"{length:,.0f}" if float(length).is_integer() else f"{length:g}" for length in lengths])
         plot.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     plot.grid(color=EMPTY)
     figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=columns)
@@ -230,6 +230,34 @@ def draw_scatter(
     plot.grid(color=EMPTY)
     _open_frame(plot)
     _save(figure, heading, path, formats)
+
+
+def draw_front(path: Path, heading: str, series: dict[str, list[tuple[float, float]]], axes: tuple[str, str]) -> None:
+    """Write five series of points over a logarithmic axis at ``path``, as PNG and SVG, told apart by shape: all, found and baseline.
+
+    The last four are of two kinds of prompts each. An empty series is left out.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, plot = plt.subplots(figsize=(6.8, 4.6), layout="constrained")
+    styles = [(FAINT, "o", 4), ("#0072b2", "s", 7), ("#0072b2", "D", 6), ("#d55e00", "^", 9), ("#d55e00", "v", 9)]
+    for number, ((name, places), (color, marker, size)) in enumerate(zip(series.items(), styles, strict=True)):
+        if places:
+            x, y = zip(*sorted(places), strict=True)
+            fill = "none" if number % 2 else "full"
+            plot.plot(x, y, label=name, color=color, marker=marker, markersize=size, linestyle="", fillstyle=fill)
+    plot.set_xscale("log")
+    for formatter in (plot.xaxis.set_major_formatter, plot.xaxis.set_minor_formatter):
+        formatter(lambda size, _: f"{size:g}")
+    plot.set_xlabel(axes[0], color=INK)
+    plot.set_ylabel(axes[1], color=INK)
+    plot.grid(color=EMPTY)
+    plot.legend(frameon=False, fontsize=8)
+    _open_frame(plot)
+    _save(figure, heading, path, ("png", "svg"))
 
 
 def _draw(plot: Any, one: HeatMap, rows: Sequence[str], columns: Sequence[str]) -> Any:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import time
 from typing import Any
 
 from hipexp.config.schema import ConfigError
+from hipexp.output import answer, split_flags
 from hipexp.report.runs import Run, Runs, load_runs
 from hipexp.report.tables import duration, text_table
 from hipexp.run.ledger import FAILURES, runs_root
 
 FILTERS = ("task", "model", "pipeline", "state", "class", "protocol")
 UNFINISHED = ("failed", "stopped", "damaged")
-USAGE = f"python -m hipexp ls [{'=… '.join(FILTERS)}=…] [--json]"
+USAGE = f"python -m hipexp ls [{'=… '.join(FILTERS)}=…] [--json|--quiet]"
 REASON = 150  # characters of a reason
 
 
@@ -47,15 +47,12 @@ def record(run: Run) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> int:
-    """List the runs that pass the filters; ``--json`` prints them as JSON. Raises ``ConfigError`` for other words."""
-    filters = read_filters([word for word in argv if word != "--json"])
+    """List the runs that pass the filters, with ``--quiet`` their folders only. Raises ``ConfigError`` for other words."""
+    flags, words = split_flags(argv)
+    filters = read_filters(words)
     runs = list_runs(load_runs(None, **filters))
-    if "--json" in argv:
-        print(json.dumps(runs, indent=2, ensure_ascii=False))
-    elif not runs:
-        print(f"no runs {'like that ' if filters else ''}under {runs_root()}{'' if filters else ' yet'}")
-    else:
-        print(text(runs))
+    none = f"no runs {'like that ' if filters else ''}under {runs_root()}{'' if filters else ' yet'}"
+    answer(flags, text(runs) if runs else none, runs, "\n".join(run["folder"] for run in runs))
     return 0
 
 

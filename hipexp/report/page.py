@@ -17,16 +17,18 @@ TAGS = ("task", "model", "protocol")
 
 
 def page(sections: Sequence[Section], title: str, about: str, folder: Path) -> str:
-    """The text of the file; ``folder`` is where it will lie, which links to run folders start from. ``about`` is plain text."""
+    """The text of the file; ``folder`` is where it will lie, which links to run folders start from. ``about`` is plain text.
+
+    Where no table has tags there is nothing to filter by.
+    """
     assets = files("hipexp.report") / "assets"
     style, script, frame = ((assets / name).read_text(encoding="utf-8") for name in ("report.css", "report.js", "report.html"))
     tags = [one for section in sections for table in section.tables for one in table.tags]
     nav = "".join(f'<li><a href="#{section.name}">{escape(section.title)}</a></li>' for section in sections)
     body = "".join(_section(section, folder) for section in sections)
     filters = "".join(_select(name, sorted({one[name] for one in tags})) for name in TAGS)
-    return Template(frame).substitute(
-        title=escape(title), about=escape(about), style=style, script=script, nav=nav, filters=filters, sections=body
-    )
+    told = {"title": escape(title), "about": escape(about), "first": sections[0].name, "hidden": "" if tags else " hidden"}
+    return Template(frame).substitute(told, style=style, script=script, nav=nav, filters=filters, sections=body)
 
 
 def _select(name: str, values: Sequence[str]) -> str:
@@ -92,5 +94,6 @@ def _cell(cell: Cell, folder: Path) -> str:
 
 def _text(cell: Cell, folder: Path) -> str:
     if isinstance(cell, Link):
-        return f'<a href="{escape(os.path.relpath(cell.path, folder.resolve()))}/">{escape(cell.text)}</a>'
+        end = "" if cell.path.endswith(".html") else "/"
+        return f'<a href="{escape(os.path.relpath(cell.path, folder.resolve()))}{end}">{escape(cell.text)}</a>'
     return f"{cell:,}" if isinstance(cell, int) else escape(show(cell))

@@ -22,6 +22,7 @@ from hipexp.config.compose import compose
 from hipexp.config.model import read_facts
 from hipexp.config.overrides import check_pipeline_name, conf_dir, group_options
 from hipexp.config.schema import ConfigError, Experiment, Pipeline, PruneRope
+from hipexp.output import answer, aside, split_flags
 from hipexp.report.figures import draw_layers
 from hipexp.report.tables import text_table
 from hipexp.run import allocation, judged, recall
@@ -353,7 +354,8 @@ def read_words(argv: Sequence[str]) -> tuple[Experiment, dict[str, str]]:
 
 def main(argv: list[str]) -> int:
     """Calibrate, and write the pipeline, the tables and a picture; ``argv`` are overrides, and ``name=``, ``out=<folder>``, ``texts=``."""
-    experiment, own = read_words(argv)
+    flags, words = split_flags(argv)
+    experiment, own = read_words(words)
     assert experiment.pipeline is not None
     name = own["name"]
     model = experiment.model.name or experiment.model.path
@@ -361,12 +363,12 @@ def main(argv: list[str]) -> int:
     texts = int(own.get("texts", TEXTS))
     path = folder / f"{name}.yaml"
     loaded = None if folder.exists() else model_of(experiment)  # what it refuses leaves no folder
-    with open_ledger(folder, hashlib.sha256(f"{VERSION} {key_of(experiment)} {texts}".encode()).hexdigest()) as ledger:
+    with aside(flags), open_ledger(folder, hashlib.sha256(f"{VERSION} {key_of(experiment)} {texts}".encode()).hexdigest()) as ledger:
         ledger.status("running")
         ledger.write("config.yaml", to_yaml(resolved(experiment)))
         found = calibrate(Bench(experiment, texts, ledger, loaded), name)
         n_layers, best = found.n_layers, found.pipelines[CALIBRATED]
-        commands = [shlex.join(["python", "-m", "hipexp", *words]) for words in ([f"+pipeline={path}"], ["calibrate", *argv])]
+        commands = [shlex.join(["python", "-m", "hipexp", *line]) for line in ([f"+pipeline={path}"], ["calibrate", *words])]
         ledger.write(path.name, allocation.yaml_of(best, [commands[0], f"made by: {commands[1]}", model_line(experiment.model)]))
         made = compose([f"+pipeline='{path}'"]).pipeline  # what was written is what was measured
         assert made is not None and rules(made, n_layers) == rules(best, n_layers)
@@ -377,6 +379,7 @@ def main(argv: list[str]) -> int:
         ledger.write("card.json", {"model": of, "strategy": describe(best, n_layers, own_layers=set(range(n_layers)) - set(found.choices))})
         ledger.write("summary.json", summary(found, ledger.key))
         ledger.status("done")
-    print(text)
-    print(f"pipeline: {path}\ntable:    {folder / 'table.txt'}\npicture:  {folder / 'layers.png'}")
+    files = {"pipeline": path, "table": folder / "table.txt", "picture": folder / "layers.png"}
+    text += f"\npipeline: {path}\ntable:    {files['table']}\npicture:  {files['picture']}"
+    answer(flags, text, {name: str(file) for name, file in files.items()}, str(path))
     return 0

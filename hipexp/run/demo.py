@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from hipexp.config.compose import compose
+from hipexp.output import answer, aside, split_flags
 from hipexp.report.figures import Axis, HeatMap, draw_heat_maps
 from hipexp.report.tables import duration, text_table
 from hipexp.run.ledger import runs_root, write_text
 from hipexp.run.point import MEMORY, costs
-from hipexp.run.several import Named, compose_named, model_line, refuse_own, resident, run_all, trained_length
+from hipexp.run.several import Named, compose_named, model_line, refuse_own, resident, run_all, told, trained_length
 
 METHODS = ("dense", "3stage")
 TIMES = (1, 2, 4, 8)
@@ -87,11 +88,13 @@ def label(times: int, trained_tok: int) -> str:
 def main(argv: list[str]) -> int:
     """Run the demo; ``argv`` are overrides for every point, such as ``model=...``. A second call only shows the results."""
     started = time.monotonic()
-    refuse_own("demo", argv)
-    runs = points(argv)
+    flags, words = split_flags(argv)
+    refuse_own("demo", words)
+    runs = points(words)
     model = next(iter(runs.values())).experiment.model
     trained_tok = trained_length(model)
-    run_all(list(runs.values()))
+    with aside(flags):
+        run_all(list(runs.values()))
     folder = runs_root() / "demo"
     text = "\n".join(
         [
@@ -101,10 +104,10 @@ def main(argv: list[str]) -> int:
             f"Dense is run to {DENSE_TIMES} times the trained length only; `python -m hipexp table` goes on.",
         ]
     )
-    picture(folder / "passkey.png", runs, trained_tok)
-    write_text(folder / "table.txt", text + "\n")
-    print(text)
-    print(f"took {duration(time.monotonic() - started)}; every run is under {runs_root()}/ (`python -m hipexp ls`)")
-    print(f"table:   {folder / 'table.txt'}")
-    print(f"picture: {folder / 'passkey.png'}")
+    files = {"table": folder / "table.txt", "picture": folder / "passkey.png"}
+    picture(files["picture"], runs, trained_tok)
+    write_text(files["table"], text + "\n")
+    text += f"\ntook {duration(time.monotonic() - started)}; every run is under {runs_root()}/ (`python -m hipexp ls`)"
+    text += f"\ntable:   {files['table']}\npicture: {files['picture']}"
+    answer(flags, text, told(runs.values(), **files), str(files["table"]))
     return 0

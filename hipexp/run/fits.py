@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,11 +11,13 @@ from hipexp.config.check import check_layers
 from hipexp.config.compose import compose
 from hipexp.config.model import read_config
 from hipexp.config.offload import check_fits, room_for, show_bytes, sizes
-from hipexp.config.schema import ConfigError, Experiment, Model
+from hipexp.config.schema import ConfigError, Experiment, Model, Task
+from hipexp.output import Flags, answer
 from hipexp.report.tables import text_table
 from hipexp.run.identity import config_path, facts_of
 from hipexp.run.room import weights_bytes
-from hipexp.suites import filled, lengths_of
+from hipexp.suites import filled, lengths_of, origins, packages_of
+from hipexp.suites.lm_eval import versions
 from hipexp.suites.sample import DataMissing
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Verdict:
     forecast: Forecast
     needs: dict[str, int]
     has: dict[str, int | None]
+    missing: tuple[str, ...] = ()  # data and packages that the task needs and that are not here, in words
 
     @property
     def fits(self) -> bool:
@@ -53,8 +55,10 @@ class Verdict:
         return [place for place in PLACES if (room := self.has[place]) is not None and self.needs[place] > max(0, room)]
 
 
-def main(words: Sequence[str], as_json: bool) -> int:
-    """Print what the point that ``words`` compose needs, what there is, and a change that makes it fit; 0 if it fits, else 1.
+def main(words: Sequence[str], flags: Flags) -> int:
+    """Print what the point that ``words`` compose needs, what there is, and a change that makes it fit; 0 if it fits and can run, else 1.
+
+    A model whose weights are not here yet can be asked about all the same.
 
     Raises ConfigError, also for a model that is served or a task without one, DataMissing for a ``config.json`` that is not here.
     """
@@ -66,10 +70,26 @@ def main(words: Sequence[str], as_json: bool) -> int:
         what = f"model.base_url={model.base_url} is served elsewhere" if model.base_url else "a task with a geometry loads no model"
         raise ConfigError(f"doctor tells what a model takes here, and {what}; choose a model to load")
     made = skeleton(_config_path(model).parent, model.dtype)
-    verdict = judge(experiment, made)
+    verdict = dataclasses.replace(judge(experiment, made), missing=tuple(missing(experiment.task)))
     repair = None if verdict.fits else next(repairs(words, verdict, made), None)
-    print(json.dumps(_plain(verdict, repair), indent=2) if as_json else _text(verdict, repair))
-    return 0 if verdict.fits else 1
+    answer(flags, _text(verdict, repair), _plain(verdict, repair), "")
+    return 0 if verdict.fits and not verdict.missing else 1
+
+
+def missing(task: Task) -> Iterator[str]:
+    """What a task needs besides the model and is not here: data, packages."""
+    if task.name in ("latency", "recall"):
+        return
+    try:
+        versions(packages_of(task))
+    except ConfigError as error:
+        yield str(error)
+    try:
+        origins(task)
+    except DataMissing as error:
+        yield str(error)
+    except ConfigError:
+        return  # packages: told above
 
 
 def judge(experiment: Experiment, model: PreTrainedModel) -> Verdict:
@@ -205,6 +225,7 @@ def _plain(verdict: Verdict, repair: list[str] | None) -> dict[str, Any]:
             item.name: getattr(found, item.name) for item in dataclasses.fields(found) if item.name not in ("gpu", "left_out")
         } | {"prefill_peak": found.prefill_peak, "decode_peak": found.decode_peak},
         "left_out": found.left_out, "needs": verdict.needs, "has": verdict.has, "fits": verdict.fits, "repair": repair,
+        "missing": list(verdict.missing), "weights_here": bool(weights_bytes(one.model)),
     }  # fmt: skip
 
 
@@ -235,7 +256,10 @@ def _text(verdict: Verdict, repair: list[str] | None) -> str:
             lines.append(f"{name}: {show_bytes(verdict.needs[place])} needed, {can}")
     if found.left_out:
         lines.append(f"not counted: {found.left_out}")
-    lines.append("fits" if verdict.fits else _advice(verdict, repair))
+    if not plain["weights_here"]:
+        lines.append("the model's weights are not here yet")
+    lines += [f"missing: {one}" for one in verdict.missing]
+    lines.append(("fits; it cannot run before that is here" if verdict.missing else "fits") if verdict.fits else _advice(verdict, repair))
     return "\n".join(lines)
 
 

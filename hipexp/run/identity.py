@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import os
 import platform
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from errno import EACCES, ENOMEM, ENOSPC
@@ -24,6 +25,8 @@ from hipexp.suites.sample import DataMissing
 from hipexp.suites.scoring import open_rules
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+ASK_AGAIN_S = 60.0
+_ABSENT: dict[tuple[str, str | None], tuple[float, DataMissing]] = {}
 
 
 def key_of(experiment: Experiment) -> str:
@@ -41,6 +44,12 @@ def key_of(experiment: Experiment) -> str:
     seed = 0 if rules_of(experiment.task, None) else experiment.seed  # published rows are drawn by nobody
     told = dataclasses.replace(experiment, model=model, task=task, seed=seed)
     return run_key(told, model_revision=model_revision(experiment.model), extra=data_identity(experiment))
+
+
+def key_without_data(experiment: Experiment) -> str:
+    """What a run goes by while nobody knows its run key, since its data or its model are not here: its configuration alone."""
+    model, task = experiment.model, experiment.task
+    return run_key(experiment, model_revision=f"missing {model.path} {model.revision}", extra={"data": task.data})
 
 
 def _key_without_a_model(experiment: Experiment) -> str:
@@ -171,11 +180,21 @@ def config_path(model: Model) -> Path:
 
 
 def hub_config(model: Model) -> Path:
-    """The ``config.json`` of a hub model in the local cache, fetched if need be; its folder is named for the commit."""
+    """The ``config.json`` of a hub model in the local cache, fetched if need be; its folder is named for the commit.
+
+    One that is not here is not asked for again within ``ASK_AGAIN_S``: to be told that there is no network takes half a minute.
+    """
     from huggingface_hub import hf_hub_download
 
-    with fetching(model):
-        return Path(hf_hub_download(files_of(model)[1], "config.json", revision=model.revision))
+    asked = files_of(model)[1], model.revision
+    if asked in _ABSENT and time.monotonic() - _ABSENT[asked][0] < ASK_AGAIN_S:
+        raise _ABSENT[asked][1]
+    try:
+        with fetching(model):
+            return Path(hf_hub_download(asked[0], "config.json", revision=asked[1]))
+    except DataMissing as error:
+        _ABSENT[asked] = time.monotonic(), error
+        raise
 
 
 @contextmanager

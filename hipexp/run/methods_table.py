@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from hipexp.config.compose import compose, conf_dir
 from hipexp.config.model import ModelFacts, model_folder, read_facts
 from hipexp.config.schema import ConfigError, Pipeline
+from hipexp.output import DRY, answer, aside, split_flags
 from hipexp.report.figures import draw_scatter
 from hipexp.report.tables import duration, markdown_table, score_text
 from hipexp.run.forecast import Rate
@@ -31,6 +32,7 @@ from hipexp.run.several import (
     resident,
     run_all,
     split_jobs,
+    told,
     trained_length,
 )
 from hipexp.suites.data.registry import SUBTASKS
@@ -341,27 +343,31 @@ def main(argv: list[str]) -> int:
 
     ``jobs=``: so many processes share the runs. The same command in another terminal shares them too.
     """
-    jobs, words = split_jobs(argv)
+    flags, words = split_flags(argv)
+    jobs, words = split_jobs(words)
     data = [word for word in words if word.startswith("task.data=")]
     of = [word.removeprefix("of=") for word in words if word.startswith("of=")]
-    overrides = [word for word in words if word not in ("--dry-run", "fast=true", *data) and not word.startswith("of=")]
+    overrides = [word for word in words if word not in ("fast=true", *data) and not word.startswith("of=")]
     refuse_own("methods", overrides, ("task.data",))
-    comparison = read_comparison((of or ["methods"])[-1], "fast=true" in argv)
+    comparison = read_comparison((of or ["methods"])[-1], "fast=true" in words)
     todo, recalls, timed = points(comparison, overrides, data), recall_points(comparison, overrides), time_points(comparison, overrides)
     trained_tok, load = trained_length(todo[0].run.experiment.model), load_once()
     runs = [*recalls.values(), *(point.run for point in todo)]
     for run in [*runs, *timed.values()]:  # a refusal is told before anything takes long
         check_point(run.experiment)
     left = [point for point in todo if not stored(point.run.experiment)]
-    dry, write = "--dry-run" in argv, partial(write_table, comparison, todo, recalls, timed, trained_tok)
-    with helpers([] if dry else runs, jobs, table_folder(comparison, todo)):
-        if left:
-            tell_expected_time(left, load(todo[0].run.experiment.model), jobs)
-        if dry:
-            return 0
-        run_all(runs, load, write)
-    run_all([*timed.values()], load, write)
-    folder = write()
-    print((folder / "table.md").read_text(encoding="utf-8"))
-    print(f"table:   {folder / 'table.md'}\npicture: {folder / 'picture.png'}")
+    dry, write = DRY in flags, partial(write_table, comparison, todo, recalls, timed, trained_tok)
+    folder = table_folder(comparison, todo)
+    table, picture = folder / "table.md", folder / "picture.png"
+    with aside(flags):
+        with helpers([] if dry else runs, jobs, folder):
+            if left:
+                tell_expected_time(left, load(todo[0].run.experiment.model), jobs)
+            if not dry:
+                run_all(runs, load, write)
+        if not dry:
+            run_all([*timed.values()], load, write)
+            write()
+    text = "" if dry else f"{table.read_text(encoding='utf-8')}\ntable:   {table}\npicture: {picture}"
+    answer(flags, text, told([*runs, *timed.values()], **({} if dry else {"table": table, "picture": picture})), "" if dry else str(table))
     return 0

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hipexp.config.compose import compose
 from hipexp.config.model import PACKAGE
 from hipexp.config.schema import ConfigError, Model, Pipeline, Stage, spans
+from hipexp.output import answer, aside, split_flags
 from hipexp.report.tables import markdown_table
 from hipexp.run.identity import version_of
 from hipexp.run.ledger import make_folder, runs_root, write_text
@@ -123,14 +124,16 @@ def measure(family: Family) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> int:
-    """Try every family and write the table; ``argv`` must be empty. Returns 1 if a model differs where it must not."""
+    """Try every family and write the table; ``argv`` takes no words. Returns 1 if a model differs where it must not."""
     from hipexp.hf.families import FAMILIES
 
-    if argv:
-        raise ConfigError(f"models takes no argument {argv[0]!r}; it tries every family")
+    flags, others = split_flags(argv)
+    if others:
+        raise ConfigError(f"models takes no argument {others[0]!r}; it tries every family")
     rows = []
     for number, (name, family) in enumerate(FAMILIES.items(), 1):
-        print(f"[{number}/{len(FAMILIES)}] {name}", flush=True)
+        with aside(flags):
+            print(f"[{number}/{len(FAMILIES)}] {name}", flush=True)
         cells = {"family": name, "`model=`": ", ".join(f"`{preset}`" for preset in family.presets) or None, **measure(family)}
         rows.append([cells[column] for column in HEADER])
     pipeline = compose(["+pipeline=3stage"]).pipeline
@@ -140,6 +143,6 @@ def main(argv: list[str]) -> int:
     path = runs_root() / "models" / "table.md"
     make_folder(path.parent)
     write_text(path, "\n\n".join(parts) + "\n")
-    print(path.read_text(encoding="utf-8"))
-    print(path)
+    data = {"table": str(path), "families": [dict(zip(HEADER, row, strict=True)) for row in rows]}
+    answer(flags, f"{path.read_text(encoding='utf-8')}\n{path}", data, str(path))
     return int(not all(float(row[HEADER.index("difference")]) <= CLOSE and set(row[-4:]) == {"yes"} for row in rows))

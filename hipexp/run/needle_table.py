@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hipexp.config.compose import compose
+from hipexp.output import DRY, answer, aside, split_flags
 from hipexp.report.figures import Axis, HeatMap, draw_heat_maps
 from hipexp.report.tables import duration, markdown_table
 from hipexp.run import latency
@@ -16,7 +17,7 @@ from hipexp.run.forecast import Rate
 from hipexp.run.identity import model_revision
 from hipexp.run.ledger import file_name, make_folder, runs_root, write_text
 from hipexp.run.point import stored
-from hipexp.run.several import Named, compose_named, load_once, model_line, refuse_own, resident, run_all, trained_length
+from hipexp.run.several import Named, compose_named, load_once, model_line, refuse_own, resident, run_all, told, trained_length
 from hipexp.suites.infbench import SUBTASKS
 
 if TYPE_CHECKING:
@@ -214,17 +215,21 @@ def main(argv: list[str]) -> int:
 
     Other words are overrides for every run.
     """
-    overrides = [word for word in argv if word != "--dry-run"]
+    flags, overrides = split_flags(argv)
     refuse_own("table", overrides)
     runs, times = accuracy_points(overrides), latency_points(overrides)
     trained_tok = trained_length(times[0].experiment.model)
     points, load = [*runs.values(), *times], load_once()
-    if not all(stored(point.experiment) for point in points):
-        tell_expected_time(points, load, trained_tok)
-        if "--dry-run" in argv:
-            return 0
-    run_all(points, load, after=lambda: write_table(runs, times, trained_tok))
+    with aside(flags):
+        if not all(stored(point.experiment) for point in points):
+            tell_expected_time(points, load, trained_tok)
+        if DRY not in flags:
+            run_all(points, load, after=lambda: write_table(runs, times, trained_tok))
+    if DRY in flags:
+        answer(flags, "", told(points), "")
+        return 0
     folder = write_table(runs, times, trained_tok)
-    print((folder / "table.md").read_text(encoding="utf-8"))
-    print(f"table:   {folder / 'table.md'}\npicture: {folder / 'accuracy.png'}")
+    table, picture = folder / "table.md", folder / "accuracy.png"
+    text = f"{table.read_text(encoding='utf-8')}\ntable:   {table}\npicture: {picture}"
+    answer(flags, text, told(points, table=table, picture=picture), str(table))
     return 0

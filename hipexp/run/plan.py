@@ -9,9 +9,10 @@ from typing import Any
 
 from hipexp.config.check import check_layers
 from hipexp.config.schema import Experiment
+from hipexp.output import JSON, QUIET, Flags, aside, to_json
 from hipexp.run.identity import config_path, facts_of, key_of
 from hipexp.run.ledger import read_json, read_rows
-from hipexp.run.point import check_method, folder_of, load_tokenizer, open_suite_for, resolved, stored
+from hipexp.run.point import check_method, check_point, folder_of, load_tokenizer, open_suite_for, resolved, stored
 from hipexp.run.room import check_room, weights_bytes
 from hipexp.run.strategy import describe
 from hipexp.suites.sample import Suite
@@ -36,6 +37,13 @@ def plan(experiment: Experiment) -> dict[str, Any]:
         "strategy": read_json(folder / "card.json").get("strategy", strategy) if known else strategy,
         "config": resolved(experiment),
     }
+
+
+def checked_plan(experiment: Experiment, flags: Flags) -> dict[str, Any]:
+    """The plan of a point that ``check_point`` lets through. Raises as :func:`plan`."""
+    check_point(experiment)
+    with aside(flags):
+        return plan(experiment)
 
 
 def points_and_strategy(experiment: Experiment) -> tuple[list[tuple[str, int]], list[str]]:
@@ -103,3 +111,14 @@ def sweep_text(points: Sequence[tuple[str, dict[str, Any]]]) -> str:
     parts = [f"[{number}/{len(points)}] {words}\n{text(told)}" for number, (words, told) in enumerate(points, 1)]
     left = {told["folder"]: told["left"] for _, told in points}
     return "\n\n".join([*parts, f"{len(left)} run(s), {sum(left.values())} sample(s) left"])
+
+
+def show(points: Sequence[tuple[str, dict[str, Any]]], flags: Flags, config: str = "") -> None:
+    """Print the plans of points, each with its overrides (empty: the only one, shown with its ``config``)."""
+    if JSON in flags:
+        for words, told in points:
+            print(to_json(told | ({"overrides": words} if words else {})))
+    elif QUIET in flags:
+        print("\n".join(told["folder"] for _, told in points))
+    else:
+        print(text(points[0][1], config) if config else sweep_text(points))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shlex
+import shutil
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,7 +23,7 @@ from hipexp.config.processes import check_shared, started
 from hipexp.config.schema import ConfigError, Experiment, Model, Offload, Track
 from hipexp.report.tables import text_table
 from hipexp.run import environment
-from hipexp.run.identity import facts_of, fetching, key_of, model_revision, version_of
+from hipexp.run.identity import facts_of, fetching, key_of, key_without_data, model_revision, version_of
 from hipexp.run.job import Job
 from hipexp.run.ledger import Ledger, RunFailed, is_done, open_ledger, read_json, read_rows, run_folder
 from hipexp.run.room import check_room, on_disk_tier, weights_bytes
@@ -31,7 +32,7 @@ from hipexp.run.team import ALONE, Team, team_of
 from hipexp.run.tokenizer_file import read_tokenizer
 from hipexp.run.traffic import thrashing, traffic_table
 from hipexp.suites import OWN
-from hipexp.suites.sample import Item, LineEncoder, ProtocolCard, Sample, Suite
+from hipexp.suites.sample import DataMissing, Item, LineEncoder, ProtocolCard, Sample, Suite
 from hipexp.suites.scoring import score_rows, scores_behind
 from hipexp.suites.scoring.statistics import describe as describe_scores
 from hipexp.suites.scoring.statistics import paired_difference
@@ -98,6 +99,38 @@ def check_point(experiment: Experiment) -> None:
         suite = open_suite_for(experiment, read_tokenizer(folder / "tokenizer.json"), facts.trained_tok)
         if experiment.task.name != "recall":
             check_room(experiment, facts, suite, room=Room(None, None))
+
+
+def prepare(experiment: Experiment) -> None:
+    """Check a point that is to run. Where its data or its model are not here, that is its result: a failed run, in ``missing_folder``.
+
+    The folder goes when they are here. Raises as ``check_point``, and ``DataMissing``.
+    """
+    try:
+        check_point(experiment)
+        check_weights(experiment)
+        key_of(experiment)
+    except DataMissing as error:
+        if started().number == 0:
+            with open_ledger(missing_folder(experiment), key_without_data(experiment)) as ledger:
+                ledger.write("config.yaml", environment.to_yaml(resolved(experiment)))
+                raise error
+        raise
+    if started().number == 0 and (place := missing_folder(experiment)).exists():
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def check_weights(experiment: Experiment) -> None:
+    """Refuse a model's folder without weights; those of a model on a hub, the run asks for. Raises ``DataMissing``."""
+    model = experiment.model
+    folder = model_folder(model) if model.base_url is None and experiment.task.geometry is None else None
+    if folder is not None and not weights_bytes(model):
+        raise DataMissing(f"model.path={model.path} holds no weights (as model.safetensors); put them there, or name another folder")
+
+
+def missing_folder(experiment: Experiment) -> Path:
+    """The run folder of an experiment whose data or model are not here: what they are, which a run key holds, nobody knows."""
+    return run_folder(experiment.task.name, model_name(experiment), pipeline_name(experiment), key_without_data(experiment))
 
 
 def check_method(experiment: Experiment, n_layers: int = 0) -> None:

@@ -7,18 +7,22 @@ others.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from hipexp.config.check import check_experiment
 from hipexp.config.convert import to_schema
 from hipexp.config.schema import ConfigError, Experiment
+from hipexp.output import DRY, answer, aside, split_flags
 from hipexp.report.listing import UNFINISHED, read_filters
 from hipexp.report.runs import Run, find_run, load_runs
 from hipexp.run.ledger import classify, is_held
-from hipexp.run.point import Load, check_point, execute, folder_of
+from hipexp.run.point import Load, execute, folder_of, missing_folder, prepare
 from hipexp.run.several import load_once
 from hipexp.suites.sample import DataMissing
 
-USAGE = "python -m hipexp retry [run …] [class=out_of_memory] [task=…] [--dry-run], where a run is a folder or the beginning of its name"
+USAGE = (
+    "python -m hipexp retry [run …] [class=out_of_memory] [task=…] [--dry-run] [--json|--quiet], where a run is a folder or begins its name"
+)
 
 
 def main(words: list[str]) -> int:
@@ -26,14 +30,16 @@ def main(words: list[str]) -> int:
 
     Raises ``ConfigError`` for wrong words, and ``KeyboardInterrupt`` where it is stopped itself.
     """
-    unknown = [word for word in words if word.startswith("-") and word != "--dry-run"]
+    flags, words = split_flags(words)
+    unknown = [word for word in words if word.startswith("-")]
     if unknown:
         raise ConfigError(f"retry takes no {unknown[0]}: {USAGE}")
-    runs = chosen([word for word in words if word != "--dry-run"])
-    if not runs:
-        print("nothing to retry: no such run failed or was stopped; `python -m hipexp ls` lists all")
-        return 0
-    return retry(runs, dry="--dry-run" in words)
+    runs = chosen(words)
+    nothing = "" if runs else "nothing to retry: no such run failed or was stopped; `python -m hipexp ls` lists all"
+    with aside(flags):
+        told = retry(runs, dry=DRY in flags)
+    answer(flags, nothing, told, "\n".join(one["folder"] for one in told))
+    return int(any(one["class"] for one in told))
 
 
 def chosen(words: Sequence[str]) -> list[Run]:
@@ -47,26 +53,29 @@ def chosen(words: Sequence[str]) -> list[Run]:
     return [run for run in load_runs(None, **filters) if run.state in (*UNFINISHED, "running")]
 
 
-def retry(runs: Sequence[Run], dry: bool = False, load: Load | None = None) -> int:
-    """Go on with ``runs`` in order and tell what became of each; the exit code."""
-    load, failed = load or load_once(), 0
+def retry(runs: Sequence[Run], dry: bool = False, load: Load | None = None) -> list[dict[str, Any]]:
+    """Go on with ``runs`` in order and tell what became of each; the same as plain data, ``class`` and ``message`` of what fails."""
+    load, told = load or load_once(), list[dict[str, Any]]()
     for number, run in enumerate(runs, 1):
         print(f"[{number}/{len(runs)}] {run.name}: {run.outcome}, {len(run.samples())} sample(s) finished", flush=True)
+        told.append({"folder": str(run.folder), "before": run.outcome, "state": run.state, "class": None, "message": None})
         if run.state == "done":
             continue
         if is_held(run.folder):
+            told[-1]["state"] = "running"
             print("  skipped: another process is running it")
             continue
         try:
             experiment = experiment_of(run)
             if not dry:
-                check_point(experiment)
-                execute(experiment, load)
-                print(f"  {outcome(Run(run.folder))}", flush=True)
+                prepare(experiment)
+                through = Run(execute(experiment, load))
+                told[-1] |= {"folder": str(through.folder), "state": through.state}
+                print(f"  {outcome(through)}", flush=True)
         except Exception as error:  # whatever a run dies of, the next one has its turn; its own status.json says more
-            failed += 1
-            print(f"  {classify(error)}: {' '.join(str(error).split()) or type(error).__name__}", flush=True)
-    return 1 if failed else 0
+            told[-1] |= {"state": "failed", "class": classify(error), "message": " ".join(str(error).split()) or type(error).__name__}
+            print(f"  {told[-1]['class']}: {told[-1]['message']}", flush=True)
+    return told
 
 
 def outcome(run: Run) -> str:
@@ -87,6 +96,8 @@ def experiment_of(run: Run) -> Experiment:
     try:
         experiment = to_schema(run.config, Experiment)
         check_experiment(experiment)
+        if run.folder.resolve() == missing_folder(experiment).resolve():  # its run key is known when its data or its model are here
+            return experiment
         folder = folder_of(experiment)
     except ConfigError as error:
         raise ConfigError(f"{run.folder / 'config.yaml'} is nothing that this version of hipexp can run: {error}") from error

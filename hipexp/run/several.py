@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -46,6 +46,12 @@ class Named:
     def summary(self) -> dict[str, Any]:
         """Its ``summary.json``; empty while it is not done."""
         return read_json(folder_of(self.experiment) / "summary.json") if stored(self.experiment) else {}
+
+
+def told(runs: Iterable[Named], **files: Path) -> dict[str, Any]:
+    """What ``--json`` says of a table: its files, and the runs behind it, each with its summary (None while it is not done)."""
+    each = [{"name": run.name, "folder": str(folder_of(run.experiment)), "summary": run.summary() or None} for run in runs]
+    return {name: str(path) for name, path in files.items()} | {"runs": each}
 
 
 def refuse_own(command: str, overrides: Sequence[str], free: Sequence[str] = ()) -> None:

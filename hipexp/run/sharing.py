@@ -12,7 +12,7 @@ from typing import Any
 
 from hipexp.run.identity import key_of
 from hipexp.run.ledger import Interrupted, classify, is_done, is_held, read_json
-from hipexp.run.point import execute, folder_of
+from hipexp.run.point import Load, execute, folder_of
 from hipexp.run.several import Named, load_once
 
 WAIT_S = 0.2  # between looks at points that other processes are running
@@ -45,12 +45,12 @@ class Shared:
         return now != self.before and now.get("state") == "failed" and now.get("class") != "interrupted"
 
 
-def run_each(points: Sequence[Shared], after: Callable[[], object] = lambda: None) -> dict[Path, str]:
+def run_each(points: Sequence[Shared], after: Callable[[], object] = lambda: None, load: Load | None = None) -> dict[Path, str]:
     """Run what is not done yet, in order, and ``after`` each of them; returns why points failed here, by their folder.
 
     What another process is running comes last. A process that was started for this ends when the one that started it is gone.
     """
-    load, left, why = load_once(), [point for point in points if not point.done], dict[Path, str]()
+    load, left, why = load or load_once(), [point for point in points if not point.done], dict[Path, str]()
     total = len(left)
     while left:
         if (parent := parent_process()) is not None and not parent.is_alive():

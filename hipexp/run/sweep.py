@@ -5,34 +5,36 @@ from __future__ import annotations
 import hashlib
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hipexp.config.compose import compose
-from hipexp.config.schema import ConfigError
+from hipexp.config.schema import ConfigError, Experiment
+from hipexp.output import DRY, answer, aside, split_flags
 from hipexp.report.runs import Run
 from hipexp.report.tables import markdown_table, text_table
-from hipexp.run.ledger import file_name, make_folder, read_json, runs_root, write_text
-from hipexp.run.point import check_point
+from hipexp.run.ledger import classify, file_name, make_folder, read_json, runs_root, write_text
+from hipexp.run.point import check_point, prepare
 from hipexp.run.several import Named, helpers, split_jobs
 from hipexp.run.sharing import Shared, run_each
 from hipexp.run.sweep_file import Choice, SweepFile, read_sweep
+from hipexp.suites.sample import DataMissing
 from hipexp.track.metrics import metrics_of
 
-USAGE = "sweep conf/sweep/budget.yaml [key=value …] [jobs=2] [count=20] [sweep_seed=0] [--dry-run]"
+USAGE = "sweep conf/sweep/budget.yaml [key=value …] [jobs=2] [count=20] [sweep_seed=0] [--dry-run] [--json|--quiet]"
 BAD_INPUT, FAILED = 2, 1
 
 
 @dataclass(frozen=True)
 class Row:
-    """A point of the sweep and its run; ``run`` is None where the configuration is refused, and ``refused`` says why."""
+    """A point of the sweep and its run; ``run`` is None where it cannot begin: ``refused`` says why, in a class and in words."""
 
     choice: Choice
     run: Shared | None
-    refused: str = ""
+    refused: tuple[str, str] = "", ""
 
     def summary(self) -> dict[str, Any]:
         """Its ``summary.json``; empty while it is not done."""
@@ -41,8 +43,14 @@ class Row:
     def state(self) -> str:
         """What became of it."""
         if self.run is None:
-            return "refused: bad_config"
+            return f"refused: {self.refused[0]}"
         return Run(self.run.folder).outcome if (self.run.folder / "status.json").exists() else "to do"
+
+    def message(self) -> str | None:
+        """Why it cannot begin, or failed; None for every other."""
+        if self.run is None:
+            return self.refused[1]
+        return read_json(self.run.folder / "status.json").get("message")
 
 
 def varying(choices: Sequence[Choice]) -> list[str]:
@@ -50,22 +58,22 @@ def varying(choices: Sequence[Choice]) -> list[str]:
     return [name for name in choices[0].values if len({str(choice.values[name]) for choice in choices}) > 1]
 
 
-def rows_of(sweep: SweepFile, choices: Sequence[Choice]) -> list[Row]:
-    """The points, checked; of several that are the same run, the first. Raises ``ConfigError`` if all of them are refused."""
+def rows_of(sweep: SweepFile, choices: Sequence[Choice], check: Callable[[Experiment], object] = prepare) -> list[Row]:
+    """The points, checked; of several that are the same run, the first. Raises ``ConfigError`` if all configurations are refused."""
     rows: dict[str, Row] = {}
     names = varying(choices)
     for choice in choices:
         named = shlex.join(f"{name}={choice.values[name]}" for name in names) or sweep.name
         try:
             experiment = compose(choice.words)
-            check_point(experiment)
-        except ConfigError as error:
-            rows[named] = Row(choice, None, str(error))
-            continue
-        shared = Shared.of(Named(named, experiment))
-        rows.setdefault(shared.key, Row(choice, shared))
-    if all(row.run is None for row in rows.values()):
-        raise ConfigError(next(row.refused for row in rows.values()))
+            check(experiment)
+            shared = Shared.of(Named(named, experiment))
+        except (ConfigError, DataMissing) as error:
+            rows[shlex.join(choice.words)] = Row(choice, None, (classify(error), " ".join(str(error).split())))
+        else:
+            rows.setdefault(shared.key, Row(choice, shared))
+    if all(row.refused[0] == "bad_config" for row in rows.values()):
+        raise ConfigError(next(row.refused[1] for row in rows.values()))
     return list(rows.values())
 
 
@@ -115,12 +123,14 @@ def write_table(sweep: SweepFile, rows: Sequence[Row]) -> Path:
     return path
 
 
-def check_metric(sweep: SweepFile, rows: Sequence[Row]) -> None:
-    """Refuse a metric that no finished point has. Raises ``ConfigError``."""
+def unknown_metric(sweep: SweepFile, rows: Sequence[Row]) -> str | None:
+    """What is wrong with a metric that no finished point has; None while nobody can know."""
     names = {name for row in rows if (summary := row.summary()) for name in metrics_of(summary)}
-    if names and sweep.metric not in names:
-        known = ", ".join(sorted(names))
-        raise ConfigError(f"{sweep.path}: metric.name={sweep.metric} is measured by no point of this sweep; there are {known}")
+    if not names or sweep.metric in names:
+        return None
+    return (
+        f"{sweep.path}: metric.name={sweep.metric} is measured by no point of this sweep that is done; there are {', '.join(sorted(names))}"
+    )
 
 
 def read_arguments(words: Sequence[str]) -> tuple[Path, dict[str, int], list[str]]:
@@ -136,44 +146,73 @@ def read_arguments(words: Sequence[str]) -> tuple[Path, dict[str, int], list[str
             if not value.isascii() or not value.isdecimal() or int(value) < least:
                 raise ConfigError(f"{word} must be a whole number from {least}; try {key}=20")
             numbers[key] = int(value)
-        elif word not in (files[0], "--dry-run"):
+        elif word != files[0]:
             overrides.append(word)
     return Path(files[0]), numbers, overrides
 
 
-def tell_points(rows: Sequence[Row]) -> None:
-    """Print every point with its state, and how many there are."""
-    print(text_table(["point", "state"], [[shlex.join(row.choice.words), row.state()] for row in rows], left=2))
-    print(f"{len(rows)} points, {sum(bool(row.summary()) for row in rows)} of them done")
+def record(sweep: SweepFile, row: Row) -> dict[str, Any]:
+    """A point as plain data."""
+    value, protocol, prefill_s, decode_ms, state, _ = _found(sweep, row)
+    return {
+        **{"words": row.choice.words, "values": row.choice.values, "metric": value, "protocol": protocol, "prefill_s": prefill_s},
+        **{"decode_ms": decode_ms, "state": state, "message": row.message(), "folder": None if row.run is None else str(row.run.folder)},
+    }
 
 
 def main(argv: list[str]) -> int:
     """Run every point of a sweep file that is not done yet, and print the table of all; ``--dry-run`` only lists them.
 
-    ``jobs=``: so many processes share the points, as does the same command elsewhere. Returns 0 if all are done, 2 if configurations were
+    ``jobs=``: so many processes share the points, as does the same command elsewhere. Returns 0 if all are done, 2 if points were
     refused, 1 if runs failed. Raises ``ConfigError`` for a file that needs wandb.
     """
-    jobs, words = split_jobs(argv)
+    flags, words = split_flags(argv)
+    jobs, words = split_jobs(words)
     path, numbers, overrides = read_arguments(words)
-    sweep = read_sweep(path)
-    rows = rows_of(sweep, sweep.choices(overrides, numbers.get("count"), numbers.get("sweep_seed", 0)))
-    for row in rows:
-        if row.run is None:
-            print(f"refused: {shlex.join(row.choice.words)}: {row.refused}", file=sys.stderr)
-    if "--dry-run" in words:
-        tell_points(rows)
-        return 0
+    sweep, dry = read_sweep(path), DRY in flags
+    choices = sweep.choices(overrides, numbers.get("count"), numbers.get("sweep_seed", 0))
+    with aside(flags):
+        rows = rows_of(sweep, choices, check_point if dry else prepare)
+        for row in rows:
+            if row.run is None:
+                print(f"refused: {shlex.join(row.choice.words)}: {row.refused[1]}", file=sys.stderr)
+        if not dry:
+            run_rows(sweep, rows, jobs)
+    place = None if dry else write_table(sweep, rows)
+    points = [record(sweep, row) for row in sorted(rows, key=partial(_rank, sweep))]
+    data = {"sweep": sweep.name, "metric": sweep.metric, "goal": sweep.goal, "table": place and str(place), "points": points}
+    folders = "\n".join(str(row.run.folder) for row in rows if row.run is not None)
+    answer(flags, text(sweep, rows, place), data, str(place) if place else folders)
+    if problem := unknown_metric(sweep, rows):
+        raise ConfigError(problem)
+    left = [row for row in rows if row.run is not None and not row.summary()]
+    if left and not dry:
+        return FAILED
+    return BAD_INPUT if any(row.run is None for row in rows) else 0
+
+
+def run_rows(sweep: SweepFile, rows: Sequence[Row], jobs: int) -> None:
+    """Run the points that are not done."""
     if sweep.stops:
         print("early_terminate is for wandb's server: here every point runs to its end")
     points = [row.run for row in rows if row.run is not None]
-    write = partial(write_table, sweep, rows)
+
+    warned: list[str] = []
+
+    def after() -> None:
+        write_table(sweep, rows)
+        if not warned and (problem := unknown_metric(sweep, rows)):  # another point may have it, as traffic where there is an offload
+            warned.append(problem)
+            print(f"warning: {problem}", file=sys.stderr, flush=True)
+
     with helpers(points, jobs, folder_of_sweep(sweep, rows), run_each):
-        run_each(points, write)
-    place = write()
-    header, lines = table(sweep, rows)
-    print(text_table(header, lines, left=len(header)))
-    print(f"sorted by {sweep.metric} ({sweep.goal})\ntable: {place}")
-    check_metric(sweep, rows)
-    if all(row.summary() for row in rows):
-        return 0
-    return FAILED if any(row.run is not None and not row.summary() for row in rows) else BAD_INPUT
+        run_each(points, after)
+
+
+def text(sweep: SweepFile, rows: Sequence[Row], place: Path | None) -> str:
+    """The table of a sweep for a terminal, or, where nothing was run, its points and their states."""
+    if place is None:
+        lines = text_table(["point", "state"], [[shlex.join(row.choice.words), row.state()] for row in rows], left=2)
+        return f"{lines}\n{len(rows)} points, {sum(bool(row.summary()) for row in rows)} of them done"
+    header, cells = table(sweep, rows)
+    return f"{text_table(header, cells, left=len(header))}\nsorted by {sweep.metric} ({sweep.goal})\ntable: {place}"

@@ -120,6 +120,15 @@ def origins(task: Task) -> dict[str, str]:
     return told | {"cut": str(rules.cut()), "note": rules.note}
 
 
+def packages_of(task: Task) -> list[str]:
+    """What has to be installed for the samples and scores of a task besides what hipexp itself needs, by its name on the package index."""
+    names = subtasks_of(task)
+    if task.name == "ruler":
+        return ["lm_eval", "wonderwords", "numpy", *(["scipy"] if "fwe" in names else [])]
+    rules = rules_of(task, None if task.data is None else Path(task.data))
+    return [] if rules is None else list(dict.fromkeys(package for name in names for package in rules.packages(name)))
+
+
 def rules_of(task: Task, folder: Path | None) -> Rules | None:
     """The rules of a task with published rows; None for the others."""
     if task.name == "longbench":
@@ -194,7 +203,7 @@ def _origins_of_ruler(task: Task) -> dict[str, str]:
 
     names = subtasks_of(task)
     folder, needs = _resources(task), resources_of(names)
-    told = {"generator": EDITION} | lm_eval.versions(("lm_eval", "wonderwords", "numpy", *(["scipy"] if "fwe" in names else [])))
+    told = {"generator": EDITION} | lm_eval.versions(packages_of(task))
     if "essays" in needs:
         told["sentences"] = resources.sentences(folder).name
     if unknown := resources.unknown(folder, needs):

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+from hipexp.suites import OWN
+
 
 def metrics_of(summary: dict[str, Any]) -> dict[str, Any]:
-    """``average``, ``score/<subtask>``, ``average/<group>``, ``latency.…`` and ``memory.…``, ``mean_ms/…`` and ``traffic/…``.
+    """``average``, ``score/…``, ``average/<group>``, ``running/…``, ``latency.…`` and ``memory.…``, ``mean_ms/…`` and ``traffic/…``.
 
     ``mean_ms/<phase>/<context_tok>/<impl>`` is a row of ``latency.rows``; ``traffic/<phase>/<name>`` is what an offload moved and had to
-    wait for, empty where everything stayed on the device. Scores are 0 to 100. None for what was not measured.
+    wait for, empty where everything stayed on the device. ``running/average`` and ``running/<subtask>`` are the means that grow with the
+    samples, at their end (those of subtasks under our own protocol: official scorers group and round otherwise). Scores are 0 to 100. None
+    for what was not measured.
     """
     found = {"average": summary.get("average")}
+    if found["average"] is not None:
+        found["running/average"] = found["average"]
+        if summary["protocol"] == OWN:
+            found |= {f"running/{name}": cell["score"] for name, cell in summary["scores"].items()}
     found |= {f"score/{name}": cell["score"] for name, cell in summary["scores"].items()}
     found |= {f"average/{name}": value for name, value in summary.get("averages", {}).items()}
     for part in ("latency", "memory"):

@@ -7,6 +7,7 @@ import pytest
 
 from hipexp import cli
 from hipexp.config.schema import ConfigError, Pipeline
+from hipexp.report.runs import load_runs
 from hipexp.run import plan as module
 from hipexp.run.ledger import read_json
 from hipexp.run.plan import plan, progress
@@ -96,6 +97,34 @@ def test_quiet_and_json_say_one_thing_on_stdout(fast, capsys):
     assert "stored result of" in told.err and "passkey" in told.err
     assert cli.main(["-m", "seed=0,1", *fast, "--json"]) == 0
     assert [json.loads(line)["average"] for line in capsys.readouterr().out.splitlines()] == [100.0, 100.0]
+
+
+def test_a_sweep_goes_on_past_what_is_missing_and_says_so_in_the_end(fast, fake, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HIPEXP_DATA", str(tmp_path / "nothing"))
+    words = ["-m", "task=longbench,infbench", *fast[:2], "task.samples=1"]
+    assert cli.main([*words, "--dry-run"]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("refused: task=longbench ") and "1 run(s)," in said.out
+    assert cli.main(words) == 2
+    said = capsys.readouterr()
+    assert "longbench needs data.zip" in said.err and fake.calls > 0
+    (missing,) = load_runs(state="failed")
+    assert (missing.failure, missing.folder.parent.name) == ("data_missing", "longbench")
+    assert "refused: data_missing" in said.out and missing.folder.name in said.out and said.out.splitlines()[-1].startswith("1 of 2 points are done")
+    assert cli.main([*words, "--json"]) == 2
+    first, second = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert (first["status"], first["class"], first["folder"]) == ("refused", "data_missing", str(missing.folder))
+    assert second["status"] == "done" and read_json(Path(second["folder"]) / "summary.json")["average"] == second["average"]
+
+
+def test_one_point_whose_data_are_missing_is_a_failed_run(fast, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HIPEXP_DATA", str(tmp_path / "nothing"))
+    assert cli.main(["task=longbench", *fast[:2], "--dry-run"]) == 2
+    assert len(load_runs()) == 0
+    assert cli.main(["task=longbench", *fast[:2]]) == 2
+    assert "error: longbench needs data.zip" in capsys.readouterr().err
+    (run,) = load_runs()
+    assert (run.failure, run.config["task"]["name"]) == ("data_missing", "longbench") and "data pull longbench" in run.status["message"]
 
 
 def test_a_failure_is_told_however_quiet_a_run_is(fast, fake, capsys):

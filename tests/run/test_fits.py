@@ -48,6 +48,19 @@ def told(capsys, *words):
     return code, json.loads(capsys.readouterr().out)
 
 
+def test_data_and_packages_that_are_missing_are_told(words, machine, capsys, monkeypatch, tmp_path):
+    machine(0, 4000)
+    monkeypatch.setenv("HIPEXP_DATA", str(tmp_path / "nothing"))
+    monkeypatch.setattr("hipexp.suites.longbench.LongBench.packages", lambda self, subtask: ("rogue",))
+    chosen = [*words[:2], "task=longbench", "task.truncate_tok=4096"]
+    assert cli.main(["doctor", *chosen]) == 1
+    out = capsys.readouterr().out
+    assert "missing: the official suites need rogue, which is not installed" in out and "missing: longbench needs data.zip" in out
+    assert out.splitlines()[-1] == "fits; it cannot run before that is here" and "weights are not here yet" in out
+    code, report = told(capsys, *chosen)
+    assert code == 1 and report["fits"] and len(report["missing"]) == 2 and not report["weights_here"]
+
+
 def test_a_run_that_fits(words, machine, capsys):
     machine(0, 4000)
     assert cli.main(["doctor", "+pipeline=3stage", *words]) == 0

@@ -1,6 +1,7 @@
 """``python -m hipexp sweep`` on the fake model: table, failures, resuming, processes that share and die."""
 
 import contextlib
+import json
 import multiprocessing
 import os
 import random
@@ -16,11 +17,14 @@ import yaml
 import fake_hf
 import hipexp
 from hipexp.config.schema import ConfigError
-from hipexp.run import sharing
+from hipexp.report.runs import load_runs
+from hipexp.run import identity, retry, sharing
 from hipexp.run.ledger import Interrupted, is_held, parse_rows, read_json, runs_root
+from hipexp.run.point import missing_folder, prepare
 from hipexp.run.several import Named
 from hipexp.run.sharing import Shared, run_each
 from hipexp.run.sweep import main
+from hipexp.suites.sample import DataMissing
 
 COMMAND = ["${env}", "python", "-m", "hipexp", "task=infbench", "task.subtasks=[passkey]", "task.samples=2", "task.length_tok=400"]
 
@@ -32,7 +36,7 @@ def sweep_file(model_folder, tmp_path):
     def make(parameters, **more):
         path = tmp_path / "mine.yaml"
         command = [*COMMAND, f"model.path={model_folder}", "track=wandb", "${args_no_hyphens}"]
-        path.write_text(yaml.safe_dump({"method": "grid", "command": command, "parameters": parameters, **more}, sort_keys=False))
+        path.write_text(yaml.safe_dump({"method": "grid", "command": [word for word in command if word.split("=")[0] not in parameters], "parameters": parameters, **more}, sort_keys=False))
         return str(path)
 
     return make
@@ -111,10 +115,95 @@ def test_points_that_are_the_same_run_are_one(fake, sweep_file, capsys):
     assert fake.calls == 2 and len(lines(capsys.readouterr().out)) == 1
 
 
-def test_a_metric_that_nothing_measures_is_refused_after_the_table(fake, sweep_file):
-    with pytest.raises(ConfigError, match=r"metric.name=loss is measured by no point of this sweep; there are average, latency.decode_ms"):
-        main([sweep_file({"seed": {"value": 1}}, metric={"name": "loss"})])
-    assert fake.calls == 2
+def test_a_metric_that_nothing_measures_is_told_after_the_first_point_and_refused_after_the_table(fake, sweep_file, capsys):
+    with pytest.raises(ConfigError, match=r"metric.name=loss is measured by no point of this sweep that is done; there are average, latency.decode_ms"):
+        main([sweep_file({"seed": {"values": [1, 2]}}, metric={"name": "loss"})])
+    assert fake.calls == 4
+    said = capsys.readouterr()
+    assert said.err.count("warning: ") == 1 and "loss is measured by no point of this sweep that is done" in said.err
+    assert "[2/2]" in said.out and "table: " in said.out
+
+
+def test_what_grows_under_hyperband_is_a_metric_without_wandb_too(fake, sweep_file, capsys):
+    path = sweep_file({"seed": {"values": [1, 2]}}, metric={"name": "running/average", "goal": "maximize"}, early_terminate={"type": "hyperband", "min_iter": 2})
+    assert main([path]) == 0
+    out = capsys.readouterr().out
+    assert "early_terminate is for wandb's server" in out and [line[1] for line in lines(out)] == ["100.0", "100.0"]
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    """A hub that cannot be reached; the list of what was asked of it."""
+    import huggingface_hub
+
+    asked = []
+
+    def fail(path, name, revision=None):
+        asked.append(path)
+        raise OSError("no route to the hub")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    monkeypatch.setattr(identity, "_ABSENT", {})
+    return asked
+
+
+def test_a_point_whose_model_is_missing_is_a_row_and_the_others_run(fake, sweep_file, no_hub, capsys, model_folder):
+    path = sweep_file({"seed": {"values": [1, 2]}, "model.path": {"values": ["org/none", str(model_folder)]}})
+    assert main([path, "--dry-run"]) == 2
+    out = capsys.readouterr().out
+    assert out.count("refused: data_missing") == 2 and out.count("to do") == 2 and not runs_root().exists()
+    assert main([path, "--json"]) == 2
+    said = capsys.readouterr()
+    told = json.loads(said.out)["points"]
+    assert [one["state"] for one in told] == ["done", "done", "refused: data_missing", "refused: data_missing"] and fake.calls == 4
+    assert "no route to the hub" in told[2]["message"] and said.err.count("refused: ") == 2
+    assert no_hub == ["org/none"], "asked once, and not for every point"
+    assert [(run.state, run.failure, run.config["seed"]) for run in load_runs(state="failed")] == [("failed", "data_missing", 1), ("failed", "data_missing", 2)]
+
+
+def test_a_sweep_whose_points_all_miss_their_model_shows_them(fake, sweep_file, no_hub, capsys):
+    assert main([sweep_file({"seed": {"values": [1, 2]}, "model.path": {"value": "org/none"}})]) == 2
+    assert capsys.readouterr().out.count("refused: data_missing") == 2
+
+
+def test_what_was_missing_is_retried_when_it_is_here(fake, experiment, no_hub, model_folder, capsys, monkeypatch):
+    """Data or a model that are not here make a failed run; the result has another folder, since its key holds what they are."""
+    one = experiment()
+    one.model.path = "org/none"
+    for _ in range(2):
+        with pytest.raises(DataMissing):
+            prepare(one)
+    (run,) = load_runs()
+    assert (run.state, run.failure, run.folder) == ("failed", "data_missing", missing_folder(one))
+    assert retry.main(["class=data_missing"]) == 1 and "data_missing: " in capsys.readouterr().out
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(model_folder / "config.json"))
+    monkeypatch.setattr(identity, "_ABSENT", {})
+    assert retry.main(["class=data_missing"]) == 0 and "  done: average 100" in capsys.readouterr().out
+    assert [run.state for run in load_runs()] == ["done"] and not missing_folder(one).exists()
+
+
+def test_a_folder_without_weights_is_missing_until_they_are_there(fake, experiment, model_folder, capsys):
+    one = experiment()
+    (model_folder / "model.safetensors").unlink()
+    with pytest.raises(DataMissing, match="holds no weights"):
+        prepare(one)
+    assert [run.failure for run in load_runs()] == ["data_missing"] and fake.calls == 0
+    (model_folder / "model.safetensors").write_bytes(b"weights")
+    assert retry.main(["class=data_missing"]) == 0
+    assert [run.state for run in load_runs()] == ["done"]
+
+
+def test_json_and_quiet_say_one_thing_on_stdout(fake, sweep_file, capsys):
+    path = sweep_file({"seed": {"values": [1, 2]}}, metric={"name": "average", "goal": "maximize"})
+    assert main([path, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [(one["metric"], one["state"], one["values"]["seed"]) for one in told["points"]] == [(100.0, "done", 1), (100.0, "done", 2)]
+    assert Path(told["table"]).is_file() and Path(told["points"][0]["folder"]).is_dir()
+    assert main([path, "--quiet"]) == 0
+    said = capsys.readouterr()
+    assert (said.out, said.err) == (told["table"] + "\n", "")
+    assert main([path, "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["table"] is None
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,10 @@ import re
 import pytest
 
 from hipexp.config.schema import ConfigError
-from hipexp.run import demo, needle_table, record_demo, repro
+from hipexp.repro import command as repro
+from hipexp.repro.data import read
+from hipexp.repro.points import cells, points_of
+from hipexp.run import demo, needle_table, record_demo
 from hipexp.run.ledger import runs_root, write_json
 from hipexp.run.needle_table import Rate, Spec
 from hipexp.run.point import folder_of
@@ -89,28 +92,13 @@ def test_rates_go_through_what_was_measured():
     assert flat.seconds(2000) == pytest.approx(5.0)
 
 
-def test_a_published_table_stands_beside_ours(overrides, fake, capsys):
-    words = ["table2", "size=needle", "task.samples=1", *overrides]
-    assert repro.main(words) == 0
-    text = capsys.readouterr().out
-    line = next(line for line in text.splitlines() if line.startswith("InfiniteHiP 3K "))
-    assert "99.8 / 97.5 / 9.6" in line
-    assert line.endswith("100.0 / 100.0 / 100.0")
-    assert "NOT comparable" in text
-    assert "samples: 1 per subtask and length (one sample is 100 points)" in text
-    assert text.splitlines()[-1].endswith("repro/table2_needle.txt")
-    calls = fake.calls
-    assert repro.main(words) == 0
-    assert fake.calls == calls
-
-
 def test_offload_is_for_the_pruned_points_of_a_table(overrides, fake, capsys):
     words = [*overrides, "offload=host", "offload.policy=lru"]
     everything = [
         *demo.points(words).values(),
         *needle_table.accuracy_points(words).values(),
         *needle_table.latency_points(words),
-        *repro.points(repro.read_table("table2"), "needle", words).values(),
+        *points_of(cells(read("table2"), "needle", words)),
     ]
     assert {point.experiment.pipeline is None for point in everything} == {True, False}
     for point in everything:
@@ -124,44 +112,19 @@ def test_offload_is_for_the_pruned_points_of_a_table(overrides, fake, capsys):
     assert demo.points(words)["3stage", 1, "passkey"].summary()["traffic"]["decode"]["hit_ratio"] == 0.25
 
 
-@pytest.mark.parametrize("words", [[], ["size=needle"], ["table99"], ["../model/needle"], ["table2", "size=huge"]])
-def test_repro_says_what_it_needs(overrides, words):
-    with pytest.raises(ConfigError):
-        repro.main(words + overrides if words else words)
-
-
 @pytest.mark.parametrize(
     ("command", "words", "key"),
     [
         (demo.main, ["task.samples=3"], "task.samples=3"),
         (demo.main, ["+pipeline=2stage"], r"\+pipeline=2stage"),
         (needle_table.main, ["task.length_tok=500"], "task.length_tok=500"),
-        (repro.main, ["table2", "task.length_tok=1024"], "task.length_tok=1024"),
+        (repro.main, ["table2", "size=needle", "task.length_tok=1024"], "task.length_tok=1024"),
         (repro.main, ["table2", "pipeline.window_tok=512"], "pipeline.window_tok=512"),
     ],
 )
 def test_what_a_table_varies_is_not_to_be_overridden(overrides, command, words, key):
     with pytest.raises(ConfigError, match=f"{key} cannot be changed in .* left to you are model, seed"):
         command(words + overrides)
-
-
-def test_published_numbers_are_those_of_the_paper():
-    table = repro.read_table("table2")
-    assert list(table["columns"].values()) == ["passkey", "number_string", "kv_retrieval"]
-    assert table["models"] == ["Llama-3-8B-Instruct", "Mistral-7B-Instruct-v0.2"]
-    assert {row["method"]: list(row["published"].values()) for row in table["rows"]} == {
-        "FA2 (truncated)": [[8.5, 7.8, 6.2], [28.8, 28.8, 14.8]],
-        "Dynamic NTK": [[0.0, 0.0, 0.0], [100.0, 86.8, 19.2]],
-        "SelfExtend": [[100.0, 100.0, 0.2], [100.0, 100.0, 15.6]],
-        "LM-Infinite": [[6.8, 7.6, 0.2], [28.8, 28.8, 0.4]],
-        "StreamingLLM": [[8.5, 8.3, 0.4], [28.8, 28.5, 0.2]],
-        "H2O": [[2.5, 2.4, 0.0], [8.6, 4.8, 2.6]],
-        "InfLLM": [[100.0, 99.0, 5.0], [100.0, 96.1, 96.8]],
-        "InfiniteHiP 3K": [[99.83, 97.46, 9.6], [100.0, 97.97, 60.8]],
-        "InfiniteHiP 3K-fast": [[99.83, 97.29, 8.2], [100.0, 97.63, 52.8]],
-        "InfiniteHiP 3K-flash": [[99.83, 97.46, 8.89]],
-        "InfiniteHiP 5K": [[100.0, 99.83, 10.8], [100.0, 99.51, 83.6]],
-    }
 
 
 def test_a_point_that_is_not_done_has_no_summary(fake, experiment):

@@ -104,6 +104,8 @@ def test_sweeps_without_wandb_find_every_number_that_wandb_shows(fake, experimen
     one.track = Track(name="wandb")
     found = metrics_of(read_json(execute(one) / "summary.json"))
     sent = wandb.runs[0].summary
+    last = {name: value for name, value in wandb.runs[0].logged[-2].items() if not name.startswith("sample/")}
+    assert last == {"running/passkey": 100.0, "running/kv_retrieval": 100.0, "running/average": 100.0} and last.items() <= found.items()
     flat = {f"{part}.{name}": value for part in ("latency", "memory") for name, value in sent[part].items()}
     plain = {name: value for name, value in sent.items() if name not in ("latency", "memory", "protocol")}
     assert found == plain | flat

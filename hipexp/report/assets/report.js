@@ -25,7 +25,7 @@ function filter() {
     const count = box.querySelector(":scope > summary .count, :scope > .counted .count");
     if (count) count.textContent = shown === rows.length ? `${shown} rows` : `${shown} of ${rows.length} rows`;
   }
-  const board = document.getElementById("leaderboard").querySelector("tbody");
+  const board = document.getElementById("leaderboard")?.querySelector("tbody");
   const all = board ? [...board.rows] : [];
   form.querySelector("output").textContent = `${all.filter((row) => !row.hidden).length} of ${all.length} runs with scores`;
 }

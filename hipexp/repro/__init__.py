@@ -1,0 +1,1 @@
+"""``python -m hipexp repro``: every table and figure of the paper, beside what is measured here."""

@@ -1,0 +1,1 @@
+"""``python -m hipexp tune``: a search for pipelines that no other beats."""
