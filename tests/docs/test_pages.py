@@ -14,6 +14,7 @@ TUTORIAL, EXTENDING = ROOT / "docs" / "tutorial.md", ROOT / "docs" / "extending.
 def folder(tmp_path, monkeypatch):
     """An empty working directory, where runs/ will be."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hipexp.run.environment.git_revision", lambda folder: None)  # somebody may work on the checkout meanwhile
     for name in ("HIPEXP_RUNS", "HIPEXP_CONF", "HIPEXP_DATA"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
