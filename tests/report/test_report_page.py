@@ -369,7 +369,7 @@ def test_an_empty_folder_and_wrong_words(tmp_path, capsys):
     with pytest.raises(ConfigError, match=r"runs=.* must be a folder with runs .* has none; make one with `python -m hipexp"):
         command.main([f"runs={tmp_path}"])
     for word in ("verbose", "out=", "format=pdf"):
-        with pytest.raises(ConfigError, match="only out=<folder> and runs=<folder>"):
+        with pytest.raises(ConfigError, match="only out=<folder>, runs=<folder>"):
             command.main([word])
     assert cli.main(["report", f"runs={tmp_path}"]) == 2
     assert "has none" in capsys.readouterr().err
