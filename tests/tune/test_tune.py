@@ -23,10 +23,11 @@ from hipexp.run.ledger import RunFailed, is_done, read_json
 from hipexp.run.point import folder_of
 from hipexp.run.several import load_once
 from hipexp.tune import command, launch
-from hipexp.tune.final import SLACK, Final
+from hipexp.tune.final import SLACK, Final, Result
 from hipexp.tune.launch import Launch
 from hipexp.tune.objectives import dominates, front, read_objectives
 from hipexp.tune.recall import Recorded
+from hipexp.tune.report import verdicts
 from hipexp.tune.study import Point, open_study
 
 pytest.importorskip("optuna", reason="optuna is not installed: pip install '.[tune]'")
@@ -93,7 +94,7 @@ def test_the_front_runs_as_it_is_written(search):
 
 
 def test_the_front_is_what_no_measured_point_beats(search):
-    found, _ = search("trials=40", "objective=[recall,bytes]")
+    found, _ = search("trials=40", "objective=[recall,bytes]", "checked=1")
     objectives = read_objectives("[recall,bytes]")
     with open_study(folder_of_search(), objectives, "tpe", 0) as study:
         points = [point for point in study.points() if point.kind == "measured"]
@@ -102,6 +103,7 @@ def test_the_front_is_what_no_measured_point_beats(search):
     for one in found["best"]:
         made = compose([f"+pipeline='{one['file']}'", "task=infbench"]).pipeline
         assert rules(made, 5) == rules(next(point.pipeline for point in points if point.number == one["point"]), 5)
+        assert one["held_out"]["recall"], "also where more are found than checked="
     assert search.fake.calls == 0, "nobody asked for answers"
 
 
@@ -196,6 +198,47 @@ def test_a_baseline_that_fails_is_told(search):
     search.fake.fail = MemoryError("no room")
     with pytest.raises(RunFailed, match="baseline=3stage cannot be compared with"):
         search("trials=5")
+
+
+def result_of(number: int, read: float, search: float, held_out: list[float] | None, why: str = "") -> Result:
+    """A point that had ``search`` of the search's prompts; ``held_out`` None: it was not asked others."""
+    checked = None if held_out is None else Point(number, bytes=read, scores={"0": held_out} if held_out else {})
+    return Result(f"t{number}", Point(number, bytes=read, scores={"0": [search] * 4}), checked, why=why)
+
+
+def test_only_held_out_answers_of_both_sides_make_a_verdict(search):
+    """Not the scores that chose a point, neither of one that was not asked others nor of one whose last check failed."""
+    aim = command.read_words([f"model.path={search.model}", *SEARCH]).aim
+    base, good = result_of(0, 33e6, 75.0, [90.0] * 20), result_of(1, 9e6, 75.0, [100.0] * 20)
+    unasked, failed = result_of(2, 8e6, 100.0, None), result_of(3, 7e6, 100.0, [], "out_of_memory: no room")
+    told = verdicts(aim, [base, good, unasked, failed])
+    assert [line.split()[:2] for line in told] == [["t1", "dominates"], ["t3:", "the"]]
+    assert told[1] == "t3: the last check failed: out_of_memory: no room"
+    assert verdicts(aim, [base, unasked]) == ["no point was compared with t0 on prompts that did not choose it"]
+    assert verdicts(aim, [result_of(0, 33e6, 75.0, []), good]) == ["no point was compared with t0 on prompts that did not choose it"]
+    assert verdicts(aim, [base, result_of(4, 9e6, 100.0, [50.0] * 20)]) == ["no point dominates t0 on the prompts that did not choose it"]
+
+
+@pytest.mark.parametrize("whose", ["points", "baseline"])
+def test_a_last_check_that_fails_is_told(search, monkeypatch, whose):
+    run = Launch.run
+
+    def failing(self, prompts, pipelines):
+        ran = run(self, prompts, pipelines)
+        return {
+            name: "out_of_memory: no room" if prompts.samples == 3 and (name == "3stage") == (whose == "baseline") else told
+            for name, told in ran.items()
+        }
+
+    monkeypatch.setattr(Launch, "run", failing)
+    if whose == "baseline":
+        with pytest.raises(RunFailed, match="baseline=3stage cannot be compared with"):
+            search("trials=8")
+        return
+    found, told = search("trials=8")
+    assert "the last check failed: out_of_memory: no room" in told.out and "dominates 3stage" not in told.out
+    assert found["best"][0]["failed"] == "out_of_memory: no room"
+    assert "# the check on held-out prompts failed: out_of_memory" in Path(found["best"][0]["file"]).read_text()
 
 
 def test_points_go_through_a_launcher_of_hydra(search, tmp_path, monkeypatch):
