@@ -54,7 +54,6 @@ class Final:
 
     def ask(self, base: Point, rung: int) -> None:
         """Ask the baseline the prompts of a rung. Raises ``RunFailed`` if it cannot answer: there is nothing to compare with then."""
-        assert base.pipeline is not None
         told = self.launch.run(self.aim.prompts(rung), {self.baseline: base.pipeline})[self.baseline]
         take(base, rung, self._answered(told))
 
@@ -93,7 +92,7 @@ class Final:
         failed: dict[int, str] = {}
         if self.aim.asks:
             names = {base.number: self.baseline, **{point.number: str(self.file(point)) for point in chosen}}
-            ran = self.launch.run(self.prompts, {name: pipeline for n, name in names.items() if (pipeline := others[n].pipeline)})
+            ran = self.launch.run(self.prompts, {name: others[n].pipeline for n, name in names.items()})
             take(others[base.number], 0, self._answered(ran[self.baseline]))
             for point in chosen:
                 if isinstance(told := ran[names[point.number]], str):
@@ -102,7 +101,7 @@ class Final:
                     take(others[point.number], 0, told)
         if heard:
             for other in others.values():
-                assert other.pipeline is not None
+                assert other.pipeline is not None, "refused by check_recall"
                 other.recall = self.recorded.of(other.pipeline)
         handed = sorted([*best, *(point for point in chosen if point not in best)], key=lambda point: point.bytes, reverse=True)
         return [

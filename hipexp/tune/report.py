@@ -35,8 +35,9 @@ KIND_WORDS = {
 
 
 def shape(point: Point) -> str:
-    """Chunks and budgets of a pipeline, stage by stage."""
-    assert point.pipeline is not None
+    """Chunks and budgets of a pipeline, stage by stage; of one without stages its method."""
+    if point.pipeline is None or not point.pipeline.stages:
+        return "dense" if point.pipeline is None else point.pipeline.method
     return " ".join(f"{stage.chunk_tok}→{stage.keep_tok} {stage.representative.value}" for stage in point.pipeline.stages)
 
 

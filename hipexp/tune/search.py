@@ -76,7 +76,7 @@ class Aim:
         experiment = self.experiment
         return Prompts(experiment, self.words, RUNGS[rung] * experiment.task.samples, experiment.seed + rung)
 
-    def bytes_of(self, pipeline: Pipeline) -> tuple[float, float]:
+    def bytes_of(self, pipeline: Pipeline | None) -> tuple[float, float]:
         """Bytes attended to, and all that are read, in a mean decode step."""
         return decode_bytes(pipeline, self.facts, self.heads, self.n_tok)
 

@@ -19,6 +19,7 @@ from hipexp.config.compose import compose
 from hipexp.config.overrides import conf_dir
 from hipexp.config.schema import ConfigError, Pipeline, Representative, Stage
 from hipexp.run.allocation import rules
+from hipexp.run.budgets import divided
 from hipexp.run.ledger import RunFailed, is_done, read_json
 from hipexp.run.point import folder_of
 from hipexp.run.several import load_once
@@ -217,6 +218,32 @@ def test_only_held_out_answers_of_both_sides_make_a_verdict(search):
     assert verdicts(aim, [base, unasked]) == ["no point was compared with t0 on prompts that did not choose it"]
     assert verdicts(aim, [result_of(0, 33e6, 75.0, []), good]) == ["no point was compared with t0 on prompts that did not choose it"]
     assert verdicts(aim, [base, result_of(4, 9e6, 100.0, [50.0] * 20)]) == ["no point dominates t0 on the prompts that did not choose it"]
+
+
+@pytest.mark.parametrize("baseline", ["3stage", "streaming", "ntk", "dense"])
+def test_a_baseline_whose_recall_cannot_be_told_is_compared_by_scores(search, monkeypatch, baseline):
+    """3stage cannot keep a third of its budgets in whole chunks, the others have none; scores need no recall of theirs."""
+
+    def of(self, pipeline):
+        divided(pipeline, self.divisor)
+        return held(pipeline)
+
+    monkeypatch.setattr(Recorded, "of", of)
+    order = command.read_words([f"model.path={search.model}", *SEARCH])
+    words = [f"baseline={baseline}", f"task.length_tok={3 * order.aim.facts.trained_tok}"]
+    assert command.read_words([f"model.path={search.model}", *SEARCH, *words]).aim.divisor == 3
+    found, _ = search(*words, "trials=6")
+    assert found["baseline"]["name"] == baseline and found["baseline"]["held_out"]["score"] == 100.0
+    asked = [f"model.path={search.model}", *SEARCH, *words, "objective=[recall,bytes]"]
+    with pytest.raises(ConfigError, match=f"objective=recall: .*baseline={baseline}") as caught:
+        command.read_words(asked)
+    assert "task.divisors" not in str(caught.value)
+
+
+def test_a_limit_of_what_dense_attention_reads(search):
+    order = command.read_words([f"model.path={search.model}", *SEARCH, "max_bytes=dense", "baseline=dense"])
+    assert order.aim.max_bytes == order.aim.bytes_of(None)[1] > 0
+    assert "dense reads" in command.plan_text(order)
 
 
 @pytest.mark.parametrize("whose", ["points", "baseline"])
