@@ -38,7 +38,7 @@ from hipexp.tune.search import MORE, Aim, Search, to_stderr
 from hipexp.tune.space import read_space
 from hipexp.tune.study import RANDOM_FIRST, SAMPLERS, Point, Study, open_study, optuna
 
-VERSION = 1  # raise it when the same words search otherwise
+VERSION = 2  # raise it when the same words search otherwise
 USAGE = "tune task=infbench objective=[score,bytes] [key=value …] [max_bytes=3stage] [trials=1000] [hours=1] [space=FILE] [--dry-run]"
 DEFAULTS = {
     "objective": "[score,bytes]", "trials": "1000", "hours": "1", "name": "", "space": "", "baseline": "3stage", "max_bytes": "",

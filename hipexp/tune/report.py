@@ -29,8 +29,8 @@ KIND_WORDS = {
     "bytes": "read too much",
     "repeated": "drawn before",
     "recall": "hopeless by recall",
-    "late": "not asked for want of time",
     "failed": "failed",
+    "waiting": "waiting for the model",
 }
 
 
@@ -103,10 +103,15 @@ def verdicts(aim: Aim, results: Sequence[Result]) -> list[str]:
     return [*told, *(f"{result.name}: the last check failed: {result.why}" for result in results if result.why)]
 
 
+def kinds(points: Sequence[Point]) -> Counter[str]:
+    """How many points there are of each kind; of those that are not decided some wait for the model."""
+    return Counter(point.kind or ("waiting" if point.asked else "not finished") for point in points)
+
+
 def counts(points: Sequence[Point]) -> str:
     """How many points were drawn, and what became of them."""
-    found = Counter(point.kind or "not finished" for point in points)
-    parts = [f"{found[kind]} {KIND_WORDS.get(kind, kind)}" for kind in (*KINDS, "not finished") if found[kind]]
+    found = kinds(points)
+    parts = [f"{found[kind]} {KIND_WORDS.get(kind, kind)}" for kind in (*KINDS, "waiting", "not finished") if found[kind]]
     return f"{len(points)} points drawn: {', '.join(parts)}"
 
 
@@ -184,7 +189,7 @@ def as_data(aim: Aim, points: Sequence[Point], results: Sequence[Result], folder
     return {
         "folder": str(folder),
         "objectives": [one.name for one in aim.objectives],
-        "points": dict(Counter(point.kind or "not finished" for point in points)),
+        "points": dict(kinds(points)),
         "baseline": {"name": results[0].name, "search": values(results[0].searched), "held_out": values(results[0].checked)},
         "best": [
             {"point": r.searched.number, "file": str(r.file), "search": values(r.searched), "held_out": values(r.checked)}

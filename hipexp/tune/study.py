@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,9 +22,8 @@ from hipexp.config.schema import ConfigError, Pipeline
 from hipexp.run.ledger import is_held, locked, make_folder, on_disk
 from hipexp.tune.objectives import Objective
 
-# What a point may be beside measured: refused by the checks, too many bytes, the same as another, hopeless by its recall, not
-# asked for want of time, failed.
-KINDS = ("measured", "invalid", "bytes", "repeated", "recall", "late", "failed")
+# What a point may be beside measured: refused by the checks, too many bytes, the same as another, hopeless by its recall, failed.
+KINDS = ("measured", "invalid", "bytes", "repeated", "recall", "failed")
 FOUND = ("bytes", "attended_bytes", "recall", "scores", "decode_ms", "prefill_ms")  # what is found out of a point
 SAMPLERS = ("tpe", "random")
 RANDOM_FIRST = 20  # points before the sampler has something to go by
@@ -46,7 +45,7 @@ class Point:
     """A drawn pipeline and what is known of it.
 
     ``scores``, ``decode_ms`` and ``prefill_ms`` are those of single prompts, by rung; ``kind`` None: it is not decided yet;
-    ``asked``: it is the model's turn.
+    ``asked``: it is the model's turn. A point whose run failed is of the kind "failed" until another call asks it again.
     """
 
     number: int
@@ -119,12 +118,17 @@ class Study:
             return trial
 
     def begun(self, trial: Any) -> Point:
-        """What is known of a trial that is not finished."""
-        return _point(trial)
+        """What is known of a trial that is not finished; one that failed is asked again."""
+        return replace(_point(trial), kind=None, why="")
+
+    def leave(self, trial: Any) -> None:
+        """Leave a trial as it is to whoever has the time for it."""
+        trial.set_user_attr("owner", None)
 
     def in_work(self) -> int:
-        """How many points are being worked on, by whomever, or were left."""
-        return sum(not trial.state.is_finished() for trial in self.inner.get_trials(deepcopy=False))
+        """How many points are being worked on, by whomever, or were left; those that failed and have their process are neither."""
+        trials = [trial for trial in self.inner.get_trials(deepcopy=False) if not trial.state.is_finished()]
+        return sum(_point(trial).kind is None or self._is_left(trial) for trial in trials)
 
     def _is_left(self, trial: Any) -> bool:
         if trial.state.is_finished():
@@ -147,14 +151,19 @@ class Study:
         trial.set_user_attr("point", to_plain(point))
 
     def tell(self, trial: Any, point: Point) -> None:
-        """Write down what is known of a point, which is decided, and let the sampler know."""
+        """Write down what is known of a point, which is decided, and let the sampler know.
+
+        One that failed is not finished by that: it is this process's, and when that is gone it is there to be asked again.
+        """
         from optuna.trial import TrialState
 
         self.note(trial, point)
+        if point.kind == "failed":
+            return
         if point.kind in ("measured", "repeated") and point.is_known(self.objectives):
             self.inner.tell(trial, point.values(self.objectives))
         else:
-            self.inner.tell(trial, state=TrialState.FAIL if point.kind == "failed" else TrialState.PRUNED)
+            self.inner.tell(trial, state=TrialState.PRUNED)
 
 
 def _point(trial: Any) -> Point:

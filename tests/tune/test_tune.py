@@ -29,6 +29,7 @@ from hipexp.tune.launch import Launch
 from hipexp.tune.objectives import dominates, front, read_objectives
 from hipexp.tune.recall import Recorded
 from hipexp.tune.report import verdicts
+from hipexp.tune.search import Search
 from hipexp.tune.study import Point, open_study
 
 pytest.importorskip("optuna", reason="optuna is not installed: pip install '.[tune]'")
@@ -178,7 +179,7 @@ def test_a_search_that_was_stopped_goes_on_as_if_it_was_not(search, tmp_path, mo
 
 
 def test_a_run_that_fails_is_no_point_of_the_front(search, monkeypatch):
-    """And neither ends the search nor is asked again."""
+    """And neither ends the search nor is asked again by it; the same command, later, does."""
     search.fake.fail = None
     execute, calls = launch.run_each, []
 
@@ -193,6 +194,46 @@ def test_a_run_that_fails_is_no_point_of_the_front(search, monkeypatch):
     (why,) = [why for _, _, kind, why, _ in journal(folder_of_search()) if kind == "failed"]
     assert why.startswith("out_of_memory") and "log.txt" in why
     assert "1 failed" in told.out
+    again, told = search("trials=30")
+    assert "failed" not in again["points"] and again["points"]["measured"] > found["points"]["measured"]
+    assert sum(again["points"].values()) == 30
+
+
+def test_points_that_were_late_are_asked_when_there_is_more_time(search, monkeypatch):
+    """They are not lost, and neither are those that are drawn the same."""
+    over, asked = Search.over, []
+    monkeypatch.setattr(Search, "over", lambda self: (bool(asked) and self.study.points()[-1].asked) or over(self))
+    run = Launch.run
+
+    def counting(self, prompts, pipelines):
+        if "3stage" not in pipelines:
+            asked.append(pipelines)
+        return run(self, prompts, pipelines)
+
+    monkeypatch.setattr(Launch, "run", counting)
+    found, told = search("trials=30", "batch=4")
+    waiting = found["points"]["waiting"]
+    assert waiting >= 2 and f"{waiting} waiting for the model" in told.out
+    monkeypatch.setattr(Search, "over", over)
+    again, told = search("trials=30", "batch=4")
+    assert f"{waiting} waiting for the model" in told.err
+    assert "waiting" not in again["points"] and sum(again["points"].values()) == 30
+    monkeypatch.setenv("HIPEXP_RUNS", os.environ["HIPEXP_RUNS"] + "-whole")
+    expected, _ = search("trials=30", "batch=4")
+    assert again["points"] == expected["points"], "as if there had been time from the start"
+
+
+def test_a_batch_is_measured_when_half_of_the_time_went_into_drawing_it(search, monkeypatch):
+    sizes, measure = [], Search.measure
+
+    def noted(self, batch):
+        sizes.append(len(batch))
+        measure(self, batch)
+
+    monkeypatch.setattr(Search, "measure", noted)
+    monkeypatch.setattr(Search, "_urgent", lambda self, half: not any(point.kind == "measured" for point in self.study.points()))
+    search("trials=30", "batch=4")
+    assert sizes[0] == 1 and max(sizes[1:]) > 1
 
 
 def test_a_baseline_that_fails_is_told(search):
