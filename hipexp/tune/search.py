@@ -3,9 +3,9 @@
 Points come in batches, of which every point passes
 
 1. the checks of the configuration, which cost nothing; so do counted bytes, and points that were drawn before;
-2. recall on recorded attention, about a second: a point that clearly holds less than another (of the same positions in the final attention) is
-   dropped if that reads no more, where reading is what counts, or answered nothing. When the batch is full, it is
-   looked at again, beside the others of the batch;
+2. recall on recorded attention, about a second: a point that clearly holds less than another (of the same positions in the final
+   attention) is dropped if that reads no more, where reading is what counts, or answered nothing. When the batch is full, it is looked at
+   again, beside the others of the batch;
 3. the model, ``task.samples`` prompts of each subtask. Points that no other beats by then are asked ``MORE`` times as many other ones.
 """
 

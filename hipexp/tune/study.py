@@ -192,30 +192,40 @@ def open_study(folder: Path, objectives: Sequence[Objective], sampler: str, seed
 
     owner = f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
     make_folder(folder / "owners" / owner)
-    with locked(folder / "owners" / owner / ".lock"):
-        path, lock = folder / "journal.log", _Lock(folder / ".journal")
-        lock.acquire()
-        mend(path)
-        lock.release()
-        storage = module.storages.JournalStorage(JournalFileBackend(str(path), lock_obj=cast(Any, lock)))
-        directions = [one.direction for one in objectives]
-        inner = module.create_study(storage=storage, study_name="tune", directions=directions, load_if_exists=True)
-        yield Study(folder, objectives, sampler, seed, owner, inner)
-    shutil.rmtree(folder / "owners" / owner, ignore_errors=True)
+    try:
+        with locked(folder / "owners" / owner / ".lock"):
+            path = folder / "journal.log"
+            lock = _Lock(folder / ".journal", path)
+            lock.acquire()
+            lock.release()
+            storage = module.storages.JournalStorage(JournalFileBackend(str(path), lock_obj=cast(Any, lock)))
+            directions = [one.direction for one in objectives]
+            inner = module.create_study(storage=storage, study_name="tune", directions=directions, load_if_exists=True)
+            yield Study(folder, objectives, sampler, seed, owner, inner)
+    finally:
+        shutil.rmtree(folder / "owners" / owner, ignore_errors=True)
 
 
 def mend(path: Path) -> None:
     """Cut off a last line that is not whole: a process was killed while it wrote it."""
     with on_disk(path):
-        if path.exists() and not (data := path.read_bytes()).endswith(b"\n") and data:
-            os.truncate(path, data.rfind(b"\n") + 1)
+        if not path.exists() or not (size := path.stat().st_size):
+            return
+        with open(path, "rb") as file:
+            file.seek(size - 1)
+            if file.read() == b"\n":
+                return
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 class _Lock:
-    """A lock of a journal that ends with its process; Optuna's own are files that a killed process leaves."""
+    """A lock of a journal that ends with its process; Optuna's own are files that a killed process leaves.
 
-    def __init__(self, path: Path):
-        self._path, self._file = path, -1
+    Who has it finds a journal of whole lines, whatever became of the process that had it before.
+    """
+
+    def __init__(self, path: Path, journal: Path):
+        self._path, self._journal, self._file = path, journal, -1
 
     def acquire(self) -> bool:
         """Wait for it."""
@@ -223,6 +233,7 @@ class _Lock:
             file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
             fcntl.flock(file, fcntl.LOCK_EX)
         self._file = file
+        mend(self._journal)
         return True
 
     def release(self) -> None:

@@ -385,6 +385,26 @@ def test_processes_share_a_study_and_take_over_what_is_left(tmp_path):
         assert other.next(3).number == 2 and other.next(3) is None
 
 
+def test_a_process_goes_on_behind_a_line_that_another_did_not_finish(tmp_path):
+    objectives = read_objectives("[score,bytes]")
+    with open_study(tmp_path, objectives, "random", 0) as mine:
+        for torn in (b'{"op_code": 4, "worker_id": "x", "study_i', b"{"):
+            with open(tmp_path / "journal.log", "ab") as journal:
+                journal.write(torn)  # and was killed
+            trial = mine.next(5)
+            mine.tell(trial, Point(trial.number, kind="invalid"))
+        assert [point.kind for point in mine.points()] == ["invalid"] * 2
+    with open_study(tmp_path, objectives, "random", 0) as again:
+        assert len(again.points()) == 2
+
+
+def test_a_search_that_ends_by_an_error_leaves_no_owner(tmp_path):
+    with pytest.raises(RunFailed), open_study(tmp_path, read_objectives("[score,bytes]"), "random", 0) as mine:
+        assert (tmp_path / "owners" / mine.owner).is_dir()
+        raise RunFailed("nothing was measured")
+    assert list((tmp_path / "owners").iterdir()) == []
+
+
 def test_time_is_kept_back_for_the_last_check(search):
     """Five points and the baseline, 3 prompts each, and the 4 of the baseline's that are missing, of 2 s; then by what is measured."""
     order = command.read_words([f"model.path={search.model}", *SEARCH])
