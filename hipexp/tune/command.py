@@ -87,6 +87,7 @@ def read_words(argv: Sequence[str]) -> Order:
     """The order of a command line, checked. Raises ``ConfigError``."""
     flags, words = split_flags(argv)
     jobs, words = split_jobs(words)
+    _check_once(words)
     own = DEFAULTS | {word.split("=")[0]: word.split("=", 1)[1] for word in words if word.split("=")[0] in DEFAULTS}
     hydra = tuple(word for word in words if is_hydra(word))
     words = [word for word in words if word.split("=")[0] not in DEFAULTS and word not in hydra]
@@ -136,6 +137,14 @@ def _check_words(words: Sequence[str], own: dict[str, str]) -> None:
         raise ConfigError(f"name={own['name']} must be a letter and then letters, digits, '_' and '-': files are called so")
 
 
+def _check_once(words: Sequence[str]) -> None:
+    seen: dict[str, str] = {}
+    for word in words:
+        if (name := _key(word)) in seen:
+            raise ConfigError(f"{name}= is said twice, in {seen[name]} and {word}; leave one of them out")
+        seen[name] = word
+
+
 def _key(word: str) -> str:
     return word.lstrip("+~-").split("=")[0]
 
@@ -159,6 +168,13 @@ def _most(text: str, aim: Aim, words: Sequence[str]) -> float | None:
     if not most > 0:
         raise ConfigError(
             f"max_bytes={text} must be a number above 0, or the name of a pipeline that reads as many, as in max_bytes=3stage"
+        )
+    ends = min(min(aim.space.sink_tok) + min(aim.space.window_tok), aim.n_tok)
+    least = 2 * aim.facts.layers * aim.facts.kv_heads * ends * aim.facts.head_dim * aim.facts.itemsize
+    if most <= least:
+        raise ConfigError(
+            f"max_bytes={text} is a number of bytes, and the smallest sinks and window alone are {least / 1e6:.3f} MB, {least:.2e} bytes; "
+            "say more, as in max_bytes=20e6 or max_bytes=3stage"
         )
     return most
 
