@@ -1,6 +1,7 @@
 """The points of a ``tune`` and what became of them: an Optuna study in a journal file, which processes share and a kill leaves whole.
 
-Every point is drawn by a sampler with a seed of its own, so that a study that was stopped draws the same points as one that was not.
+Every point is drawn by a sampler with a seed of its own, so that a study that was stopped draws the same points as one that was not
+(unless it was killed in the middle of drawing one: what was left of that is drawn anew).
 """
 
 from __future__ import annotations

@@ -45,6 +45,11 @@ def held(pipeline) -> list[float]:
     return [round(share * (0.9 + 0.1 * lot.random()), 5) for _ in range(4)]
 
 
+def said(*words: str) -> list[str]:
+    """Words of which the last of a name counts: none may be said twice."""
+    return list({word.split("=")[0]: word for word in words}.values())
+
+
 @pytest.fixture
 def search(fake, model_folder, monkeypatch, capsys):
     """``search("trials=20")`` runs the command and returns what it found, and its output."""
@@ -54,7 +59,7 @@ def search(fake, model_folder, monkeypatch, capsys):
     monkeypatch.setattr(command, "picture", lambda *args: run.draws and drawn(*args))
 
     def run(*words):
-        assert command.main([f"model.path={model_folder}", *SEARCH, *words]) == 0
+        assert command.main(said(f"model.path={model_folder}", *SEARCH, *words)) == 0
         told = capsys.readouterr()
         return read_json(Path(told.out.splitlines()[-1]) / "result.json"), told
 
@@ -272,10 +277,10 @@ def test_a_baseline_whose_recall_cannot_be_told_is_compared_by_scores(search, mo
     monkeypatch.setattr(Recorded, "of", of)
     order = command.read_words([f"model.path={search.model}", *SEARCH])
     words = [f"baseline={baseline}", f"task.length_tok={3 * order.aim.facts.trained_tok}"]
-    assert command.read_words([f"model.path={search.model}", *SEARCH, *words]).aim.divisor == 3
+    assert command.read_words(said(f"model.path={search.model}", *SEARCH, *words)).aim.divisor == 3
     found, _ = search(*words, "trials=6")
     assert found["baseline"]["name"] == baseline and found["baseline"]["held_out"]["score"] == 100.0
-    asked = [f"model.path={search.model}", *SEARCH, *words, "objective=[recall,bytes]"]
+    asked = said(f"model.path={search.model}", *SEARCH, *words, "objective=[recall,bytes]")
     with pytest.raises(ConfigError, match=f"objective=recall: .*baseline={baseline}") as caught:
         command.read_words(asked)
     assert "task.divisors" not in str(caught.value)
