@@ -31,14 +31,14 @@ from hipexp.run.several import load_once, model_line, split_jobs, trained_length
 from hipexp.suites import filled, rules_of, subtasks_of
 from hipexp.tune.final import SEED, Final, Result
 from hipexp.tune.launch import Launch, Prompts
-from hipexp.tune.objectives import read_objectives
-from hipexp.tune.recall import Recorded
+from hipexp.tune.objectives import OBJECTIVES, read_objectives
+from hipexp.tune.recall import Recorded, check_recall
 from hipexp.tune.report import as_data, counts, picture, reasons, table, verdicts, write_pipelines
 from hipexp.tune.search import MORE, Aim, Search, to_stderr
 from hipexp.tune.space import read_space
 from hipexp.tune.study import RANDOM_FIRST, SAMPLERS, Point, Study, open_study, optuna
 
-VERSION = 1  # raise it when the same words search otherwise
+VERSION = 2  # raise it when the same words search otherwise
 USAGE = "tune task=infbench objective=[score,bytes] [key=value …] [max_bytes=3stage] [trials=1000] [hours=1] [space=FILE] [--dry-run]"
 DEFAULTS = {
     "objective": "[score,bytes]", "trials": "1000", "hours": "1", "name": "", "space": "", "baseline": "3stage", "max_bytes": "",
@@ -87,6 +87,7 @@ def read_words(argv: Sequence[str]) -> Order:
     """The order of a command line, checked. Raises ``ConfigError``."""
     flags, words = split_flags(argv)
     jobs, words = split_jobs(words)
+    _check_once(words)
     own = DEFAULTS | {word.split("=")[0]: word.split("=", 1)[1] for word in words if word.split("=")[0] in DEFAULTS}
     hydra = tuple(word for word in words if is_hydra(word))
     words = [word for word in words if word.split("=")[0] not in DEFAULTS and word not in hydra]
@@ -99,7 +100,7 @@ def read_words(argv: Sequence[str]) -> Order:
         )
     trained_tok = trained_length(experiment.model)
     folder, facts = model_folder(experiment.model), read_facts(experiment.model)
-    assert facts is not None and folder is not None and base.pipeline is not None, "refused by trained_length"
+    assert facts is not None and folder is not None, "refused by trained_length"
     full = filled(task, trained_tok)
     n_tok = min(max([full.length_tok or 0, *(full.lengths_tok or [])]), task.truncate_tok or 2**31)
     config = read_config(folder / "config.json", experiment.model)
@@ -109,6 +110,8 @@ def read_words(argv: Sequence[str]) -> Order:
     aim = Aim(experiment, kept, objectives, space, facts, heads, n_tok, None)
     aim = Aim(experiment, kept, objectives, space, facts, heads, n_tok, _most(own["max_bytes"], aim, words))
     check_point(base)
+    if OBJECTIVES["recall"] in objectives:
+        check_recall(own["baseline"], base, aim.divisor)
     draft = Order(aim, own, hydra, jobs, flags, base, "", shlex.join(["python", "-m", "hipexp", "tune", *argv]))
     digest = hashlib.sha256(json.dumps(draft.identity).encode()).hexdigest()[:6]
     name = own["name"] or re.sub(r"[^\w-]+", "-", f"{experiment.model.name}_{'_'.join([task.name, *(task.subtasks or [])[:1]])}_{digest}")
@@ -134,6 +137,14 @@ def _check_words(words: Sequence[str], own: dict[str, str]) -> None:
         raise ConfigError(f"name={own['name']} must be a letter and then letters, digits, '_' and '-': files are called so")
 
 
+def _check_once(words: Sequence[str]) -> None:
+    seen: dict[str, str] = {}
+    for word in words:
+        if (name := _key(word)) in seen:
+            raise ConfigError(f"{name}= is said twice, in {seen[name]} and {word}; leave one of them out")
+        seen[name] = word
+
+
 def _key(word: str) -> str:
     return word.lstrip("+~-").split("=")[0]
 
@@ -153,27 +164,31 @@ def _most(text: str, aim: Aim, words: Sequence[str]) -> float | None:
     try:
         most = float(text)
     except ValueError:
-        pipeline = _baseline(text, words).pipeline
-        assert pipeline is not None, "composed with one"
-        return aim.bytes_of(pipeline)[1]
+        return aim.bytes_of(_baseline(text, words).pipeline)[1]
     if not most > 0:
         raise ConfigError(
             f"max_bytes={text} must be a number above 0, or the name of a pipeline that reads as many, as in max_bytes=3stage"
+        )
+    ends = min(min(aim.space.sink_tok) + min(aim.space.window_tok), aim.n_tok)
+    least = 2 * aim.facts.layers * aim.facts.kv_heads * ends * aim.facts.head_dim * aim.facts.itemsize
+    if most <= least:
+        raise ConfigError(
+            f"max_bytes={text} is a number of bytes, and the smallest sinks and window alone are {least / 1e6:.3f} MB, {least:.2e} bytes; "
+            "say more, as in max_bytes=20e6 or max_bytes=3stage"
         )
     return most
 
 
 def plan_text(order: Order) -> str:
     """What would be searched and how; loads no model."""
-    aim, own, task, base = order.aim, order.own, order.aim.experiment.task, order.base.pipeline
-    assert base is not None, "refused before"
+    aim, own, task, base = order.aim, order.own, order.aim.experiment.task, order.own["baseline"]
     most = "" if aim.max_bytes is None else f"; at most {aim.max_bytes / 1e6:.3f} MB"
     lines = [
         text_table(["parameter", "values"], aim.space.lines(), left=2),
         f"some {aim.space.size:.1e} pipelines, of which {own['sampler']} draws {own['trials']} in {own['hours']} h, at most; "
         f"the first {RANDOM_FIRST} at random",
         f"objectives: {', '.join(f'{one.name} ({one.direction}, {one.needs})' for one in aim.objectives)}",
-        f"a decode step behind {aim.n_tok} tokens: {base.name} reads {aim.bytes_of(base)[1] / 1e6:.3f} MB{most}",
+        f"a decode step behind {aim.n_tok} tokens: {base} reads {aim.bytes_of(order.base.pipeline)[1] / 1e6:.3f} MB{most}",
     ]
     if aim.hears:
         lines.append(f"first: recall on recorded attention at {aim.facts.trained_tok} tokens, with 1/{aim.divisor} of the budgets")
@@ -181,7 +196,7 @@ def plan_text(order: Order) -> str:
         cells = len(filled(task, aim.facts.trained_tok).depths or subtasks_of(task)) * len(task.lengths_tok or [1])
         lines += [
             f"then: {cells * task.samples} prompts for a point that is left, {cells * MORE * task.samples} more for one that none beats",
-            f"in the end: {cells * int(own['held_out'])} other prompts for {base.name} and each of up to {own['checked']} of the front",
+            f"in the end: {cells * int(own['held_out'])} other prompts for {base} and each of up to {own['checked']} of the front",
         ]
     return "\n".join([*lines, str(order.folder)])
 
@@ -225,9 +240,9 @@ def search(order: Order, study: Study, begun: float) -> int:
     going = Search(aim, study, launch, recorded, order.name, int(own["trials"]), int(own["batch"]), until)
     final = Final(aim, launch, others, own["baseline"], order.held_out, int(own["checked"]), going.file)
     base = Point(-1, order.base.pipeline)
-    assert base.pipeline is not None, "refused before"
     base.attended_bytes, base.bytes = aim.bytes_of(base.pipeline)
-    base.recall = recorded.of(base.pipeline) if aim.hears else []
+    if OBJECTIVES["recall"] in aim.objectives and base.pipeline is not None:
+        base.recall = recorded.of(base.pipeline)
     to_stderr(f"{order.folder}: {counts(study.points())}" if study.points() else f"{order.folder}: a new search")
     if aim.asks:
         final.ask(base, 0)

@@ -21,18 +21,20 @@ SLACK = 1.15  # of a prompt's time over that of its prefill: decode steps, and m
 class Result:
     """A point of the front, or the baseline, with its values on the prompts of the search, and on others if it was asked them.
 
-    ``file``: the pipeline, as it is handed over.
+    ``file``: the pipeline, as it is handed over. ``why``: the run on the others failed, and how.
     """
 
     name: str
     searched: Point
     checked: Point | None = None
     file: Path | None = None
+    why: str = ""
 
     def known(self, objective: Objective) -> float | None:
-        """The value that counts: of the other prompts where there is one."""
-        other = self.checked.value(objective.name) if self.checked is not None else None
-        return self.searched.value(objective.name) if other is None else other
+        """The value that counts: what was counted, or what other prompts than the search's said; None where they were not asked."""
+        if objective.needs == "count":
+            return self.searched.value(objective.name)
+        return None if self.checked is None else self.checked.value(objective.name)
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,14 @@ class Final:
 
     def ask(self, base: Point, rung: int) -> None:
         """Ask the baseline the prompts of a rung. Raises ``RunFailed`` if it cannot answer: there is nothing to compare with then."""
-        assert base.pipeline is not None
         told = self.launch.run(self.aim.prompts(rung), {self.baseline: base.pipeline})[self.baseline]
+        take(base, rung, self._answered(told))
+
+    def _answered(self, told: Path | str) -> Path:
+        """The baseline's run. Raises ``RunFailed`` if it failed."""
         if isinstance(told, str):
             raise RunFailed(f"baseline={self.baseline} cannot be compared with, its run failed: {told}; mend that, or choose another")
-        take(base, rung, told)
+        return told
 
     def chosen(self, base: Point, best: Sequence[Point], measured: Sequence[Point]) -> list[Point]:
         """Which points are asked: of those that beat the baseline so far, from that of most recall on; then the front in order.
@@ -79,23 +84,29 @@ class Final:
             for rung in range(1, len(RUNGS)):
                 self.ask(base, rung)
         chosen = self.chosen(base, best, measured)
+        heard = best if OBJECTIVES["recall"] in self.aim.objectives else ()  # that takes a second, so all of them
         others = {
-            one.number: Point(one.number, one.pipeline, bytes=one.bytes, attended_bytes=one.attended_bytes) for one in (base, *chosen)
+            one.number: Point(one.number, one.pipeline, bytes=one.bytes, attended_bytes=one.attended_bytes)
+            for one in (base, *chosen, *heard)
         }
+        failed: dict[int, str] = {}
         if self.aim.asks:
             names = {base.number: self.baseline, **{point.number: str(self.file(point)) for point in chosen}}
-            ran = self.launch.run(self.prompts, {name: pipeline for n, name in names.items() if (pipeline := others[n].pipeline)})
-            for number, name in names.items():
-                if isinstance(place := ran[name], Path):
-                    take(others[number], 0, place)
-        if any(one.name == "recall" for one in self.aim.objectives):
+            ran = self.launch.run(self.prompts, {name: others[n].pipeline for n, name in names.items()})
+            take(others[base.number], 0, self._answered(ran[self.baseline]))
+            for point in chosen:
+                if isinstance(told := ran[names[point.number]], str):
+                    failed[point.number] = told
+                else:
+                    take(others[point.number], 0, told)
+        if heard:
             for other in others.values():
-                assert other.pipeline is not None
+                assert other.pipeline is not None, "refused by check_recall"
                 other.recall = self.recorded.of(other.pipeline)
-        told = sorted([*best, *(point for point in chosen if point not in best)], key=lambda point: point.bytes, reverse=True)
+        handed = sorted([*best, *(point for point in chosen if point not in best)], key=lambda point: point.bytes, reverse=True)
         return [
             Result(self.baseline, base, others[base.number]),
-            *(Result(f"t{one.number:04d}", one, others.get(one.number)) for one in told),
+            *(Result(f"t{one.number:04d}", one, others.get(one.number), why=failed.get(one.number, "")) for one in handed),
         ]
 
     def expected_s(self, base: Point, points: Sequence[Point]) -> float:

@@ -35,10 +35,13 @@ class Prompts:
         """The words of these prompts."""
         return [*self.words, f"task.samples={self.samples}", f"seed={self.seed}"]
 
-    def of(self, name: str, pipeline: Pipeline) -> Named:
-        """The run of a pipeline, by the name of a preset or the path of a file: what ``+pipeline=<name>`` and the words would run."""
+    def of(self, name: str, pipeline: Pipeline | None) -> Named:
+        """The run of a pipeline, by the name of a preset or the path of a file: what ``+pipeline=<name>`` and the words would run.
+
+        None is that of ``dense``.
+        """
         stem, task = Path(name).stem, replace(self.experiment.task, samples=self.samples)
-        own = replace(self.experiment, task=task, seed=self.seed, pipeline=replace(pipeline, name=stem))
+        own = replace(self.experiment, task=task, seed=self.seed, pipeline=pipeline and replace(pipeline, name=stem))
         return Named(f"{stem}, {self.samples} prompt(s) of each subtask", own)
 
 
@@ -56,7 +59,7 @@ class Launch:
         """How many pipelines are run beside each other; 0: as many as there are."""
         return 0 if self.hydra else self.jobs
 
-    def run(self, prompts: Prompts, pipelines: Mapping[str, Pipeline]) -> dict[str, Path | str]:
+    def run(self, prompts: Prompts, pipelines: Mapping[str, Pipeline | None]) -> dict[str, Path | str]:
         """Ask pipelines, by the names of presets and paths of files, all of the prompts; returns the run folder of each, or why it failed.
 
         What is stored is not run again.

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hipexp.config.schema import Experiment, Pipeline, Stage, Task
+from hipexp.config.schema import ConfigError, Experiment, Pipeline, Stage, Task
 from hipexp.run import judged, recall
 from hipexp.run.budgets import divided
 from hipexp.run.ledger import make_folder, replacing
@@ -101,6 +101,28 @@ class Recorded:
             for heard in self.texts:
                 text = judged.heard_text(self.recall_experiment, heard, self.loaded.n_layers, layers, last=True)
                 yield from (text("", block) for block in range(BLOCKS))
+
+
+def check_recall(name: str, baseline: Experiment, divisor: int) -> None:
+    """Refuse a baseline called ``name`` whose recall cannot be told on prompts ``divisor`` times shorter. Raises ``ConfigError``."""
+
+    def refused(by: int) -> ConfigError | None:
+        try:
+            recall.check_budgets(dataclasses.replace(baseline, task=Task(name="recall", divisors=[by])))
+        except ConfigError as error:
+            return error
+        return None
+
+    if baseline.pipeline is None or (refused(divisor) and refused(1)):
+        raise ConfigError(
+            f"objective=recall: baseline={name} selects nothing, so it has no recall; choose another baseline=, as in baseline=3stage"
+        )
+    if refused(divisor):
+        fits = ", ".join(str(by) for by in range(1, 65) if not refused(by))
+        raise ConfigError(
+            f"objective=recall: prompts are {divisor} times as long as the model was trained for, and baseline={name} cannot keep "
+            f"1/{divisor} of its budget in whole chunks (but 1/n for n = {fits}); choose another task.length_tok= or baseline="
+        )
 
 
 def _held(layers: dict[int, judged.Stages], outside: dict[int, list[float]]) -> float:

@@ -29,14 +29,15 @@ KIND_WORDS = {
     "bytes": "read too much",
     "repeated": "drawn before",
     "recall": "hopeless by recall",
-    "late": "not asked for want of time",
     "failed": "failed",
+    "waiting": "waiting for the model",
 }
 
 
 def shape(point: Point) -> str:
-    """Chunks and budgets of a pipeline, stage by stage."""
-    assert point.pipeline is not None
+    """Chunks and budgets of a pipeline, stage by stage; of one without stages its method."""
+    if point.pipeline is None or not point.pipeline.stages:
+        return "dense" if point.pipeline is None else point.pipeline.method
     return " ".join(f"{stage.chunk_tok}→{stage.keep_tok} {stage.representative.value}" for stage in point.pipeline.stages)
 
 
@@ -85,24 +86,32 @@ def table(aim: Aim, results: Sequence[Result]) -> str:
 
 
 def verdicts(aim: Aim, results: Sequence[Result]) -> list[str]:
-    """Which points beat the baseline in everything, by the prompts that did not choose them."""
-    base, lines = results[0], []
+    """Which points beat the baseline in everything, by the prompts that did not choose them; and of which the check failed."""
+    base, compared, lines = results[0], 0, []
     for result in results[1:]:
-        pairs = [(result.known(one), base.known(one)) for one in aim.objectives]
-        if any(ours is None or theirs is None for ours, theirs in pairs):
+        ours = [value for one in aim.objectives if (value := result.known(one)) is not None]
+        theirs = [value for one in aim.objectives if (value := base.known(one)) is not None]
+        if min(len(ours), len(theirs)) < len(aim.objectives):
             continue
-        ours, theirs = ([float(pair[i] or 0) for pair in pairs] for i in (0, 1))
+        compared += 1
         if dominates(ours, theirs, aim.objectives):
             told = [f"{one.header} {one.show(a)} to {one.show(b)}" for one, a, b in zip(aim.objectives, ours, theirs, strict=True)]
             asked = f" on {len(flat(result.checked))} held-out prompts" if result.checked is not None and flat(result.checked) else ""
             lines.append(f"{result.name} dominates {base.name}{asked}: {', '.join(told)}")
-    return lines or [f"no point dominates {base.name} on the prompts that did not choose it"]
+    none = f"no point dominates {base.name} on the prompts that did not choose it"
+    told = lines or [none if compared else f"no point was compared with {base.name} on prompts that did not choose it"]
+    return [*told, *(f"{result.name}: the last check failed: {result.why}" for result in results if result.why)]
+
+
+def kinds(points: Sequence[Point]) -> Counter[str]:
+    """How many points there are of each kind; of those that are not decided some wait for the model."""
+    return Counter(point.kind or ("waiting" if point.asked else "not finished") for point in points)
 
 
 def counts(points: Sequence[Point]) -> str:
     """How many points were drawn, and what became of them."""
-    found = Counter(point.kind or "not finished" for point in points)
-    parts = [f"{found[kind]} {KIND_WORDS.get(kind, kind)}" for kind in (*KINDS, "not finished") if found[kind]]
+    found = kinds(points)
+    parts = [f"{found[kind]} {KIND_WORDS.get(kind, kind)}" for kind in (*KINDS, "waiting", "not finished") if found[kind]]
     return f"{len(points)} points drawn: {', '.join(parts)}"
 
 
@@ -140,6 +149,8 @@ def measured_lines(result: Result, base: Result) -> list[str]:
             )
     if result.searched.recall:
         lines.append(f"recall of recorded attention: {statistics.fmean(result.searched.recall):.3f}")
+    if result.why:
+        lines.append(f"the check on held-out prompts failed: {' '.join(result.why.split())}")
     return lines
 
 
@@ -178,10 +189,11 @@ def as_data(aim: Aim, points: Sequence[Point], results: Sequence[Result], folder
     return {
         "folder": str(folder),
         "objectives": [one.name for one in aim.objectives],
-        "points": dict(Counter(point.kind or "not finished" for point in points)),
+        "points": dict(kinds(points)),
         "baseline": {"name": results[0].name, "search": values(results[0].searched), "held_out": values(results[0].checked)},
         "best": [
             {"point": r.searched.number, "file": str(r.file), "search": values(r.searched), "held_out": values(r.checked)}
+            | ({"failed": r.why} if r.why else {})
             for r in results[1:]
         ],
     }

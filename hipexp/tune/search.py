@@ -3,9 +3,9 @@
 Points come in batches, of which every point passes
 
 1. the checks of the configuration, which cost nothing; so do counted bytes, and points that were drawn before;
-2. recall on recorded attention, about a second: a point that clearly holds less than another that reads no more is dropped, and one that
-   clearly holds less than another (of the same positions in the final attention) which answered nothing. When the batch is full, it is
-   looked at again, beside the others of the batch;
+2. recall on recorded attention, about a second: a point that clearly holds less than another (of the same positions in the final
+   attention) is dropped if that reads no more, where reading is what counts, or answered nothing. When the batch is full, it is looked at
+   again, beside the others of the batch;
 3. the model, ``task.samples`` prompts of each subtask. Points that no other beats by then are asked ``MORE`` times as many other ones.
 """
 
@@ -76,7 +76,7 @@ class Aim:
         experiment = self.experiment
         return Prompts(experiment, self.words, RUNGS[rung] * experiment.task.samples, experiment.seed + rung)
 
-    def bytes_of(self, pipeline: Pipeline) -> tuple[float, float]:
+    def bytes_of(self, pipeline: Pipeline | None) -> tuple[float, float]:
         """Bytes attended to, and all that are read, in a mean decode step."""
         return decode_bytes(pipeline, self.facts, self.heads, self.n_tok)
 
@@ -98,9 +98,10 @@ class Search:
 
     def run(self) -> None:
         """Draw and measure until there are ``limit`` points, no others, or no time; then wait for those of other processes."""
+        half = (time.monotonic() + self.until - self.reserve_s()) / 2
         while not self.over():
             batch = list[tuple[object, Point]]()
-            while len(batch) < self.batch and not self.over():
+            while len(batch) < self.batch and not self.over() and not (batch and self._urgent(half)):
                 whole = any(point.asked for _, point in batch)  # a batch that was left: nobody joins it
                 trial = self.study.next(0 if whole else self.limit)
                 if trial is None:
@@ -116,6 +117,10 @@ class Search:
     def over(self) -> bool:
         """Whether the time is up, or the space is exhausted."""
         return self._again >= AGAIN or time.monotonic() + self.reserve_s() >= self.until
+
+    def _urgent(self, half: float) -> bool:
+        """Whether half of the time went without a point measured: then those that there are come first."""
+        return time.monotonic() >= half and not any(point.kind == "measured" for point in self.study.points())
 
     def considered(self, trial: object) -> Point | None:
         """A point of which the model has to be asked, or None: the others are decided here, and told."""
@@ -161,14 +166,14 @@ class Search:
             point.recall = self.recorded.of(pipeline)
         except ConfigError as error:
             return "invalid", str(error)
-        return hopeless(point, known)
+        return hopeless(point, known, aim.objectives)
 
     def kept(self, batch: Sequence[tuple[object, Point]]) -> list[tuple[object, Point]]:
         """Those of a batch that are not hopeless beside all that are known by now; the others are told."""
         known, left = self.study.points(), list[tuple[object, Point]]()
         for trial, point in batch:
             others = [other for other in known if other.number != point.number]
-            told = hopeless(point, others) if self.aim.hears and not point.asked else None
+            told = hopeless(point, others, self.aim.objectives) if self.aim.hears and not point.asked else None
             if told is None:
                 left.append((trial, point))
             else:
@@ -180,8 +185,12 @@ class Search:
         return left
 
     def measure(self, batch: Sequence[tuple[object, Point]]) -> None:
-        """Ask the model, rung by rung, and tell what came out, in the order in which points were drawn."""
-        self.ask([point for _, point in batch], 0)
+        """Ask the model, rung by rung, and tell what came out, in the order in which points were drawn; leave those that are late."""
+        late = {point.number for point in self.ask([point for _, point in batch], 0)}
+        for trial, point in batch:
+            if point.number in late:
+                self.study.leave(trial)
+        batch = [(trial, point) for trial, point in batch if point.number not in late]
         known = [point for point in self.study.points() if point.kind == "measured"]
         whole = [point for _, point in batch if point.kind is None]
         self.ask(self._worth(whole, [*known, *whole]), 1)
@@ -192,15 +201,13 @@ class Search:
             self.study.tell(trial, point)
             self.tell_progress(point)
 
-    def ask(self, points: Sequence[Point], rung: int) -> None:
-        """Ask the prompts of a rung; a point whose run fails is decided by that."""
+    def ask(self, points: Sequence[Point], rung: int) -> Sequence[Point]:
+        """Ask the prompts of a rung; a point whose run fails is decided by that. Returns those for whose first ones no time was left."""
         size = self.launch.at_once or len(points) or 1
         for begin in range(0, len(points), size):
             some = points[begin : begin + size]
             if rung == 0 and self.over():
-                for point in points[begin:]:
-                    point.kind, point.why = "late", "no time was left to ask the model"
-                return
+                return points[begin:]
             found = self.launch.run(self.aim.prompts(rung), dict(map(self.write, some)))
             for point in some:
                 told = found[str(self.file(point))]
@@ -208,6 +215,7 @@ class Search:
                     point.kind, point.why = "failed", told
                 else:
                     take(point, rung, told)
+        return []
 
     def _worth(self, points: Sequence[Point], among: Sequence[Point]) -> list[Point]:
         values = [point.values(self.aim.objectives) for point in among if point.is_known(self.aim.objectives)]
@@ -247,18 +255,24 @@ class Search:
         to_stderr(f"{len(points)} drawn, {measured} measured, {duration(left)} left at most; point {point.number}: {told}")
 
 
-def hopeless(point: Point, known: Sequence[Point]) -> tuple[str, str] | None:
-    """Whether what is known of others says that a point is not worth asking the model about, by its recall; the kind and the words."""
+def hopeless(point: Point, known: Sequence[Point], objectives: Sequence[Objective]) -> tuple[str, str] | None:
+    """Whether what is known of others says that a point is not worth asking the model about, by its recall; the kind and the words.
+
+    Others count that see the same positions in the final attention, which recall does not tell. That one of them costs no more is known
+    where all costs are counted; times are not.
+    """
     assert point.pipeline is not None
-    mine = statistics.fmean(point.recall)
+    mine, costs = statistics.fmean(point.recall), [one for one in objectives if one.name not in ("score", "recall")]
+    counted = costs and all(one.needs == "count" for one in costs)
     for other in known:
-        if not other.recall or not clearly_less(point.recall, other.recall, MARGIN):
+        same = other.pipeline is not None and other.pipeline.rope.attend is point.pipeline.rope.attend
+        if not same or not other.recall or not clearly_less(point.recall, other.recall, MARGIN):
             continue
         held = f"recall {mine:.3f}, and point {other.number} has {statistics.fmean(other.recall):.3f}"
-        if other.bytes <= point.bytes:
+        pairs = [(point.value(one.name), other.value(one.name), one) for one in costs] if counted else []
+        if pairs and not any(a is None or b is None or one.better(a, b) for a, b, one in pairs):
             return "recall", f"{held} and reads no more"
-        same = other.pipeline is not None and other.pipeline.rope.attend is point.pipeline.rope.attend
-        if same and other.kind == "measured" and other.value("score") == 0:
+        if other.kind == "measured" and other.value("score") == 0:
             return "recall", f"{held} and answered nothing"
     return None
 

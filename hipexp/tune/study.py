@@ -1,6 +1,7 @@
 """The points of a ``tune`` and what became of them: an Optuna study in a journal file, which processes share and a kill leaves whole.
 
-Every point is drawn by a sampler with a seed of its own, so that a study that was stopped draws the same points as one that was not.
+Every point is drawn by a sampler with a seed of its own, so that a study that was stopped draws the same points as one that was not
+(unless it was killed in the middle of drawing one: what was left of that is drawn anew).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,9 +23,8 @@ from hipexp.config.schema import ConfigError, Pipeline
 from hipexp.run.ledger import is_held, locked, make_folder, on_disk
 from hipexp.tune.objectives import Objective
 
-# What a point may be beside measured: refused by the checks, too many bytes, the same as another, hopeless by its recall, not
-# asked for want of time, failed.
-KINDS = ("measured", "invalid", "bytes", "repeated", "recall", "late", "failed")
+# What a point may be beside measured: refused by the checks, too many bytes, the same as another, hopeless by its recall, failed.
+KINDS = ("measured", "invalid", "bytes", "repeated", "recall", "failed")
 FOUND = ("bytes", "attended_bytes", "recall", "scores", "decode_ms", "prefill_ms")  # what is found out of a point
 SAMPLERS = ("tpe", "random")
 RANDOM_FIRST = 20  # points before the sampler has something to go by
@@ -46,7 +46,7 @@ class Point:
     """A drawn pipeline and what is known of it.
 
     ``scores``, ``decode_ms`` and ``prefill_ms`` are those of single prompts, by rung; ``kind`` None: it is not decided yet;
-    ``asked``: it is the model's turn.
+    ``asked``: it is the model's turn. A point whose run failed is of the kind "failed" until another call asks it again.
     """
 
     number: int
@@ -119,12 +119,17 @@ class Study:
             return trial
 
     def begun(self, trial: Any) -> Point:
-        """What is known of a trial that is not finished."""
-        return _point(trial)
+        """What is known of a trial that is not finished; one that failed is asked again."""
+        return replace(_point(trial), kind=None, why="")
+
+    def leave(self, trial: Any) -> None:
+        """Leave a trial as it is to whoever has the time for it."""
+        trial.set_user_attr("owner", None)
 
     def in_work(self) -> int:
-        """How many points are being worked on, by whomever, or were left."""
-        return sum(not trial.state.is_finished() for trial in self.inner.get_trials(deepcopy=False))
+        """How many points are being worked on, by whomever, or were left; those that failed and have their process are neither."""
+        trials = [trial for trial in self.inner.get_trials(deepcopy=False) if not trial.state.is_finished()]
+        return sum(_point(trial).kind is None or self._is_left(trial) for trial in trials)
 
     def _is_left(self, trial: Any) -> bool:
         if trial.state.is_finished():
@@ -147,14 +152,19 @@ class Study:
         trial.set_user_attr("point", to_plain(point))
 
     def tell(self, trial: Any, point: Point) -> None:
-        """Write down what is known of a point, which is decided, and let the sampler know."""
+        """Write down what is known of a point, which is decided, and let the sampler know.
+
+        One that failed is not finished by that: it is this process's, and when that is gone it is there to be asked again.
+        """
         from optuna.trial import TrialState
 
         self.note(trial, point)
+        if point.kind == "failed":
+            return
         if point.kind in ("measured", "repeated") and point.is_known(self.objectives):
             self.inner.tell(trial, point.values(self.objectives))
         else:
-            self.inner.tell(trial, state=TrialState.FAIL if point.kind == "failed" else TrialState.PRUNED)
+            self.inner.tell(trial, state=TrialState.PRUNED)
 
 
 def _point(trial: Any) -> Point:
@@ -183,30 +193,40 @@ def open_study(folder: Path, objectives: Sequence[Objective], sampler: str, seed
 
     owner = f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
     make_folder(folder / "owners" / owner)
-    with locked(folder / "owners" / owner / ".lock"):
-        path, lock = folder / "journal.log", _Lock(folder / ".journal")
-        lock.acquire()
-        mend(path)
-        lock.release()
-        storage = module.storages.JournalStorage(JournalFileBackend(str(path), lock_obj=cast(Any, lock)))
-        directions = [one.direction for one in objectives]
-        inner = module.create_study(storage=storage, study_name="tune", directions=directions, load_if_exists=True)
-        yield Study(folder, objectives, sampler, seed, owner, inner)
-    shutil.rmtree(folder / "owners" / owner, ignore_errors=True)
+    try:
+        with locked(folder / "owners" / owner / ".lock"):
+            path = folder / "journal.log"
+            lock = _Lock(folder / ".journal", path)
+            lock.acquire()
+            lock.release()
+            storage = module.storages.JournalStorage(JournalFileBackend(str(path), lock_obj=cast(Any, lock)))
+            directions = [one.direction for one in objectives]
+            inner = module.create_study(storage=storage, study_name="tune", directions=directions, load_if_exists=True)
+            yield Study(folder, objectives, sampler, seed, owner, inner)
+    finally:
+        shutil.rmtree(folder / "owners" / owner, ignore_errors=True)
 
 
 def mend(path: Path) -> None:
     """Cut off a last line that is not whole: a process was killed while it wrote it."""
     with on_disk(path):
-        if path.exists() and not (data := path.read_bytes()).endswith(b"\n") and data:
-            os.truncate(path, data.rfind(b"\n") + 1)
+        if not path.exists() or not (size := path.stat().st_size):
+            return
+        with open(path, "rb") as file:
+            file.seek(size - 1)
+            if file.read() == b"\n":
+                return
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 class _Lock:
-    """A lock of a journal that ends with its process; Optuna's own are files that a killed process leaves."""
+    """A lock of a journal that ends with its process; Optuna's own are files that a killed process leaves.
 
-    def __init__(self, path: Path):
-        self._path, self._file = path, -1
+    Who has it finds a journal of whole lines, whatever became of the process that had it before.
+    """
+
+    def __init__(self, path: Path, journal: Path):
+        self._path, self._journal, self._file = path, journal, -1
 
     def acquire(self) -> bool:
         """Wait for it."""
@@ -214,6 +234,7 @@ class _Lock:
             file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
             fcntl.flock(file, fcntl.LOCK_EX)
         self._file = file
+        mend(self._journal)
         return True
 
     def release(self) -> None:

@@ -19,14 +19,17 @@ from hipexp.config.compose import compose
 from hipexp.config.overrides import conf_dir
 from hipexp.config.schema import ConfigError, Pipeline, Representative, Stage
 from hipexp.run.allocation import rules
+from hipexp.run.budgets import divided
 from hipexp.run.ledger import RunFailed, is_done, read_json
 from hipexp.run.point import folder_of
 from hipexp.run.several import load_once
 from hipexp.tune import command, launch
-from hipexp.tune.final import SLACK, Final
+from hipexp.tune.final import SLACK, Final, Result
 from hipexp.tune.launch import Launch
 from hipexp.tune.objectives import dominates, front, read_objectives
 from hipexp.tune.recall import Recorded
+from hipexp.tune.report import verdicts
+from hipexp.tune.search import Search
 from hipexp.tune.study import Point, open_study
 
 pytest.importorskip("optuna", reason="optuna is not installed: pip install '.[tune]'")
@@ -42,6 +45,11 @@ def held(pipeline) -> list[float]:
     return [round(share * (0.9 + 0.1 * lot.random()), 5) for _ in range(4)]
 
 
+def said(*words: str) -> list[str]:
+    """Words of which the last of a name counts: none may be said twice."""
+    return list({word.split("=")[0]: word for word in words}.values())
+
+
 @pytest.fixture
 def search(fake, model_folder, monkeypatch, capsys):
     """``search("trials=20")`` runs the command and returns what it found, and its output."""
@@ -51,7 +59,7 @@ def search(fake, model_folder, monkeypatch, capsys):
     monkeypatch.setattr(command, "picture", lambda *args: run.draws and drawn(*args))
 
     def run(*words):
-        assert command.main([f"model.path={model_folder}", *SEARCH, *words]) == 0
+        assert command.main(said(f"model.path={model_folder}", *SEARCH, *words)) == 0
         told = capsys.readouterr()
         return read_json(Path(told.out.splitlines()[-1]) / "result.json"), told
 
@@ -93,7 +101,7 @@ def test_the_front_runs_as_it_is_written(search):
 
 
 def test_the_front_is_what_no_measured_point_beats(search):
-    found, _ = search("trials=40", "objective=[recall,bytes]")
+    found, _ = search("trials=40", "objective=[recall,bytes]", "checked=1")
     objectives = read_objectives("[recall,bytes]")
     with open_study(folder_of_search(), objectives, "tpe", 0) as study:
         points = [point for point in study.points() if point.kind == "measured"]
@@ -102,6 +110,7 @@ def test_the_front_is_what_no_measured_point_beats(search):
     for one in found["best"]:
         made = compose([f"+pipeline='{one['file']}'", "task=infbench"]).pipeline
         assert rules(made, 5) == rules(next(point.pipeline for point in points if point.number == one["point"]), 5)
+        assert one["held_out"]["recall"], "also where more are found than checked="
     assert search.fake.calls == 0, "nobody asked for answers"
 
 
@@ -175,7 +184,7 @@ def test_a_search_that_was_stopped_goes_on_as_if_it_was_not(search, tmp_path, mo
 
 
 def test_a_run_that_fails_is_no_point_of_the_front(search, monkeypatch):
-    """And neither ends the search nor is asked again."""
+    """And neither ends the search nor is asked again by it; the same command, later, does."""
     search.fake.fail = None
     execute, calls = launch.run_each, []
 
@@ -190,12 +199,119 @@ def test_a_run_that_fails_is_no_point_of_the_front(search, monkeypatch):
     (why,) = [why for _, _, kind, why, _ in journal(folder_of_search()) if kind == "failed"]
     assert why.startswith("out_of_memory") and "log.txt" in why
     assert "1 failed" in told.out
+    again, told = search("trials=30")
+    assert "failed" not in again["points"] and again["points"]["measured"] > found["points"]["measured"]
+    assert sum(again["points"].values()) == 30
+
+
+def test_points_that_were_late_are_asked_when_there_is_more_time(search, monkeypatch):
+    """They are not lost, and neither are those that are drawn the same."""
+    over, asked = Search.over, []
+    monkeypatch.setattr(Search, "over", lambda self: (bool(asked) and self.study.points()[-1].asked) or over(self))
+    run = Launch.run
+
+    def counting(self, prompts, pipelines):
+        if "3stage" not in pipelines:
+            asked.append(pipelines)
+        return run(self, prompts, pipelines)
+
+    monkeypatch.setattr(Launch, "run", counting)
+    found, told = search("trials=30", "batch=4")
+    waiting = found["points"]["waiting"]
+    assert waiting >= 2 and f"{waiting} waiting for the model" in told.out
+    monkeypatch.setattr(Search, "over", over)
+    again, told = search("trials=30", "batch=4")
+    assert f"{waiting} waiting for the model" in told.err
+    assert "waiting" not in again["points"] and sum(again["points"].values()) == 30
+    monkeypatch.setenv("HIPEXP_RUNS", os.environ["HIPEXP_RUNS"] + "-whole")
+    expected, _ = search("trials=30", "batch=4")
+    assert again["points"] == expected["points"], "as if there had been time from the start"
+
+
+def test_a_batch_is_measured_when_half_of_the_time_went_into_drawing_it(search, monkeypatch):
+    sizes, measure = [], Search.measure
+
+    def noted(self, batch):
+        sizes.append(len(batch))
+        measure(self, batch)
+
+    monkeypatch.setattr(Search, "measure", noted)
+    monkeypatch.setattr(Search, "_urgent", lambda self, half: not any(point.kind == "measured" for point in self.study.points()))
+    search("trials=30", "batch=4")
+    assert sizes[0] == 1 and max(sizes[1:]) > 1
 
 
 def test_a_baseline_that_fails_is_told(search):
     search.fake.fail = MemoryError("no room")
     with pytest.raises(RunFailed, match="baseline=3stage cannot be compared with"):
         search("trials=5")
+
+
+def result_of(number: int, read: float, search: float, held_out: list[float] | None, why: str = "") -> Result:
+    """A point that had ``search`` of the search's prompts; ``held_out`` None: it was not asked others."""
+    checked = None if held_out is None else Point(number, bytes=read, scores={"0": held_out} if held_out else {})
+    return Result(f"t{number}", Point(number, bytes=read, scores={"0": [search] * 4}), checked, why=why)
+
+
+def test_only_held_out_answers_of_both_sides_make_a_verdict(search):
+    """Not the scores that chose a point, neither of one that was not asked others nor of one whose last check failed."""
+    aim = command.read_words([f"model.path={search.model}", *SEARCH]).aim
+    base, good = result_of(0, 33e6, 75.0, [90.0] * 20), result_of(1, 9e6, 75.0, [100.0] * 20)
+    unasked, failed = result_of(2, 8e6, 100.0, None), result_of(3, 7e6, 100.0, [], "out_of_memory: no room")
+    told = verdicts(aim, [base, good, unasked, failed])
+    assert [line.split()[:2] for line in told] == [["t1", "dominates"], ["t3:", "the"]]
+    assert told[1] == "t3: the last check failed: out_of_memory: no room"
+    assert verdicts(aim, [base, unasked]) == ["no point was compared with t0 on prompts that did not choose it"]
+    assert verdicts(aim, [result_of(0, 33e6, 75.0, []), good]) == ["no point was compared with t0 on prompts that did not choose it"]
+    assert verdicts(aim, [base, result_of(4, 9e6, 100.0, [50.0] * 20)]) == ["no point dominates t0 on the prompts that did not choose it"]
+
+
+@pytest.mark.parametrize("baseline", ["3stage", "streaming", "ntk", "dense"])
+def test_a_baseline_whose_recall_cannot_be_told_is_compared_by_scores(search, monkeypatch, baseline):
+    """3stage cannot keep a third of its budgets in whole chunks, the others have none; scores need no recall of theirs."""
+
+    def of(self, pipeline):
+        divided(pipeline, self.divisor)
+        return held(pipeline)
+
+    monkeypatch.setattr(Recorded, "of", of)
+    order = command.read_words([f"model.path={search.model}", *SEARCH])
+    words = [f"baseline={baseline}", f"task.length_tok={3 * order.aim.facts.trained_tok}"]
+    assert command.read_words(said(f"model.path={search.model}", *SEARCH, *words)).aim.divisor == 3
+    found, _ = search(*words, "trials=6")
+    assert found["baseline"]["name"] == baseline and found["baseline"]["held_out"]["score"] == 100.0
+    asked = said(f"model.path={search.model}", *SEARCH, *words, "objective=[recall,bytes]")
+    with pytest.raises(ConfigError, match=f"objective=recall: .*baseline={baseline}") as caught:
+        command.read_words(asked)
+    assert "task.divisors" not in str(caught.value)
+
+
+def test_a_limit_of_what_dense_attention_reads(search):
+    order = command.read_words([f"model.path={search.model}", *SEARCH, "max_bytes=dense", "baseline=dense"])
+    assert order.aim.max_bytes == order.aim.bytes_of(None)[1] > 0
+    assert "dense reads" in command.plan_text(order)
+
+
+@pytest.mark.parametrize("whose", ["points", "baseline"])
+def test_a_last_check_that_fails_is_told(search, monkeypatch, whose):
+    run = Launch.run
+
+    def failing(self, prompts, pipelines):
+        ran = run(self, prompts, pipelines)
+        return {
+            name: "out_of_memory: no room" if prompts.samples == 3 and (name == "3stage") == (whose == "baseline") else told
+            for name, told in ran.items()
+        }
+
+    monkeypatch.setattr(Launch, "run", failing)
+    if whose == "baseline":
+        with pytest.raises(RunFailed, match="baseline=3stage cannot be compared with"):
+            search("trials=8")
+        return
+    found, told = search("trials=8")
+    assert "the last check failed: out_of_memory: no room" in told.out and "dominates 3stage" not in told.out
+    assert found["best"][0]["failed"] == "out_of_memory: no room"
+    assert "# the check on held-out prompts failed: out_of_memory" in Path(found["best"][0]["file"]).read_text()
 
 
 def test_points_go_through_a_launcher_of_hydra(search, tmp_path, monkeypatch):
@@ -245,6 +361,9 @@ def test_a_dry_run_leaves_nothing(search, capsys):
         (["sampler=grid"], "sampler=grid is unknown; use tpe or random"),
         (["max_bytes=-1"], "max_bytes=-1 must be a number above 0"),
         (["max_bytes=3stages"], "did you mean 3stage?"),
+        (["max_bytes=33"], "max_bytes=33 is a number of bytes, and the smallest sinks and window alone are"),
+        (["trials=3", "trials=5"], "trials= is said twice, in trials=3 and trials=5"),
+        (["task=infbench", "seed=1", "+seed=2"], "seed= is said twice"),
         (["name=1st"], "name=1st must be a letter"),
         (["space=nowhere.yaml"], "space=nowhere.yaml is no search space"),
         (["task.length_tok=20"], "20"),
@@ -272,6 +391,26 @@ def test_processes_share_a_study_and_take_over_what_is_left(tmp_path):
             assert other.in_work() == 2
         assert other.next(3).number == gone.number, "until that is gone"
         assert other.next(3).number == 2 and other.next(3) is None
+
+
+def test_a_process_goes_on_behind_a_line_that_another_did_not_finish(tmp_path):
+    objectives = read_objectives("[score,bytes]")
+    with open_study(tmp_path, objectives, "random", 0) as mine:
+        for torn in (b'{"op_code": 4, "worker_id": "x", "study_i', b"{"):
+            with open(tmp_path / "journal.log", "ab") as journal:
+                journal.write(torn)  # and was killed
+            trial = mine.next(5)
+            mine.tell(trial, Point(trial.number, kind="invalid"))
+        assert [point.kind for point in mine.points()] == ["invalid"] * 2
+    with open_study(tmp_path, objectives, "random", 0) as again:
+        assert len(again.points()) == 2
+
+
+def test_a_search_that_ends_by_an_error_leaves_no_owner(tmp_path):
+    with pytest.raises(RunFailed), open_study(tmp_path, read_objectives("[score,bytes]"), "random", 0) as mine:
+        assert (tmp_path / "owners" / mine.owner).is_dir()
+        raise RunFailed("nothing was measured")
+    assert list((tmp_path / "owners").iterdir()) == []
 
 
 def test_time_is_kept_back_for_the_last_check(search):

@@ -157,18 +157,36 @@ def known(number, recall, read, score=None, attend=AttendRope.streaming):
     return Point(number, pipeline, bytes=read, recall=[recall, recall + 0.1], scores=scores, kind=kind)
 
 
+SCORE_BYTES = read_objectives("[score,bytes]")
+
+
 def test_a_point_that_holds_less_for_as_much_is_hopeless():
     point = known(9, 0.5, 2e6)
-    assert hopeless(point, [known(1, 0.6, 1e6)])[0] == "recall"
-    assert hopeless(point, [known(1, 0.6, 2e6)]) is not None
-    assert hopeless(point, [known(1, 0.6, 3e6), known(2, 0.51, 1e6)]) is None
+    assert hopeless(point, [known(1, 0.6, 1e6)], SCORE_BYTES)[0] == "recall"
+    assert hopeless(point, [known(1, 0.6, 2e6)], SCORE_BYTES) is not None
+    assert hopeless(point, [known(1, 0.6, 3e6), known(2, 0.51, 1e6)], SCORE_BYTES) is None
+    assert hopeless(point, [known(1, 0.6, 1e6, attend=AttendRope.infllm)], SCORE_BYTES) is None, "recall does not see positions"
+
+
+@pytest.mark.parametrize("text", ["[score,prefill_ms]", "[score,bytes,decode_ms]", "[score]"])
+def test_bytes_make_no_point_hopeless_where_others_are_what_counts(text):
+    """What reads more may still be the quicker one."""
+    assert hopeless(known(9, 0.5, 2e6), [known(1, 0.6, 1e6)], read_objectives(text)) is None
+
+
+def test_attended_bytes_are_compared_where_they_count():
+    point, other = known(9, 0.5, 2e6), known(1, 0.6, 3e6)
+    point.attended_bytes, other.attended_bytes = 2e5, 1e5
+    assert hopeless(point, [other], read_objectives("[score,attended_bytes]"))[0] == "recall"
+    assert hopeless(point, [other], read_objectives("[score,bytes,attended_bytes]")) is None
 
 
 def test_a_point_that_holds_less_than_one_without_an_answer_is_hopeless():
     point = known(9, 0.5, 2e6)
-    assert "point 1 has 0.650 and answered nothing" in hopeless(point, [known(1, 0.6, 3e6, score=0.0)])[1]
-    assert hopeless(point, [known(1, 0.6, 3e6, score=25.0)]) is None
-    assert hopeless(point, [known(1, 0.6, 3e6, score=0.0, attend=AttendRope.infllm)]) is None, "positions may be why"
+    for objectives in (SCORE_BYTES, read_objectives("[score,prefill_ms]")):
+        assert "point 1 has 0.650 and answered nothing" in hopeless(point, [known(1, 0.6, 3e6, score=0.0)], objectives)[1]
+        assert hopeless(point, [known(1, 0.6, 3e6, score=25.0)], objectives) is None
+    assert hopeless(point, [known(1, 0.6, 3e6, score=0.0, attend=AttendRope.infllm)], SCORE_BYTES) is None, "positions may be why"
 
 
 def test_a_torn_line_of_a_journal_goes(tmp_path):
