@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from hipexp.repro.data import Cells, Claim, Published
 from hipexp.repro.values import Key, Sample, Value
@@ -93,11 +94,14 @@ def scores_of(values: Mapping[tuple[str, str], Value]) -> list[float]:
 
 
 def by_pairs(found: list[tuple[tuple[Sample, Sample], float]]) -> tuple[str, str]:
-    """The sign test over pairs, each once, also if its runs stand in several columns.
+    """The sign test over independent pairs: each once, also if its runs stand in several columns, and of one text the mean.
 
     Pairs without a difference say nothing, and of the others so many lie on one side by chance once in twenty times.
     """
-    differences = list(dict(found).values())
+    texts: dict[tuple[Any, ...], list[float]] = {}
+    for (sample, _), difference in dict(found).items():
+        texts.setdefault(text_of(sample), []).append(difference)
+    differences = [statistics.fmean(of_text) for of_text in texts.values()]
     if not differences:
         return NOT_RUN, "no sample is in both runs"
     better, worse = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
@@ -107,6 +111,11 @@ def by_pairs(found: list[tuple[tuple[Sample, Sample], float]]) -> tuple[str, str
     if tail(better, better + worse) <= CHANCE:
         return HOLDS, told
     return (FAILS if tail(worse, better + worse) <= CHANCE else OPEN), told
+
+
+def text_of(sample: Sample) -> tuple[Any, ...]:
+    """What samples of one text have in common, which may be cut to several lengths: subtask, number, and what was to be answered."""
+    return sample[1:] if sample[3] else sample
 
 
 def tail(hits: int, of: int) -> float:

@@ -79,11 +79,21 @@ def read(cell: Cell) -> Value | None:
     folder = folder_of(cell.point.experiment).name
     answers = {(row["subtask"], row["sample"]): " | ".join(map(str, row["references"])) for row in rows}
     samples = {(folder, *key, answers[key]): score for name in names for key, score in by_name[name].items()}
+    if cell.point.experiment.task.name == "recall":
+        samples = by_text(samples)
     if not samples:
         return None
     scores = list(samples.values())
     low_high = mean_interval(scores)
     return Value(statistics.fmean(scores), low_high and (low_high[0], low_high[1]), samples)  # type: ignore[arg-type]
+
+
+def by_text(samples: Mapping[Sample, float]) -> dict[Sample, float]:
+    """Of ``task=recall`` the mean of each text: its samples are blocks of one text under one or several budgets, and so no independent ones."""
+    texts: dict[Sample, list[float]] = {}
+    for (folder, subtask, _, answers), score in samples.items():
+        texts.setdefault((folder, subtask.rpartition("/")[0], 0, answers), []).append(score)
+    return {text: statistics.fmean(scores) for text, scores in texts.items()}
 
 
 def derived(table: Published, numbers: Mapping[Line, Mapping[str, float]]) -> dict[Line, dict[str, float]]:

@@ -107,3 +107,15 @@ def test_metrics_are_kept_apart_and_models_judged_one_by_one():
     more, less = (claim.row for claim in (table.orderings[0].more, table.orderings[0].less))
     both = scored(more, *[100] * 6, model="m") | scored(less, *[0] * 6, model="m") | scored(more, 0, model="n") | scored(less, 0, model="n")
     assert [(one.model, one.word) for one in judge_all(table, both)] == [("m", HOLDS), ("n", OPEN)]
+
+
+def test_lengths_cut_from_one_text_are_one_pair():
+    values = {}
+    for column in ("16K", "32K"):
+        values |= scored("a", 100, 100, 100, column=column, folder=f"a{column}", answers="key")
+        values |= scored("b", 0, 0, 0, column=column, folder=f"b{column}", answers="key")
+    told = judge(CLAIM, "", values)  # six differences of three texts
+    assert told.word == OPEN and told.because.startswith("3 better, 0 worse of 3 pairs; mean +100.0")
+    mixed = scored("a", 100, 50, column="16K", folder="a16", answers="key") | scored("b", 0, 100, column="16K", folder="b16", answers="key")
+    mixed |= scored("a", 0, 100, column="32K", folder="a32", answers="key") | scored("b", 100, 0, column="32K", folder="b32", answers="key")
+    assert judge(CLAIM, "", mixed).because.startswith("1 better, 0 worse of 2 pairs; mean +12.5")
