@@ -144,7 +144,7 @@ def page_of(table: Published, size: str, found: Sequence[Ours]) -> Page:
     notes += [f"ran on: {machine}" for machine in dict.fromkeys(point.machine() for point in done) if machine]
     samples = sorted({point.experiment.task.samples for point in done if point.experiment.task.name != "latency"})
     notes += [f"samples of each subtask: {' to '.join(map(str, dict.fromkeys((samples[0], samples[-1]))))}"] if samples else []
-    return Page(table, size, size_of(table, size), values, judge_all(table, values), notes)
+    return Page(table, size, size_of(table, size), values, judge_all(table, size_of(table, size), values, found), notes)
 
 
 def make_stand_ins(points: Sequence[Named]) -> None:

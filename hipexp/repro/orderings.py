@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from hipexp.repro.data import Cells, Claim, Published
-from hipexp.repro.values import Key, Sample, Value
+from hipexp.repro.data import Cells, Claim, Published, Size
+from hipexp.repro.points import Cell
+from hipexp.repro.values import Key, Sample, Value, inputs
 from hipexp.suites.scoring.statistics import mean_interval
 
-HOLDS, OPEN, FAILS, NOT_RUN = "holds", "not decided", "does not hold", "not run"
+HOLDS, OPEN, FAILS, NOT_RUN, ELSEWHERE = "holds", "not decided", "does not hold", "not run", "not at this size"
 CHANCE, SHUFFLES, SEED = 0.05, 10_000, 0
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One of the four words above, and what it rests on."""
+    """One of the words above, and what it rests on."""
 
     claim: Claim
     model: str
@@ -26,10 +27,41 @@ class Verdict:
     because: str
 
 
-def judge_all(table: Published, values: Mapping[Key, Value]) -> list[Verdict]:
-    """Every ordering of a table, for each model that is run itself."""
-    models = list(dict.fromkeys(line[0] for line, _, _ in values)) or [""]
-    return [judge(claim, model, values) for claim in table.orderings for model in models]
+def judge_all(table: Published, size: Size, values: Mapping[Key, Value], found: Sequence[Cell]) -> list[Verdict]:
+    """Every ordering of a table, for each model that is run itself and that it is about; ``found``: the cells of the size, run or not."""
+    models = list(dict.fromkeys(cell.line[0] for cell in found)) or [""]
+    verdicts = []
+    for claim in table.orderings:
+        for model in models:
+            about = model or size.beside
+            if claim.models and about not in claim.models:
+                if not model:
+                    told = f"this size has one model beside all published ones; this is told of {', '.join(claim.models)} only"
+                    verdicts.append(Verdict(claim, model, ELSEWHERE, told))
+                continue
+            planned = [behind(table, cells, model, found) for cells in (claim.more, claim.less)]
+            if not all(planned):
+                verdicts.append(Verdict(claim, model, ELSEWHERE, "this size does not run one of its sides"))
+                continue
+            verdict = judge(claim, model, values)
+            points = {id(cell.point): cell for side in planned for cell in side}
+            there = sum((cell.line, cell.run, cell.column) in values for cell in points.values())
+            if verdict.word != NOT_RUN and there < len(points):
+                verdict = replace(verdict, because=f"{verdict.because}; {there} of its {len(points)} runs are there")
+            verdicts.append(verdict)
+    return verdicts
+
+
+def behind(table: Published, side: Cells, model: str, found: Sequence[Cell]) -> list[Cell]:
+    """The cells that a side of an ordering rests on; none where the size lacks one that it cannot do without."""
+    own = [cell for cell in found if cell.line[:2] == (model, side.row) and (not side.metric or cell.line[2] == side.metric)]
+    there = {cell.column for cell in own}
+    named = side.over or side.columns or sorted(there)
+    ways = [[column] if column in there else inputs(table, column) for column in named]
+    whole = [way for way in ways if there.issuperset(way)]
+    if side.over and len(whole) < len(named):
+        return []
+    return [cell for cell in own if any(cell.column in way for way in whole)]
 
 
 def judge(claim: Claim, model: str, values: Mapping[Key, Value]) -> Verdict:
@@ -51,7 +83,6 @@ def chosen(cells: Cells, model: str, values: Mapping[Key, Value]) -> dict[tuple[
         for (line, run, column), value in values.items()
         if line[:2] == (model, cells.row)
         and (not cells.metric or line[2] == cells.metric)
-        and (not cells.runs or run in cells.runs)
         and column in (cells.over or cells.columns or [column])
     }
     if not cells.over:
@@ -134,7 +165,7 @@ def by_groups(more: list[float], less: list[float]) -> tuple[str, str]:
     seen = statistics.fmean(more) - statistics.fmean(less)
     drawn = np.array([mixed[:n].mean() - mixed[n:].mean() for mixed in (rng.permutation(pool) for _ in range(SHUFFLES))])
     told = f"means {statistics.fmean(more):.1f} of {n} samples and {statistics.fmean(less):.1f} of {len(less)}"
-    above, below = ((drawn >= seen - 1e-9).mean(), (drawn <= seen + 1e-9).mean())
+    above, below = ((1 + hits.sum()) / (1 + SHUFFLES) for hits in (drawn >= seen - 1e-9, drawn <= seen + 1e-9))  # what is seen is an order too
     return (HOLDS if above <= CHANCE else FAILS if below <= CHANCE else OPEN), told
 
 

@@ -14,12 +14,12 @@ from hipexp.report.page import page as html
 from hipexp.report.parts import Cell, Chart, Mark, Section, Table
 from hipexp.report.tables import MISSING, text_table
 from hipexp.repro.data import FULL, Published, Row, Size
-from hipexp.repro.orderings import FAILS, HOLDS, NOT_RUN, OPEN, Verdict
+from hipexp.repro.orderings import ELSEWHERE, FAILS, HOLDS, NOT_RUN, OPEN, Verdict
 from hipexp.repro.points import Line, by_model, lines
 from hipexp.repro.values import Key, Value
 from hipexp.run.ledger import make_folder, write_text
 
-WORDS = (HOLDS, OPEN, FAILS, NOT_RUN)
+WORDS = (HOLDS, OPEN, FAILS, NOT_RUN, ELSEWHERE)
 JUDGED = (
     f"{HOLDS} / {FAILS}: by samples, so many better than worse pairs happen by chance once in twenty times at most (sign test; a "
     f"permutation test where prompts differ); times: all medians by the factor; counts: exactly. {OPEN}: neither."

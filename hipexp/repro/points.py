@@ -14,7 +14,7 @@ from hipexp.repro.data import FULL, Published, Row, Size
 from hipexp.run.ledger import runs_root
 from hipexp.run.several import Named, compose_named, resident
 
-TIMES = {"{half}": 0.5, "{x1}": 1, "{x2}": 2, "{x4}": 4, "{x8}": 8}  # multiples of the trained length, in words
+TIMES = {"{half}": 0.5, "{x1}": 1, "{x2}": 2, "{x4}": 4}  # multiples of the trained length, in words
 Line = tuple[str, str, str]  # model (empty: one model stands beside all), name, metric
 
 

@@ -51,7 +51,8 @@ def values_of(table: Published, found: Sequence[Cell]) -> dict[Key, Value]:
                 numbers.setdefault(line, {})[column] = value.number
         for line, columns in derived(table, numbers).items():
             for column, number in columns.items():
-                values.setdefault((line, run, column), Value(number))
+                behind = [values[line, run, of].samples for of in inputs(table, column) if (line, run, of) in values]
+                values.setdefault((line, run, column), Value(number, None, {key: score for own in behind for key, score in own.items()}))
     return values
 
 
@@ -116,6 +117,12 @@ def derived(table: Published, numbers: Mapping[Line, Mapping[str, float]]) -> di
                 if line[1] != of[0] and of[1] in own and of[1] in other:
                     found[line][name] = other[of[1]] - own[of[1]]
     return found
+
+
+def inputs(table: Published, column: str) -> list[str]:
+    """The columns that a mean is over, also of means; of another column itself."""
+    of = table.derived.get(column, {}).get("mean")
+    return [column] if of is None else [name for part in of for name in inputs(table, part)]
 
 
 def _relative(line: Line, numbers: Mapping[Line, Mapping[str, float]], groups: Sequence[Sequence[str]]) -> float:

@@ -204,7 +204,7 @@ def test_what_is_stored_is_shown_without_running(overrides, fake, capsys):
 
 def test_an_ordering_that_does_not_hold_is_an_exit_code(overrides, monkeypatch, capsys):
     claim = read("table6").orderings[0]
-    monkeypatch.setattr(command, "judge_all", lambda table, values: [Verdict(claim, "", FAILS, "as it happens")])
+    monkeypatch.setattr(command, "judge_all", lambda table, size, values, found: [Verdict(claim, "", FAILS, "as it happens")])
     assert command.main(["table6", "size=needle", "task.samples=1", *overrides]) == 1
     assert "orderings: 1 does not hold" in capsys.readouterr().out
 
