@@ -155,7 +155,10 @@ def tail(hits: int, of: int) -> float:
 
 
 def by_groups(more: list[float], less: list[float]) -> tuple[str, str]:
-    """A permutation test of the difference of two means (seeded; the same for every order)."""
+    """A permutation test of the difference of two means (seeded; the same for every order).
+
+    The order that is seen counts as one that was drawn.
+    """
     import numpy as np
 
     if not more or not less:
@@ -165,7 +168,7 @@ def by_groups(more: list[float], less: list[float]) -> tuple[str, str]:
     seen = statistics.fmean(more) - statistics.fmean(less)
     drawn = np.array([mixed[:n].mean() - mixed[n:].mean() for mixed in (rng.permutation(pool) for _ in range(SHUFFLES))])
     told = f"means {statistics.fmean(more):.1f} of {n} samples and {statistics.fmean(less):.1f} of {len(less)}"
-    above, below = ((1 + hits.sum()) / (1 + SHUFFLES) for hits in (drawn >= seen - 1e-9, drawn <= seen + 1e-9))  # what is seen is an order too
+    above, below = ((1 + hits.sum()) / (1 + SHUFFLES) for hits in (drawn >= seen - 1e-9, drawn <= seen + 1e-9))
     return (HOLDS if above <= CHANCE else FAILS if below <= CHANCE else OPEN), told
 
 

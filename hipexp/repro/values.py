@@ -90,7 +90,7 @@ def read(cell: Cell) -> Value | None:
 
 
 def by_text(samples: Mapping[Sample, float]) -> dict[Sample, float]:
-    """Of ``task=recall`` the mean of each text: its samples are blocks of one text under one or several budgets, and so no independent ones."""
+    """Of ``task=recall`` the mean of each text: its samples are blocks of one text, under one or several budgets, and not independent."""
     texts: dict[Sample, list[float]] = {}
     for (folder, subtask, _, answers), score in samples.items():
         texts.setdefault((folder, subtask.rpartition("/")[0], 0, answers), []).append(score)
