@@ -27,8 +27,8 @@ EMBEDDED = (
     "such a model does"
 )
 JUDGED = (
-    f"{HOLDS} / {FAILS}: by samples, so many better than worse pairs happen by chance once in twenty times at most (sign test; a "
-    f"permutation test where prompts differ); times: all medians by the factor; counts: exactly. {OPEN}: neither."
+    f"{HOLDS} / {FAILS}: by samples (of one text their mean), so many better than worse pairs happen by chance once in twenty times at "
+    f"most (sign test; a permutation test where prompts differ); times: all medians by the factor; counts: exactly. {OPEN}: neither."
 )
 
 
@@ -164,11 +164,8 @@ def differences(page: Page) -> list[tuple[str, str]]:
     """What differs, line by line, each with what it is about."""
     table, compared = page.table, page.compared
     found = [("runs here", f"{page.size.says}.")]
-    found += (
-        []
-        if compared
-        else [("values", f"NOT compared {'with fewer samples' if page.size_name == FULL else 'at this size'}; the orderings are.")]
-    )
+    why = "with fewer samples" if page.size_name == FULL else "at this size"
+    found += [] if compared else [("values", f"NOT compared {why}; the orderings are.")]
     found += [("tolerance", f"{table.tolerance_because}.")] if compared and table.tolerance_because else []
     found += [("protocol", line) for line in table.protocol]
     found += [("not comparable", f"model: {EMBEDDED}")] if page.embedded else []

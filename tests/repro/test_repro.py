@@ -1,6 +1,7 @@
 import csv
 import io
 import time
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +46,11 @@ def test_every_table_and_figure_is_there_and_contradicts_nothing():
             assert table.orderings and table.protocol
             assert "embedded model trained" not in str(table)  # what holds of the model is told where it was run
             assert (QUICK in table.sizes) == (name in ("table2", "table4", "table6", "table8"))
+
+
+def test_the_documented_number_of_orderings_is_how_many_there_are():
+    many = sum(len(read(name).orderings) for name in known() if name != "figure4")
+    assert f"There are {many} orderings" in (Path(__file__).parents[2] / "docs" / "reproduce.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(("name", "within"), [("table1", 0.075), ("table2", 0.021), ("table5", 0.0101), ("table8", 0.0101)])
