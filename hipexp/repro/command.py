@@ -18,7 +18,7 @@ from hipexp.repro import settings
 from hipexp.repro.data import FULL, NEEDLE, Published, known, read
 from hipexp.repro.needs import plan_of, plan_text
 from hipexp.repro.orderings import FAILS, judge_all
-from hipexp.repro.page import Page, counted, text, write
+from hipexp.repro.page import Page, command_of, counted, file_name, text, write
 from hipexp.repro.points import Cell as Ours
 from hipexp.repro.points import cells, points_of, size_of, stand_ins
 from hipexp.repro.values import values_of
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int:
                 raise
             print(f"{name}: {error}", file=sys.stderr, flush=True)
             outcomes.append(Outcome(name, table.title, None, f"{classify(error)}: {error}", False))
-    path = outcomes[0].path if len(outcomes) == 1 else write_index(outcomes, asked.size)
+    path = outcomes[0].path if len(outcomes) == 1 else write_index(outcomes, asked)
     plain = [outcome.plain() for outcome in outcomes]
     told = ""
     if len(outcomes) > 1:
@@ -104,12 +104,30 @@ def read_arguments(argv: list[str]) -> Asked:
     sizes = [word.removeprefix("size=") for word in rest if word.startswith("size=")]
     overrides = [word for word in rest if word not in flags and not word.startswith("size=")]
     refuse_own("repro", overrides, free=("task.samples", "task.data"))
-    size = (sizes or [FULL])[-1]
-    if name == ALL and size not in (NEEDLE, FULL):
-        raise ConfigError(f"repro {ALL}: size={size} must be {NEEDLE} or {FULL}, which all tables have")
+    if len(sizes) > 1:
+        raise ConfigError(f"repro {name}: size is given {len(sizes)} times ({', '.join(sizes)}); give one")
+    size = (sizes or [FULL])[0]
+    if (name == ALL or read(name).settings) and size not in (NEEDLE, FULL):
+        raise ConfigError(f"repro {name}: size={size} must be {NEEDLE} or {FULL}")
     if name != ALL and not (table := read(name)).settings:
         size_of(table, size)
+    if name == ALL:
+        refuse_everywhere(size, overrides)
     return Asked(ids, size, overrides, jobs, bool(flags))
+
+
+def refuse_everywhere(size: str, overrides: list[str]) -> None:
+    """Raise ``ConfigError`` for overrides that no table can be run with; those that fit some are told table by table."""
+    refused = None
+    for table in map(read, known()):
+        if not table.settings:
+            try:
+                cells(table, size, overrides)
+                return
+            except ConfigError as error:
+                refused = refused or error
+    if refused:
+        raise refused
 
 
 def reproduce(table: Published, asked: Asked, load: Load) -> Outcome:
@@ -127,15 +145,16 @@ def reproduce(table: Published, asked: Asked, load: Load) -> Outcome:
         with helpers(shared, asked.jobs, root):
             run_all(shared, load)
         run_all([point for point in points if point not in shared], load)  # what is timed runs alone
-    page = page_of(table, asked.size, found)
+    page = page_of(table, asked, found)
     path = write(page, root)
     left, told = left_of(points), counted(page.counts()) if page.verdicts else "no ordering"
     told += f"; {left} of {len(points)} runs are missing" * bool(left)
     return Outcome(table.id, table.title, path, told, not page.counts()[FAILS], text(page))
 
 
-def page_of(table: Published, size: str, found: Sequence[Ours]) -> Page:
+def page_of(table: Published, asked: Asked, found: Sequence[Ours]) -> Page:
     """The page of what is stored of the cells."""
+    size = size_of(table, asked.size)
     values, points = values_of(table, found), points_of(found)
     done = [point for point in points if stored(point.experiment)]
     notes = [] if len(done) == len(points) else [f"{len(points) - len(done)} of {len(points)} runs are not there yet"]
@@ -144,7 +163,8 @@ def page_of(table: Published, size: str, found: Sequence[Ours]) -> Page:
     notes += [f"ran on: {machine}" for machine in dict.fromkeys(point.machine() for point in done) if machine]
     samples = sorted({point.experiment.task.samples for point in done if point.experiment.task.name != "latency"})
     notes += [f"samples of each subtask: {' to '.join(map(str, dict.fromkeys((samples[0], samples[-1]))))}"] if samples else []
-    return Page(table, size, size_of(table, size), values, judge_all(table, values), notes)
+    embedded = any(of.model.name == NEEDLE for of in (point.experiment for point in points) if of.task.geometry is None)
+    return Page(table, asked.size, size, values, judge_all(table, size, values, found), notes, asked.overrides, embedded)
 
 
 def make_stand_ins(points: Sequence[Named]) -> None:
@@ -181,14 +201,14 @@ def listing() -> str:
     return f"{text_table(header, rows, left=3)}\n{words}"
 
 
-def write_index(outcomes: Sequence[Outcome], size: str) -> Path:
+def write_index(outcomes: Sequence[Outcome], asked: Asked) -> Path:
     """The page that leads to all pages."""
     root = runs_root() / "repro"
     make_folder(root)
     rows: list[list[Cell]] = [[Link(one.id, str(one.path.resolve())) if one.path else one.id, one.title, one.told] for one in outcomes]
-    table = Table("index", f"Tables and figures at size={size}", ["id", "title", "outcome"], rows, folded=False)
+    table = Table("index", f"Tables and figures at size={asked.size}", ["id", "title", "outcome"], rows, folded=False)
     words = "Each page has every published number beside ours, the orderings with their verdicts, and what differs."
-    path = root / f"index_{size}.html"
-    about = f"python -m hipexp repro all size={size}. Written {time.strftime('%Y-%m-%d %H:%M %Z')}."
+    path = root / f"{file_name('index', asked.size, asked.overrides)}.html"
+    about = f"{command_of(ALL, asked.size, asked.overrides)}. Written {time.strftime('%Y-%m-%d %H:%M %Z')}."
     write_text(path, html([Section("index", "The paper's tables and figures", words, (), [table])], "Reproduction", about, root))
     return path

@@ -54,6 +54,7 @@ class Size:
     ``reads``    by column, by metric, or ``all``: what stands beside a published number (see ``hipexp.repro.values``)
     ``methods``  overrides that a method needs at this size besides
     ``says``     what stands in for what, in words
+    ``beside``   where one model stands beside all published ones: the one whose own orderings are judged too
     ``minutes``  forecast on two processor cores, all runs
     """
 
@@ -64,18 +65,18 @@ class Size:
     columns: dict[str, list[str]] = field(default_factory=dict)
     methods: dict[str, list[str]] = field(default_factory=dict)
     minutes: float | None = None
+    beside: str = ""
 
 
 @dataclass
 class Cells:
-    """Cells that an ordering speaks of: of a row, all columns and runs unless some are named.
+    """Cells that an ordering speaks of: of a row, all columns unless some are named, and all runs.
 
     ``over``: two columns, of which the second is divided by the first.
     """
 
     row: str
     columns: list[str] = field(default_factory=list)
-    runs: list[str] = field(default_factory=list)
     over: list[str] = field(default_factory=list)
     metric: str = ""
 
@@ -85,6 +86,7 @@ class Claim:
     """An ordering of the paper: ``more`` lies above ``less``; ``source`` quotes the numbers that say so.
 
     ``kind``    ``scores`` (judged by samples), ``times`` (medians, by a ``factor``) or ``counts`` (exact)
+    ``models``  the published models that it is about, where these are not all
     """
 
     says: str
@@ -93,6 +95,7 @@ class Claim:
     less: Cells
     kind: str = "scores"
     factor: float = 1.0
+    models: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -188,6 +191,8 @@ def mistakes(table: Published) -> Iterator[str]:
         for column in (*size.columns, *(key for key in size.reads if key not in metrics_of(table) and key != "all")):
             if column not in table.columns:
                 yield f"sizes.{name}: {column} is no column and no metric"
+        if size.beside and size.beside not in table.models:
+            yield f"sizes.{name}: beside={size.beside} is not among models"
         for method in size.methods:
             if method not in table.methods:
                 yield f"sizes.{name}: {method} is no method"
@@ -197,6 +202,9 @@ def mistakes(table: Published) -> Iterator[str]:
     for claim in table.orderings:
         if claim.kind not in CLAIMS:
             yield f"ordering {claim.says!r}: kind={claim.kind} must be one of {', '.join(CLAIMS)}"
+        for model in claim.models:
+            if model not in table.models:
+                yield f"ordering {claim.says!r}: {model} is not among models"
         for cells in (claim.more, claim.less):
             if not any(row.name == cells.row and row.metric == (cells.metric or row.metric) for row in table.rows):
                 yield f"ordering {claim.says!r}: there is no row {cells.row} {cells.metric}"

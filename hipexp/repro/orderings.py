@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-from hipexp.repro.data import Cells, Claim, Published
-from hipexp.repro.values import Key, Sample, Value
+from hipexp.repro.data import Cells, Claim, Published, Size
+from hipexp.repro.points import Cell
+from hipexp.repro.values import Key, Sample, Value, inputs
 from hipexp.suites.scoring.statistics import mean_interval
 
-HOLDS, OPEN, FAILS, NOT_RUN = "holds", "not decided", "does not hold", "not run"
+HOLDS, OPEN, FAILS, NOT_RUN, ELSEWHERE = "holds", "not decided", "does not hold", "not run", "not at this size"
 CHANCE, SHUFFLES, SEED = 0.05, 10_000, 0
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One of the four words above, and what it rests on."""
+    """One of the words above, and what it rests on."""
 
     claim: Claim
     model: str
@@ -25,10 +27,41 @@ class Verdict:
     because: str
 
 
-def judge_all(table: Published, values: Mapping[Key, Value]) -> list[Verdict]:
-    """Every ordering of a table, for each model that is run itself."""
-    models = list(dict.fromkeys(line[0] for line, _, _ in values)) or [""]
-    return [judge(claim, model, values) for claim in table.orderings for model in models]
+def judge_all(table: Published, size: Size, values: Mapping[Key, Value], found: Sequence[Cell]) -> list[Verdict]:
+    """Every ordering of a table, for each model that is run itself and that it is about; ``found``: the cells of the size, run or not."""
+    models = list(dict.fromkeys(cell.line[0] for cell in found)) or [""]
+    verdicts = []
+    for claim in table.orderings:
+        for model in models:
+            about = model or size.beside
+            if claim.models and about not in claim.models:
+                if not model:
+                    told = f"this size has one model beside all published ones; this is told of {', '.join(claim.models)} only"
+                    verdicts.append(Verdict(claim, model, ELSEWHERE, told))
+                continue
+            planned = [behind(table, cells, model, found) for cells in (claim.more, claim.less)]
+            if not all(planned):
+                verdicts.append(Verdict(claim, model, ELSEWHERE, "this size does not run one of its sides"))
+                continue
+            verdict = judge(claim, model, values)
+            points = {id(cell.point): cell for side in planned for cell in side}
+            there = sum((cell.line, cell.run, cell.column) in values for cell in points.values())
+            if verdict.word != NOT_RUN and there < len(points):
+                verdict = replace(verdict, because=f"{verdict.because}; {there} of its {len(points)} runs are there")
+            verdicts.append(verdict)
+    return verdicts
+
+
+def behind(table: Published, side: Cells, model: str, found: Sequence[Cell]) -> list[Cell]:
+    """The cells that a side of an ordering rests on; none where the size lacks one that it cannot do without."""
+    own = [cell for cell in found if cell.line[:2] == (model, side.row) and (not side.metric or cell.line[2] == side.metric)]
+    there = {cell.column for cell in own}
+    named = side.over or side.columns or sorted(there)
+    ways = [[column] if column in there else inputs(table, column) for column in named]
+    whole = [way for way in ways if there.issuperset(way)]
+    if side.over and len(whole) < len(named):
+        return []
+    return [cell for cell in own if any(cell.column in way for way in whole)]
 
 
 def judge(claim: Claim, model: str, values: Mapping[Key, Value]) -> Verdict:
@@ -50,7 +83,6 @@ def chosen(cells: Cells, model: str, values: Mapping[Key, Value]) -> dict[tuple[
         for (line, run, column), value in values.items()
         if line[:2] == (model, cells.row)
         and (not cells.metric or line[2] == cells.metric)
-        and (not cells.runs or run in cells.runs)
         and column in (cells.over or cells.columns or [column])
     }
     if not cells.over:
@@ -93,11 +125,14 @@ def scores_of(values: Mapping[tuple[str, str], Value]) -> list[float]:
 
 
 def by_pairs(found: list[tuple[tuple[Sample, Sample], float]]) -> tuple[str, str]:
-    """The sign test over pairs, each once, also if its runs stand in several columns.
+    """The sign test over independent pairs: each once, also if its runs stand in several columns, and of one text the mean.
 
     Pairs without a difference say nothing, and of the others so many lie on one side by chance once in twenty times.
     """
-    differences = list(dict(found).values())
+    texts: dict[tuple[Any, ...], list[float]] = {}
+    for (sample, _), difference in dict(found).items():
+        texts.setdefault(text_of(sample), []).append(difference)
+    differences = [statistics.fmean(of_text) for of_text in texts.values()]
     if not differences:
         return NOT_RUN, "no sample is in both runs"
     better, worse = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
@@ -109,13 +144,21 @@ def by_pairs(found: list[tuple[tuple[Sample, Sample], float]]) -> tuple[str, str
     return (FAILS if tail(worse, better + worse) <= CHANCE else OPEN), told
 
 
+def text_of(sample: Sample) -> tuple[Any, ...]:
+    """What samples of one text have in common, which may be cut to several lengths: subtask, number, and what was to be answered."""
+    return sample[1:] if sample[3] else sample
+
+
 def tail(hits: int, of: int) -> float:
     """The chance of so many heads or more in ``of`` throws of a coin."""
     return sum(math.comb(of, k) for k in range(hits, of + 1)) / 2**of
 
 
 def by_groups(more: list[float], less: list[float]) -> tuple[str, str]:
-    """A permutation test of the difference of two means (seeded; the same for every order)."""
+    """A permutation test of the difference of two means (seeded; the same for every order).
+
+    The order that is seen counts as one that was drawn.
+    """
     import numpy as np
 
     if not more or not less:
@@ -125,7 +168,7 @@ def by_groups(more: list[float], less: list[float]) -> tuple[str, str]:
     seen = statistics.fmean(more) - statistics.fmean(less)
     drawn = np.array([mixed[:n].mean() - mixed[n:].mean() for mixed in (rng.permutation(pool) for _ in range(SHUFFLES))])
     told = f"means {statistics.fmean(more):.1f} of {n} samples and {statistics.fmean(less):.1f} of {len(less)}"
-    above, below = ((drawn >= seen - 1e-9).mean(), (drawn <= seen + 1e-9).mean())
+    above, below = ((1 + hits.sum()) / (1 + SHUFFLES) for hits in (drawn >= seen - 1e-9, drawn <= seen + 1e-9))
     return (HOLDS if above <= CHANCE else FAILS if below <= CHANCE else OPEN), told
 
 

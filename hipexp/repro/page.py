@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import shlex
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -14,21 +16,28 @@ from hipexp.report.page import page as html
 from hipexp.report.parts import Cell, Chart, Mark, Section, Table
 from hipexp.report.tables import MISSING, text_table
 from hipexp.repro.data import FULL, Published, Row, Size
-from hipexp.repro.orderings import FAILS, HOLDS, NOT_RUN, OPEN, Verdict
+from hipexp.repro.orderings import ELSEWHERE, FAILS, HOLDS, NOT_RUN, OPEN, Verdict
 from hipexp.repro.points import Line, by_model, lines
 from hipexp.repro.values import Key, Value
 from hipexp.run.ledger import make_folder, write_text
 
-WORDS = (HOLDS, OPEN, FAILS, NOT_RUN)
+WORDS = (HOLDS, OPEN, FAILS, NOT_RUN, ELSEWHERE)
+EMBEDDED = (
+    "a small embedded model trained to retrieve, not a language model of 7B to 14B; its scores say how a method behaves, not how well "
+    "such a model does"
+)
 JUDGED = (
-    f"{HOLDS} / {FAILS}: by samples, so many better than worse pairs happen by chance once in twenty times at most (sign test; a "
-    f"permutation test where prompts differ); times: all medians by the factor; counts: exactly. {OPEN}: neither."
+    f"{HOLDS} / {FAILS}: by samples (of one text their mean), so many better than worse pairs happen by chance once in twenty times at "
+    f"most (sign test; a permutation test where prompts differ); times: all medians by the factor; counts: exactly. {OPEN}: neither."
 )
 
 
 @dataclass(frozen=True)
 class Page:
-    """What is known of a table at a size: numbers of ours, verdicts, and words on models and machines."""
+    """What is known of a table at a size: numbers of ours, verdicts, words on models and machines, and the overrides it was made with.
+
+    ``embedded``: the model is the one that hipexp brings.
+    """
 
     table: Published
     size_name: str
@@ -36,14 +45,33 @@ class Page:
     values: Mapping[Key, Value]
     verdicts: Sequence[Verdict]
     notes: Sequence[str] = field(default=())
+    overrides: Sequence[str] = field(default=())
+    embedded: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.table.id}_{self.size_name}"
+        """Of its files: pages of other overrides are other files."""
+        return file_name(self.table.id, self.size_name, self.overrides)
+
+    @property
+    def compared(self) -> bool:
+        """Whether values are set against the published ones: at full size, with all of its samples."""
+        return self.size_name == FULL and not any(word.lstrip("+").startswith("task.samples=") for word in self.overrides)
 
     def counts(self) -> dict[str, int]:
         """How many orderings have each verdict."""
         return {word: sum(verdict.word == word for verdict in self.verdicts) for word in WORDS}
+
+
+def file_name(name: str, size: str, overrides: Sequence[str]) -> str:
+    """The name of a page's files: id, size, and eight digits of the overrides, in whatever order they were given."""
+    mark = hashlib.sha256("\n".join(sorted(overrides)).encode()).hexdigest()[:8]
+    return f"{name}_{size}" + f"_{mark}" * bool(overrides)
+
+
+def command_of(name: str, size: str, overrides: Sequence[str]) -> str:
+    """The command that makes a page."""
+    return shlex.join(["python", "-m", "hipexp", "repro", name, f"size={size}", *overrides])
 
 
 def cell_table(page: Page) -> Table:
@@ -53,14 +81,13 @@ def cell_table(page: Page) -> Table:
     split, models = by_model(table, size), list(dict.fromkeys(row.model for row in table.rows))
     quoted = ["published"] if split or models == [""] else [f"published: {model}" for model in models]
     runs = list(size.runs)
-    full = page.size_name == FULL
     header = [
         *(["model"] if split else []),
         "row",
         "column",
         *quoted,
         *(f"hipexp {run}".strip() for run in runs),
-        *(["verdict"] if full else []),
+        *(["verdict"] if page.compared else []),
     ]
     rows: list[list[str | int | float | None]] = []
     for line, published in beside.items():
@@ -70,7 +97,7 @@ def cell_table(page: Page) -> Table:
                 continue
             theirs = [published[0]] if split or models == [""] else [_of(published, model) for model in models]
             shown = [None if row is None else row.published[number] for row in theirs]
-            verdicts = [verdict_of(table, line, column, shown[0], mine)] if full else []
+            verdicts = [verdict_of(table, line, column, shown[0], mine)] if page.compared else []
             rows.append([*([line[0]] if split else []), labelled(line), column, *map(plain, shown), *map(value_text, mine), *verdicts])
     return Table(
         f"{page.name}_cells", f"{table.title}: {table.unit}; in brackets the 95 % interval of our samples", header, rows, folded=False
@@ -135,13 +162,15 @@ def published_table(table: Published) -> Table:
 
 def differences(page: Page) -> list[tuple[str, str]]:
     """What differs, line by line, each with what it is about."""
-    table, compared = page.table, page.size_name == FULL
+    table, compared = page.table, page.compared
     found = [("runs here", f"{page.size.says}.")]
-    found += [] if compared else [("values", "NOT compared at this size; the orderings are.")]
+    why = "with fewer samples" if page.size_name == FULL else "at this size"
+    found += [] if compared else [("values", f"NOT compared {why}; the orderings are.")]
     found += [("tolerance", f"{table.tolerance_because}.")] if compared and table.tolerance_because else []
     found += [("protocol", line) for line in table.protocol]
+    found += [("not comparable", f"model: {EMBEDDED}")] if page.embedded else []
     found += [("not comparable", line) for line in table.not_comparable]
-    return [*found, *(("made with", line) for line in page.notes)]
+    return [*found, *(("made with", line) for line in (command_of(table.id, page.size_name, page.overrides), *page.notes))]
 
 
 def text(page: Page) -> str:
@@ -214,9 +243,8 @@ def write(page: Page, root: Path) -> Path:
         Section("differs", "What differs", "Read this before comparing numbers.", (), [listed]),
         Section("published", "As published", page.table.unit, (), [published_table(page.table)]),
     ]
-    about = (
-        f"python -m hipexp repro {page.table.id} size={page.size_name}; {page.table.source}. Written {time.strftime('%Y-%m-%d %H:%M %Z')}."
-    )
+    made = command_of(page.table.id, page.size_name, page.overrides)
+    about = f"{made}; {page.table.source}. Written {time.strftime('%Y-%m-%d %H:%M %Z')}."
     path = root / f"{page.name}.html"
     write_text(path, html(sections, page.table.title, about, root))
     write_text(root / f"{page.name}.txt", text(page) + "\n")

@@ -10,11 +10,11 @@ from pathlib import Path
 from hipexp.config.compose import compose
 from hipexp.config.model import read_facts
 from hipexp.config.schema import ConfigError, Experiment
-from hipexp.repro.data import FULL, Published, Row, Size
+from hipexp.repro.data import FULL, Method, Published, Row, Size
 from hipexp.run.ledger import runs_root
 from hipexp.run.several import Named, compose_named, resident
 
-TIMES = {"{half}": 0.5, "{x1}": 1, "{x2}": 2, "{x4}": 4, "{x8}": 8}  # multiples of the trained length, in words
+TIMES = {"{half}": 0.5, "{x1}": 1, "{x2}": 2, "{x4}": 4}  # multiples of the trained length, in words
 Line = tuple[str, str, str]  # model (empty: one model stands beside all), name, metric
 
 
@@ -71,10 +71,11 @@ def is_blank(rows: Sequence[Row], number: int) -> bool:
 
 def cells(table: Published, name: str, overrides: Sequence[str]) -> list[Cell]:
     """Every cell of ours at a size, in the order of the table. Raises ``ConfigError``, also for what cannot be composed."""
-    size, known, found = size_of(table, name), dict[tuple[str, ...], Named](), []
+    size, found = size_of(table, name), list[tuple[Line, str, str, tuple[str, ...], Method, tuple[str, ...]]]()
+    known, names = dict[tuple[str, ...], Named](), dict[tuple[str, ...], dict[str, None]]()
     chosen = any(word.lstrip("+-").startswith("model=") for word in overrides)
     for line, rows in lines(table, size).items():
-        row = rows[0]
+        row = next((row for row in rows if row.method is not None), rows[0])
         for run, more in size.runs.items():
             for column in table.columns:
                 reads = reads_of(size, row, column)
@@ -88,10 +89,13 @@ def cells(table: Published, name: str, overrides: Sequence[str]) -> list[Cell]:
                 words = tuple(own)
                 if words not in known:
                     known[words] = compose_named("", placed(words, overrides), overrides)
-                    told = ", ".join(filter(None, (line[0], row.method, run, column if size.columns else "")))
-                    known[words] = Named(told, known[words].experiment)
-                found.append(Cell(line, run, column, reads, table.methods[row.method].dense, known[words]))
-    return found
+                names.setdefault(words, {})[row.method] = None
+                found.append((line, run, column, reads, table.methods[row.method], words))
+    points = dict[tuple[str, ...], Named]()
+    for line, run, column, _, _, words in found:  # a run is named after all methods that read it
+        told = ", ".join(filter(None, (line[0], " and ".join(names[words]), run, column if size.columns else "")))
+        points.setdefault(words, Named(told, known[words].experiment))
+    return [Cell(line, run, column, reads, method.dense, points[words]) for line, run, column, reads, method, words in found]
 
 
 def placed(words: Sequence[str], overrides: Sequence[str]) -> list[str]:

@@ -51,7 +51,8 @@ def values_of(table: Published, found: Sequence[Cell]) -> dict[Key, Value]:
                 numbers.setdefault(line, {})[column] = value.number
         for line, columns in derived(table, numbers).items():
             for column, number in columns.items():
-                values.setdefault((line, run, column), Value(number))
+                behind = [values[line, run, of].samples for of in inputs(table, column) if (line, run, of) in values]
+                values.setdefault((line, run, column), Value(number, None, {key: score for own in behind for key, score in own.items()}))
     return values
 
 
@@ -79,11 +80,21 @@ def read(cell: Cell) -> Value | None:
     folder = folder_of(cell.point.experiment).name
     answers = {(row["subtask"], row["sample"]): " | ".join(map(str, row["references"])) for row in rows}
     samples = {(folder, *key, answers[key]): score for name in names for key, score in by_name[name].items()}
+    if cell.point.experiment.task.name == "recall":
+        samples = by_text(samples)
     if not samples:
         return None
     scores = list(samples.values())
     low_high = mean_interval(scores)
     return Value(statistics.fmean(scores), low_high and (low_high[0], low_high[1]), samples)  # type: ignore[arg-type]
+
+
+def by_text(samples: Mapping[Sample, float]) -> dict[Sample, float]:
+    """Of ``task=recall`` the mean of each text: its samples are blocks of one text, under one or several budgets, and not independent."""
+    texts: dict[Sample, list[float]] = {}
+    for (folder, subtask, _, answers), score in samples.items():
+        texts.setdefault((folder, subtask.rpartition("/")[0], 0, answers), []).append(score)
+    return {text: statistics.fmean(scores) for text, scores in texts.items()}
 
 
 def derived(table: Published, numbers: Mapping[Line, Mapping[str, float]]) -> dict[Line, dict[str, float]]:
@@ -106,6 +117,12 @@ def derived(table: Published, numbers: Mapping[Line, Mapping[str, float]]) -> di
                 if line[1] != of[0] and of[1] in own and of[1] in other:
                     found[line][name] = other[of[1]] - own[of[1]]
     return found
+
+
+def inputs(table: Published, column: str) -> list[str]:
+    """The columns that a mean is over, also of means; of another column itself."""
+    of = table.derived.get(column, {}).get("mean")
+    return [column] if of is None else [name for part in of for name in inputs(table, part)]
 
 
 def _relative(line: Line, numbers: Mapping[Line, Mapping[str, float]], groups: Sequence[Sequence[str]]) -> float:

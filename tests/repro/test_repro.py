@@ -1,6 +1,7 @@
 import csv
 import io
 import time
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +11,7 @@ from hipexp.repro import command, estimate, settings
 from hipexp.repro.data import FULL, NEEDLE, QUICK, Published, Row, known, mistakes, read
 from hipexp.repro.needs import plan_of, plan_text
 from hipexp.repro.orderings import FAILS, HOLDS, Verdict
-from hipexp.repro.page import verdict_of
+from hipexp.repro.page import Page, cell_table, differences, file_name, verdict_of
 from hipexp.repro.points import cells, lines, points_of, stand_ins
 from hipexp.repro.values import Value, derived
 from hipexp.run.ledger import runs_root
@@ -42,8 +43,14 @@ def test_every_table_and_figure_is_there_and_contradicts_nothing():
         assert list(mistakes(table)) == []
         if name != "appendixF":
             assert {NEEDLE, FULL} <= table.sizes.keys()
-            assert table.orderings and table.protocol and table.not_comparable
+            assert table.orderings and table.protocol
+            assert "embedded model trained" not in str(table)  # what holds of the model is told where it was run
             assert (QUICK in table.sizes) == (name in ("table2", "table4", "table6", "table8"))
+
+
+def test_the_documented_number_of_orderings_is_how_many_there_are():
+    many = sum(len(read(name).orderings) for name in known() if name != "figure4")
+    assert f"There are {many} orderings" in (Path(__file__).parents[2] / "docs" / "reproduce.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(("name", "within"), [("table1", 0.075), ("table2", 0.021), ("table5", 0.0101), ("table8", 0.0101)])
@@ -157,11 +164,13 @@ def test_a_table_stands_beside_ours(overrides, fake, capsys):
     assert line.split() == ["InfiniteHiP", "3K", "R.KV", "9.6", "60.8", "100.0", "100.0"]
     assert "values: NOT compared at this size" in text and "not comparable: model:" in text
     assert "samples of each subtask: 1" in text
-    root = runs_root() / "repro"
-    assert text.splitlines()[-1] == str(root / "table2_needle.html")
-    page = (root / "table2_needle.html").read_text()
+    root, name = runs_root() / "repro", file_name("table2", NEEDLE, words[2:])
+    assert name == file_name("table2", NEEDLE, words[:1:-1]) != file_name("table2", NEEDLE, overrides) != "table2_needle"
+    assert text.splitlines()[-1] == str(root / f"{name}.html")
+    page = (root / f"{name}.html").read_text()
+    assert f"repro table2 size=needle task.samples=1 {overrides[0]}" in page
     assert "not a language model of 7B to 14B" in page and "96.8" in page
-    (header, *rows) = csv.reader(io.StringIO((root / "table2_needle_cells.csv").read_text()))
+    (header, *rows) = csv.reader(io.StringIO((root / f"{name}_cells.csv").read_text()))
     assert header == ["row", "column", "published: Llama-3-8B-Instruct", "published: Mistral-7B-Instruct-v0.2", "hipexp 2×", "hipexp 4×"]
     assert len(rows) == 33
     calls = fake.calls
@@ -171,11 +180,11 @@ def test_a_table_stands_beside_ours(overrides, fake, capsys):
 
 def test_a_figure_is_drawn(overrides, fake):
     assert command.main(["figure3", "size=needle", "task.samples=2", *overrides]) == 0
-    root = runs_root() / "repro"
+    page = runs_root() / "repro" / file_name("figure3", NEEDLE, ["task.samples=2", *overrides])
     for name in ("published", "ours"):
-        assert (root / f"figure3_needle_{name}.png").stat().st_size > 10_000
-        assert (root / f"figure3_needle_{name}.svg").exists()
-    assert (root / "figure3_needle.html").read_text().count("<figure") == 2
+        assert page.with_name(f"{page.name}_{name}.png").stat().st_size > 10_000
+        assert page.with_name(f"{page.name}_{name}.svg").exists()
+    assert page.with_name(f"{page.name}.html").read_text().count("<figure") == 2
 
 
 def test_pass_keys_are_told_by_depth(overrides, fake, capsys):
@@ -204,7 +213,7 @@ def test_what_is_stored_is_shown_without_running(overrides, fake, capsys):
 
 def test_an_ordering_that_does_not_hold_is_an_exit_code(overrides, monkeypatch, capsys):
     claim = read("table6").orderings[0]
-    monkeypatch.setattr(command, "judge_all", lambda table, values: [Verdict(claim, "", FAILS, "as it happens")])
+    monkeypatch.setattr(command, "judge_all", lambda table, size, values, found: [Verdict(claim, "", FAILS, "as it happens")])
     assert command.main(["table6", "size=needle", "task.samples=1", *overrides]) == 1
     assert "orderings: 1 does not hold" in capsys.readouterr().out
 
@@ -222,9 +231,10 @@ def test_all_goes_on_after_a_failure_and_writes_an_index(overrides, monkeypatch,
     assert command.main(["all", "size=needle", "task.samples=1", *overrides]) == 1
     text = capsys.readouterr().out
     assert "bad_config: no such thing" in text and "all as printed" in text
-    index = (runs_root() / "repro" / "index_needle.html").read_text()
-    assert 'href="table6_needle.html"' in index and "no such thing" in index
-    assert text.splitlines()[-1].endswith("index_needle.html")
+    words = ["task.samples=1", *overrides]
+    index = (runs_root() / "repro" / f"{file_name('index', NEEDLE, words)}.html").read_text()
+    assert f'href="{file_name("table6", NEEDLE, words)}.html"' in index and "no such thing" in index
+    assert text.splitlines()[-1].endswith(f"{file_name('index', NEEDLE, words)}.html")
 
 
 def test_the_list_names_all_and_a_dry_run_says_what_is_missing(capsys, monkeypatch, tmp_path):
@@ -246,6 +256,9 @@ def test_the_list_names_all_and_a_dry_run_says_what_is_missing(capsys, monkeypat
         ["table2", "size=huge"],
         ["table1", "size=quick"],
         ["all", "size=quick"],
+        ["appendixF", "size=nonsense"],
+        ["table6", "size=needle", "size=full"],
+        ["all", "size=needle", "task.samples=0"],
     ],
 )
 def test_repro_says_what_it_needs(overrides, words):
@@ -258,6 +271,43 @@ def test_full_size_is_refused_where_weights_are_missing(monkeypatch, tmp_path, c
     monkeypatch.setattr("hipexp.run.identity.hub_config", lambda model: (_ for _ in ()).throw(missing(model)))
     assert cli.main(["repro", "table6"]) == 2
     assert "meta-llama/Llama-3.1-8B-Instruct is not here" in capsys.readouterr().err
+
+
+def test_a_run_that_methods_share_is_named_after_all_of_them(overrides):
+    names = [point.name for point in points_of(cells(read("table4"), NEEDLE, overrides))]
+    assert names == ["FA2 and 3K-fast, T=256K", "3K-flash, T=256K", "FA2 and 3K-fast, T=512K", "3K-flash, T=512K"]
+
+
+def test_a_full_page_is_of_real_models_and_compares_complete_runs():
+    table = read("table6")
+    values = {("", row.name, ""): 50 for row in table.rows}
+    ours = {(line, "", "En.MC"): Value(number) for line, number in values.items()}
+
+    def page(overrides):
+        return Page(table, FULL, table.sizes[FULL], ours, [], (), overrides)
+
+    assert "verdict" in cell_table(page([])).header and "verdict" not in cell_table(page(["task.samples=5"])).header
+    assert ("values", "NOT compared with fewer samples; the orderings are.") in differences(page(["task.samples=5"]))
+    assert not any("embedded" in line for _, line in differences(page([])))
+
+
+def test_models_whose_code_is_not_run_are_quoted():
+    table = read("table10")
+    assert {cell.line[0] for cell in cells(table, FULL, [])} == {"Gemma-2-9B"}
+    assert {cell.line[1] for cell in cells(table, NEEDLE, [])} == {"FA2", "InfiniteHiP"}
+    assert {row.model for row in table.rows} == {"EXAONE-3.0-7.8B", "EXAONE-3.5-7.8B", "Gemma-2-9B"}
+
+
+def test_tolerances_can_be_met():
+    """Where the possible values of a score lie further apart than its tolerance reaches, no outcome could be within it."""
+    table = read("table7")
+    depths, samples = 5, cells(table, FULL, [])[0].point.experiment.task.samples
+    for row in table.rows:
+        of = samples * (depths if row.metric.startswith(("all", "dense")) else 1)
+        allowed = table.tolerance.get(row.metric, table.tolerance.get("all"))
+        for number in row.published if allowed else ():
+            assert number is None or any(abs(100 * hits / of - number) <= allowed["points"] for hits in range(of + 1)), (row.name, number)
+    assert "all depths" in table.tolerance and not any(read(name).tolerance for name in ("table4", "table11", "table12"))
 
 
 def missing(model):

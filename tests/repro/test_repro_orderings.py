@@ -1,8 +1,13 @@
+from dataclasses import replace
+
 import pytest
 
-from hipexp.repro.data import Cells, Claim, read
-from hipexp.repro.orderings import FAILS, HOLDS, NOT_RUN, OPEN, by_count, by_factor, by_groups, by_pairs, judge, judge_all
+from hipexp.repro import orderings
+from hipexp.repro.data import FULL, NEEDLE, Cells, Claim, read
+from hipexp.repro.orderings import ELSEWHERE, FAILS, HOLDS, NOT_RUN, OPEN, by_count, by_factor, by_groups, by_pairs, judge, judge_all
+from hipexp.repro.points import Cell, cells
 from hipexp.repro.values import Value
+from hipexp.run.several import Named
 
 CLAIM = Claim("a above b", "1 against 0", Cells("a"), Cells("b"))
 
@@ -45,7 +50,7 @@ def test_pairs_of_several_runs_count_together_and_each_once():
     assert judge(CLAIM, "", same).because.startswith("3 better, 0 worse of 3 pairs")
 
 
-def test_other_prompts_are_two_groups():
+def test_other_prompts_are_two_groups(monkeypatch):
     claim = Claim("short above long", "", Cells("a", columns=["short"]), Cells("a", columns=["long"]))
     short, long = scored("a", *[100] * 6, column="short"), scored("a", *[0] * 6, column="long", folder="other")
     assert judge(claim, "", short | long).word == HOLDS
@@ -53,6 +58,9 @@ def test_other_prompts_are_two_groups():
     assert judge(flipped, "", short | long).word == FAILS
     assert by_groups([100, 0], [0, 100])[0] == OPEN
     assert by_groups([100], [0])[0] == OPEN
+    monkeypatch.setattr(orderings, "SHUFFLES", 10)  # what is seen is one of the orders: of eleven, none is rarer than one in eleven
+    assert by_groups([100] * 9, [0] * 9)[0] == OPEN
+    monkeypatch.undo()
     assert by_groups([100, 100, 0], [0, 100])[1] == by_groups([0, 100, 100], [100, 0])[1]
 
 
@@ -106,4 +114,61 @@ def test_metrics_are_kept_apart_and_models_judged_one_by_one():
     table = read("table6")
     more, less = (claim.row for claim in (table.orderings[0].more, table.orderings[0].less))
     both = scored(more, *[100] * 6, model="m") | scored(less, *[0] * 6, model="m") | scored(more, 0, model="n") | scored(less, 0, model="n")
-    assert [(one.model, one.word) for one in judge_all(table, both)] == [("m", HOLDS), ("n", OPEN)]
+    found = [planned(of, row) for of in ("m", "n") for row in (more, less)]
+    assert [(one.model, one.word) for one in judge_all(table, table.sizes[FULL], both, found)] == [("m", HOLDS), ("n", OPEN)]
+
+
+def planned(model, row, column="c", run="2×"):
+    """A cell that is run."""
+    return Cell((model, row, ""), run, column, ("kv",), False, Named(f"{model} {row} {column} {run}", None))
+
+
+def test_an_ordering_is_judged_for_the_models_that_it_is_about():
+    table = read("table10")
+    assert all(claim.models == ["Gemma-2-9B"] for claim in table.orderings)
+    table.orderings = [Claim("a above b", "", Cells("a"), Cells("b"), models=["m"])]
+    size = table.sizes[FULL]
+    values, found = {}, [planned(of, row) for of in ("m", "n") for row in "ab"]
+    for of in ("m", "n"):
+        values |= scored("a", *[100] * 6, model=of) | scored("b", *[0] * 6, model=of)
+    assert [(one.model, one.word) for one in judge_all(table, size, values, found)] == [("m", HOLDS)]
+    alone = scored("a", *[100] * 6) | scored("b", *[0] * 6)  # one model stands beside all published ones: beside which, the size says
+    found = [planned("", row) for row in "ab"]
+    told = {beside: judge_all(table, replace(size, beside=beside), alone, found)[0].word for beside in ("", "m", "n")}
+    assert told == {"": ELSEWHERE, "m": HOLDS, "n": ELSEWHERE}
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "elsewhere"),
+    [("table7", FULL, [0]), pytest.param("table11", FULL, [0], marks=pytest.mark.slow), ("table7", NEEDLE, []), ("table1", FULL, [])],
+)
+def test_what_a_size_does_not_run_is_not_told_as_unfinished(name, size, elsewhere):
+    table = read(name)
+    verdicts = judge_all(table, table.sizes[size], {}, cells(table, size, []))
+    models = {one.model for one in verdicts}
+    words = [ELSEWHERE if number in elsewhere else NOT_RUN for number in range(len(table.orderings)) for _ in models]
+    assert [one.word for one in verdicts] == words
+    assert all(("size" in one.because) == (one.word == ELSEWHERE) for one in verdicts)
+
+
+def test_a_verdict_on_a_part_of_its_runs_says_so():
+    table = read("table6")
+    table.orderings = [CLAIM]
+    values = scored("a", *[100] * 6) | scored("b", *[0] * 6)
+    found = [planned("", row, run=run) for row in "ab" for run in ("2×", "4×")]
+    (told,) = judge_all(table, table.sizes[NEEDLE], values, found)
+    assert told.word == HOLDS and told.because.endswith("; 2 of its 4 runs are there")
+    values |= scored("a", *[100] * 6, run="4×", folder="a4") | scored("b", *[0] * 6, run="4×", folder="b4")
+    assert "runs are there" not in judge_all(table, table.sizes[NEEDLE], values, found)[0].because
+
+
+def test_lengths_cut_from_one_text_are_one_pair():
+    values = {}
+    for column in ("16K", "32K"):
+        values |= scored("a", 100, 100, 100, column=column, folder=f"a{column}", answers="key")
+        values |= scored("b", 0, 0, 0, column=column, folder=f"b{column}", answers="key")
+    told = judge(CLAIM, "", values)  # six differences of three texts
+    assert told.word == OPEN and told.because.startswith("3 better, 0 worse of 3 pairs; mean +100.0")
+    mixed = scored("a", 100, 50, column="16K", folder="a16", answers="key") | scored("b", 0, 100, column="16K", folder="b16", answers="key")
+    mixed |= scored("a", 0, 100, column="32K", folder="a32", answers="key") | scored("b", 100, 0, column="32K", folder="b32", answers="key")
+    assert judge(CLAIM, "", mixed).because.startswith("1 better, 0 worse of 2 pairs; mean +12.5")

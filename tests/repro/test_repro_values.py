@@ -111,3 +111,22 @@ def test_computed_columns_stand_beside_those_that_were_read():
     table = Published("t", "s", "u", "a", columns=["a", "b", "m"], derived={"m": {"mean": ["a", "b"]}})
     found = [cell(["kv"], Stub(SCORED, answered(100.0)), column="a"), cell(["kv"], Stub(SCORED, answered(0.0)), column="b")]
     assert values_of(table, found)[("", "row", ""), "", "m"].number == 50
+
+
+def test_blocks_of_one_text_are_one_sample_of_recall():
+    lines = [
+        {"subtask": f"{text}@6144/8", "sample": block, "score": score, "references": []}
+        for text, scores in (("passkey", (40.0, 60.0)), ("kv_retrieval", (10.0, 30.0)))
+        for block, score in enumerate(scores)
+    ]
+    run = Stub(SCORED | {"task": "recall"}, lines, Experiment(Model("m"), Task("recall")))
+    value = values.read(cell(["mean"], run))
+    assert value.number == 35
+    assert value.samples == {("run", "passkey@6144", 0, ""): 50, ("run", "kv_retrieval@6144", 0, ""): 20}
+
+
+def test_the_samples_behind_a_computed_mean_are_those_of_its_columns():
+    table = Published("t", "s", "u", "a", columns=["a", "b", "m"], derived={"m": {"mean": ["a", "b"]}})
+    runs = [Stub(SCORED, answered(100.0, subtask="x")), Stub(SCORED, answered(0.0, subtask="y"))]
+    found = [cell(["x"], runs[0], column="a"), cell(["y"], runs[1], column="b")]
+    assert values_of(table, found)[("", "row", ""), "", "m"].samples == {("run", "x", 0, "key 0"): 100, ("run", "y", 0, "key 0"): 0}
