@@ -156,6 +156,7 @@ def test_a_row_of_a_table_wins_over_the_rest_at_full_size():
     assert {cell.point.experiment.task.protocol for cell in found} == {"infllm"}
 
 
+@pytest.mark.slow
 def test_a_table_stands_beside_ours(overrides, fake, capsys):
     words = ["table2", "size=needle", "task.samples=1", *overrides]
     assert command.main(words) == 0
@@ -218,6 +219,7 @@ def test_an_ordering_that_does_not_hold_is_an_exit_code(overrides, monkeypatch, 
     assert "orderings: 1 does not hold" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_all_goes_on_after_a_failure_and_writes_an_index(overrides, monkeypatch, capsys):
     monkeypatch.setattr(command, "known", lambda: ["table5", "table6", "appendixF"])
     real = command.reproduce
@@ -384,6 +386,7 @@ def test_estimates_follow_the_formula():
     assert estimate.memory_gb(point.experiment) == pytest.approx((16e9 + 131_072 * 184_400) / 1e9)
 
 
+@pytest.mark.slow
 def test_what_did_not_fit_is_not_run_at_full_size_and_offload_needs_no_room():
     table = read("table11")
     by_name = {(cell.line[1], cell.column): cell.point for cell in cells(table, FULL, []) if cell.line[2] == "tokens/s"}

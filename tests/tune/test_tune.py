@@ -314,6 +314,7 @@ def test_a_last_check_that_fails_is_told(search, monkeypatch, whose):
     assert "# the check on held-out prompts failed: out_of_memory" in Path(found["best"][0]["file"]).read_text()
 
 
+@pytest.mark.slow
 def test_points_go_through_a_launcher_of_hydra(search, tmp_path, monkeypatch):
     monkeypatch.setenv("HIPEXP_RUNS", str(tmp_path / "here"))
     here, _ = search("trials=12", "batch=4")
@@ -455,6 +456,7 @@ def test_a_space_that_is_exhausted_ends_the_search(search, tmp_path):
 
 
 @pytest.mark.skipif(not (MODEL / "config.json").exists(), reason="the embedded model is not trained yet: make needle")
+@pytest.mark.slow
 def test_recall_is_what_is_still_seen(tmp_path, monkeypatch):
     """All of it where all is kept, more with a larger window, and the same of attention that was recorded before."""
     from hipexp import hf
