@@ -12,7 +12,7 @@ TRITON := 3.6.0
 # The ends of the window of transformers that hipexp takes; the environment has one between them.
 TRANSFORMERS := 5.16.0 5.24.0
 
-TUNED := task=infbench 'task.subtasks=[kv_retrieval]' task.length_tok=12288 'objective=[score,bytes]' max_bytes=3stage hours=0.8 checked=3 seed=1
+TUNED := task=infbench 'task.subtasks=[kv_retrieval]' task.length_tok=24576 'objective=[score,bytes]' max_bytes=3stage hours=0.65 held_out=20 checked=3 jobs=2 name=kv_4x
 
 ALONE := task=latency task.geometry=llama31_8b task.dtype=float32 task.repeats=3
 
