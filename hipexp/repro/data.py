@@ -151,8 +151,8 @@ def known() -> list[str]:
     """The ids there are, tables first, in the order of their numbers."""
 
     def place(name: str) -> tuple[int, int, str]:
-        kind, number = re.match(r"([a-z]+)(\d*)", name).groups()  # type: ignore[union-attr]
-        return {"table": 0, "figure": 1}.get(kind, 2), int(number or 0), name
+        found = re.match(r"(table|figure)(\d+)", name)
+        return (2, 0, name) if found is None else (["table", "figure"].index(found[1]), int(found[2]), name)
 
     return sorted((path.stem for path in (conf_dir() / "experiment").glob("*.yaml")), key=place)
 

@@ -117,10 +117,12 @@ def trained_length(words: tuple[str, ...]) -> int:
     Raises ``ConfigError`` where nothing says it.
     """
     model = compose(words).model
-    facts = None if model.trained_tok is not None else read_facts(model)
-    if model.trained_tok is None and facts is None:
+    if model.trained_tok is not None:
+        return model.trained_tok
+    facts = read_facts(model)
+    if facts is None:
         raise ConfigError(f"model.path={model.path} is on a hub; set model.trained_tok, of which lengths here are multiples")
-    return model.trained_tok or facts.trained_tok  # type: ignore[union-attr]
+    return facts.trained_tok
 
 
 def stand_ins() -> Path:

@@ -85,8 +85,8 @@ def read(cell: Cell) -> Value | None:
     if not samples:
         return None
     scores = list(samples.values())
-    low_high = mean_interval(scores)
-    return Value(statistics.fmean(scores), low_high and (low_high[0], low_high[1]), samples)  # type: ignore[arg-type]
+    bounds = mean_interval(scores)
+    return Value(statistics.fmean(scores), None if bounds is None else (bounds[0], bounds[1]), samples)
 
 
 def by_text(samples: Mapping[Sample, float]) -> dict[Sample, float]:
