@@ -97,6 +97,7 @@ class GraphedSteps:
             part.state.step = part.step
             if isinstance(part.state.state, KeySummaries):
                 part.state.state.reserve(part.store.room[0].shape[1])
+        self._prepare(B)
 
     @classmethod
     def of(
@@ -126,8 +127,8 @@ class GraphedSteps:
 
     def logits(self, tokens: Sequence[int]) -> Tensor:
         """Feed the next token of every sequence; return the logits ``[B, V]``, good until the next call."""
-        positions = self._tell(tokens)
-        pattern = tuple(part.due() for part in self._parts)
+        self._tell(tokens)
+        pattern = self._pattern
         if pattern in self._known and self._known[pattern] is None and self._patience <= 0 and self._installed.records:
             self._known[pattern] = self._recorded()
         graph = self._known.setdefault(pattern, None)
@@ -143,24 +144,29 @@ class GraphedSteps:
             for part, pruned in zip(self._parts, graph.pruned, strict=True):
                 self._count(part, 1, pruned)
         for part in self._parts:
-            part.store.length = positions[part.sequence] + 1
+            part.store.length = self._positions[part.sequence] + 1
+        self._prepare(len(tokens))  # the device is busy with this step
         return found
 
-    def _tell(self, tokens: Sequence[int]) -> list[int]:
-        """Write what the device reads, and the landmarks of pieces that are whole by now; return the positions of the tokens."""
-        positions = [part.store.length for part in self._parts[: len(tokens)]]  # of the first layer
-        for position, part in zip(positions, self._parts, strict=False):
-            if position >= (room := part.store.room[0].shape[1]):
-                raise ValueError(f"a token at position {position} is past the room of {room} tokens that was reserved for this sequence")
-        numbers = [*tokens, *positions]
+    def _prepare(self, n_sequences: int) -> None:
+        """What the next step will be but for its tokens; the landmarks of pieces that are whole by now."""
+        self._positions = [part.store.length for part in self._parts[:n_sequences]]  # of the first layer
+        numbers = [*self._positions]
         for part in self._parts:
-            position = positions[part.sequence]
+            position = self._positions[part.sequence]
             numbers += map(int, part.layer.numbers_at(position))
             if isinstance(part.state.state, KeySummaries):
                 part.state.state.catch_up(part.store.room[0], position)
-        self._host.copy_(torch.tensor(numbers))
+        self._pattern, self._told = tuple(part.due() for part in self._parts), torch.tensor(numbers)
+
+    def _tell(self, tokens: Sequence[int]) -> None:
+        """Write what the device reads. The step before has ended: where its tokens are known, what it was told has been read."""
+        for position, part in zip(self._positions, self._parts, strict=False):
+            if position >= (room := part.store.room[0].shape[1]):
+                raise ValueError(f"a token at position {position} is past the room of {room} tokens that was reserved for this sequence")
+        B = len(tokens)
+        self._host[:B], self._host[B:] = torch.tensor(tokens), self._told
         self._numbers.copy_(self._host, non_blocking=True)
-        return positions
 
     def _run(self) -> Tensor:
         ids, positions = self._numbers[: len(self._numbers) - NUMBERS * len(self._parts)].view(2, -1, 1)
