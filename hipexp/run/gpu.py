@@ -1,8 +1,9 @@
 """``make gpu``: what this GPU can do, and latency of attention alone on it, pipelines against every dense kernel there is, with recall.
 
 Needs torch, Triton and PyYAML only. First the tests marked ``gpu`` or ``device`` (where pytest is installed), then probes of the machine,
-then for every length decode, attention to what a decode step selects, and prefill. Writes ``gpu.json`` and ``gpu.md``; a part that fails,
-or that the time does not allow, is told and left out. Pipelines are measured in a layer without overrides.
+then for every length decode, attention to what a decode step selects, and prefill; for the longest one also decode with the cache in host
+memory. Writes ``gpu.json`` and ``gpu.md``; a part that fails, or that the time does not allow, is told and left out. Pipelines are measured
+in a layer without overrides.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ import yaml
 from hipexp.attention.inputs import GEOMETRIES, Geometry, Inputs
 from hipexp.config.convert import to_schema
 from hipexp.config.overrides import conf_dir
-from hipexp.config.schema import AttendRope, Pipeline, PruneRope, Rope
+from hipexp.config.schema import AttendRope, Offload, Pipeline, PruneRope, Rope
 from hipexp.report.tables import markdown_table
 from hipexp.run import attention_latency as latency
+from hipexp.run.offload_latency import offload_row
 from hipexp.run.selected import selected_rows
 from hipexp.run.timing import describe_machine, memory_bandwidth, missing
 
@@ -38,6 +40,7 @@ NATIVE = " (native RoPE)"  # behind the name of a preset: with true positions, w
 PRESETS = ("3stage", "3stage_fast", "3stage_flash", "3stage_scan", "4stage_scan", "3stage_plus", "5k", f"3stage{NATIVE}")
 # the others do in prefill what 3stage does, or keep more
 PREFILL_PRESETS = ("3stage", "3stage_scan", "4stage_scan", "3stage_plus", f"3stage{NATIVE}")
+OFFLOAD_PRESETS = ("3stage", "3stage_scan", "3stage_plus")
 SELECTED_BY = "3stage"  # whose selection the others attend to
 MARKED = re.compile(r"pytest\.mark\.(gpu|device)\b")
 N_LAYERS = 8  # their selected keys together exceed the L2 cache
@@ -179,6 +182,17 @@ def measure_prefill(report: Report, layer: Inputs, presets: list[str], skip: tup
     report.add(f"prefill at {layer.keys.shape[1]}", lambda: latency.prefill_rows(pipelines, layer, PREFILL_TOK, 3, skip))
 
 
+def measure_offload(report: Report, layer: Inputs, presets: list[str], device_tok: int) -> None:
+    """Decode steps of every preset with all but ``device_tok`` tokens in host memory, beside the same ones without offload."""
+    for name in presets:
+        attention = latency.layer_attention(preset(name), layer.geometry, layer.keys.device)
+
+        def measure(attention=attention, name=name) -> list[dict[str, Any]]:
+            return [offload_row(attention, layer, 2, name, device_tok)]
+
+        report.add(f"{name} offloaded at {layer.keys.shape[1]}", measure)
+
+
 def main() -> int:
     """Measure at every length and write the report; 2 without a GPU, 1 if a test or a part failed."""
     parser = argparse.ArgumentParser(description="What this GPU can do, and latency of attention alone on it, against its dense kernels.")
@@ -187,6 +201,7 @@ def main() -> int:
     parser.add_argument("--geometry", choices=GEOMETRIES, default="llama31_8b", help="heads and sizes (default: %(default)s)")
     parser.add_argument("--presets", nargs="+", default=list(PRESETS), help="pipelines in decode (default: %(default)s)")
     parser.add_argument("--prefill", nargs="*", default=list(PREFILL_PRESETS), help="pipelines in prefill (default: %(default)s)")
+    parser.add_argument("--offload", nargs="*", default=list(OFFLOAD_PRESETS), help="pipelines with offload (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=30, help="of dense decode (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=400, help="no part begins later (default: %(default)s)")
     parser.add_argument("--tests", action=argparse.BooleanOptionalAction, default=True, help="the tests on this GPU too (default: yes)")
@@ -200,7 +215,7 @@ def main() -> int:
     if short := [n for n in args.lengths if n < 2 * PREFILL_TOK or n % PREFILL_TOK]:
         print(f"error: --lengths {short[0]} must be a multiple of {PREFILL_TOK}, from {2 * PREFILL_TOK} on", file=sys.stderr)
         return 2
-    if unknown := [name for name in [*args.presets, *args.prefill] if name.removesuffix(NATIVE) not in known_presets()]:
+    if unknown := [name for name in [*args.presets, *args.prefill, *args.offload] if name.removesuffix(NATIVE) not in known_presets()]:
         print(f"error: preset {unknown[0]!r} is unknown; use {', '.join(known_presets())}, or one of them and {NATIVE!r}", file=sys.stderr)
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
@@ -214,6 +229,7 @@ def main() -> int:
 
         for probe in PROBES:
             report.probe(probe.__name__.replace("_", " "), partial(probe, device))
+    device_tok = to_schema(yaml.safe_load((conf_dir() / "offload" / "host.yaml").read_text(encoding="utf-8")), Offload).device_tok or 0
     with torch.inference_mode():
         for number, n_tok in enumerate(sorted(args.lengths)):
             skip = (*(() if args.all else SLOW), *(() if args.flex or number == 0 else FLEX))
@@ -223,6 +239,8 @@ def main() -> int:
                 del layers[1:]
             if layers and args.prefill:
                 measure_prefill(report, layers[0], args.prefill, skip)
+            if layers and n_tok == max(args.lengths):
+                measure_offload(report, layers[0], args.offload, device_tok)
     print(f"{args.out / 'gpu.md'}")
     return int(report.failed or not passed)
 

@@ -32,11 +32,13 @@ def test_parts_of_a_report(monkeypatch, tmp_path):
     layers = latency.make_layers(GEOMETRY, 4096, 2, CPU)
     gpu.measure_decode(report, layers, ["3stage"], 2, SKIP)
     gpu.measure_prefill(report, layers[0], ["3stage", f"3stage{NATIVE}"], SKIP)
+    gpu.measure_offload(report, layers[0], ["3stage"], 3584)
     assert not report.left_out
     rows = {(row["phase"], row["impl"]): row for row in report.rows if "note" not in row}
     for key in (("decode", "3stage"), ("prefill", "3stage"), ("prefill", f"3stage{NATIVE}"), ("selected", "attend_blocks")):
         assert rows[key]["speedup"] > 0 and rows[key]["context_tok"] == 4096
     assert 0 < rows["decode", "3stage"]["recall"] <= 1
+    assert rows["offload", "3stage"]["device_tok"] == 3584 and rows["offload", "3stage"]["steps"] == 32
     written = json.loads((tmp_path / "new" / "gpu.json").read_text())
     assert written == {"about": report.about, "probes": report.probes, "rows": report.rows, "left_out": []}
     text = (tmp_path / "new" / "gpu.md").read_text()

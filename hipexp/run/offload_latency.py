@@ -1,0 +1,101 @@
+"""Latency of a layer's decode steps with keys and values off the device, beside the same steps with all on it; what crosses the link.
+
+Both are launched by the host: steps that fetch are no CUDA graphs.
+"""
+
+from __future__ import annotations
+
+import time
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hipexp.attention import LayerAttention, Memory
+from hipexp.attention.inputs import Inputs
+from hipexp.attention.reads import unit_tok_of
+from hipexp.cache.offloaded import OffloadedStore
+from hipexp.cache.placement import Placement
+from hipexp.cache.resident import ResidentStore
+from hipexp.cache.summaries import KeySummaries
+from hipexp.config.offload import page_tok_of
+from hipexp.config.schema import Heads
+from hipexp.run.attention_latency import dues, period_of
+from hipexp.run.latency import quantile
+
+FILLED_TOK = 32_768  # appended at a time, as parts of a prompt are
+
+
+class Side:
+    """A store of ``layer``'s keys and values up to ``n_tok``, and what a layer of a pipeline remembers of them."""
+
+    def __init__(self, attention: LayerAttention, layer: Inputs, store: ResidentStore | OffloadedStore, n_tok: int):
+        self.attention, self.layer, self.store = attention, layer, store
+        self.memory, self.state = Memory(), attention.method.new_state()
+        store.reserve(layer.keys.shape[1], layer.keys)
+        for begin in range(0, n_tok, FILLED_TOK):
+            self._append(begin, min(begin + FILLED_TOK, n_tok))
+            store.settle()
+        if isinstance(store, OffloadedStore):
+            store.decoding = True
+
+    def step(self, q: Tensor, position: int) -> tuple[Tensor, float]:
+        """What queries ``[H, 1, D]`` of the next token get, and the milliseconds that took, without appending its key."""
+        self._append(position, position + 1)
+        step, wait = self.attention.step_at(position, q.device), torch.cuda.synchronize if q.is_cuda else lambda: None
+        wait()
+        begin = time.perf_counter()
+        out = self.attention(q, *self.store.view(), position, self.memory, step, self.state)
+        wait()
+        return out, (time.perf_counter() - begin) * 1e3
+
+    def _append(self, begin: int, end: int) -> None:
+        self.store.append(self.layer.keys[:, begin:end], self.layer.values[:, begin:end])
+        if isinstance(self.state, KeySummaries):
+            self.state.catch_up(self.store.view()[0], end)
+
+
+def offload_row(attention: LayerAttention, layer: Inputs, periods: int, name: str, device_tok: int) -> dict[str, Any]:
+    """Time whole refresh periods behind one that is not timed, with ``device_tok`` tokens on the device and the rest in host memory.
+
+    ``mean_ms``, ``cached_ms``, ``full_ms`` and ``worst_ms`` as in ``decode_row``, beside them those of the resident store, in turn with
+    them; ``link_bytes`` of a mean step and of the worst; ``device_bytes`` of both. Raises ArithmeticError if their results are not
+    the same bits.
+    """
+    plan, n_tok = attention.plan, layer.keys.shape[1]
+    period = period_of(plan)
+    n_steps = period * (1 + periods)
+    queries = [layer.queries(step)[:, None] for step in range(n_steps)]
+    per_head, page_tok = plan.heads is Heads.per_kv, page_tok_of([plan])
+    placement = Placement(unit_tok_of(plan), per_head, plan.sink_tok, plan.window_tok, page_tok, device_tok)
+    offloaded = OffloadedStore(placement)
+    times, link = dict[str, list[float]](resident=[], offloaded=[]), [0]
+    try:
+        stores: dict[str, ResidentStore | OffloadedStore] = {"resident": ResidentStore(), "offloaded": offloaded}
+        sides = {key: Side(attention, layer, store, n_tok - n_steps) for key, store in stores.items()}
+        for step, q in enumerate(queries):
+            outs = []
+            for key, side in sides.items():
+                out, ms = side.step(q, n_tok - n_steps + step)
+                outs.append(out)
+                times[key].append(ms)
+            if not torch.equal(*outs):
+                raise ArithmeticError(f"{name}: step {step} differs by {(outs[0] - outs[1]).abs().max():.3g} where keys are offloaded")
+            link.append(sum(one.h2d_bytes for (phase, _), one in offloaded.traffic.counts.items() if phase == "decode"))
+        device_bytes = {f"{key}_bytes": side.store.bytes for key, side in sides.items()}
+    finally:
+        offloaded.close()
+    schedule, moved = dues(plan, n_steps)[period:], [now - before for before, now in pairwise(link)][period:]
+    row: dict[str, Any] = {"phase": "offload", "context_tok": n_tok, "dense": False, "impl": name, "device_tok": device_tok}
+    for key, found in times.items():
+        found, prefix = found[period:], "resident_" if key == "resident" else ""
+        kinds = {"cached": len(plan.decode), "full": 0}
+        row |= {f"{prefix}mean_ms": sum(found) / len(found), f"{prefix}worst_ms": max(found)}
+        row |= {f"{prefix}{kind}_ms": _median(t for t, d in zip(found, schedule, strict=True) if d == due) for kind, due in kinds.items()}
+    return row | {"link_bytes": sum(moved) / len(moved), "worst_link_bytes": max(moved), "steps": len(moved)} | device_bytes
+
+
+def _median(values: Any) -> float | None:
+    found = list(values)
+    return quantile(found, 0.5) if found else None
