@@ -60,7 +60,7 @@ TRACKERS = ("local", "wandb")
 BY_TRUE_POSITION = (PruneRope.dynamic, PruneRope.self_extend, PruneRope.native)
 PROMPTS = ("auto", "tokens", "text", "chat")
 SERVED = ("tokenizer", "prompt", "server", "concurrent", "timeout_s")  # fields of ``Model`` that a loaded one does not use
-LOADED = ("dtype", "device_map", "tp_plan", "cuda_graphs", "prefill_chunk_tok")  # and a served one
+LOADED = ("dtype", "device_map", "tp_plan", "cuda_graphs", "compile", "prefill_chunk_tok")  # and a served one
 TRACK_MODES = ("offline", "online", "auto", "disabled")
 
 Key = Callable[[int, str], str]  # (stage number, field) -> the key that set it

@@ -39,7 +39,7 @@ def key_fields(experiment: Experiment) -> dict[str, Any]:
     fields["offload"] = offload_fields(experiment.offload)
     if experiment.task.name == "recall" and experiment.offload.on:  # where keys lie is nothing to it
         fields["offload"] = {"format": experiment.offload.format}
-    for name in MODEL_SOURCE:
+    for name in (*MODEL_SOURCE, *["compile"] * (not experiment.model.compile)):
         del fields["model"][name]
     if experiment.pipeline is not None:
         del fields["pipeline"]["name"]

@@ -279,6 +279,7 @@ class Model:
     ``tp_plan``           ``auto``: each process that torchrun started has a part of every layer, as transformers plans it for the class;
                           None: one process has the model
     ``cuda_graphs``       on a GPU, decode steps are recorded and replayed where that is possible
+    ``compile``           torch compiles every norm and MLP, which are many small operations otherwise; they then round in other places
     ``prefill_chunk_tok`` tokens given to the model at once during prefill
     ``trained_tok``       trained length; None takes ``max_position_embeddings`` from the model's ``config.json``
     ``base_url``          of an OpenAI-compatible server, as in ``http://localhost:8000/v1``; None loads the model here. The rest is for it:
@@ -296,6 +297,7 @@ class Model:
     device_map: str | None = None
     tp_plan: str | None = None
     cuda_graphs: bool = True
+    compile: bool = False
     prefill_chunk_tok: int = 8192
     trained_tok: int | None = None
     base_url: str | None = None

@@ -13,6 +13,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.distributed import DistributedConfig
 
+from hipexp.config.compiler import missing_compiler
 from hipexp.config.model import files_of, model_folder
 from hipexp.config.processes import check_started, started
 from hipexp.config.schema import ConfigError, Model, spans
@@ -73,11 +74,23 @@ def load(config: Model) -> Loaded:
         kinds = layer_kinds(model)
         notes = notes_of(model, kinds)  # its first pass: some methods ask for their kernels only then
     trained_tok, form = config.trained_tok or text.max_position_embeddings, str(compute_dtype(model)).removeprefix("torch.")
+    if config.compile:
+        compile_parts(model)
+        notes.append("norms and MLPs are compiled by torch")
     if stored:
         read = "" if is_quantized(model) else f", which transformers turned into {form} while loading"
         notes.append(f"weights: {stored}{read}; hipexp did not test it")
     own_layers = [i for i, kind in enumerate(kinds) if kind.keeps]
     return Loaded(model, load_tokenizer(config), trained_tok, text.num_hidden_layers, form, own_layers, notes)
+
+
+def compile_parts(model: PreTrainedModel) -> None:
+    """Let torch compile every norm and MLP of a model, when they first run. Raises ConfigError without a C++ compiler."""
+    if missing_compiler():
+        raise ConfigError("model.compile=true needs a C++ compiler, for a GPU too, and there is none here; install one, as g++")
+    for module in model.modules():
+        if type(module).__name__.endswith(("RMSNorm", "LayerNorm", "MLP")):
+            module.compile()
 
 
 @contextmanager

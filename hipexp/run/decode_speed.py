@@ -28,6 +28,7 @@ from hipexp.config.schema import Pipeline
 from hipexp.hf import Generation, install
 from hipexp.hf.cache import SequenceCache
 from hipexp.hf.graphs import record_cuda, steps_until_recorded
+from hipexp.hf.load import compile_parts
 from hipexp.hf.loop import choose, decode
 from hipexp.run.gpu import preset, table
 from hipexp.run.latency import quantile
@@ -122,13 +123,6 @@ def times(steps_ms: list[float]) -> dict[str, float]:
     mean = statistics.fmean(steps_ms)
     spread = {"p10_ms": quantile(steps_ms, 0.1), "p90_ms": quantile(steps_ms, 0.9), "worst_ms": max(steps_ms)}
     return {"mean_ms": mean, **spread, "tokens_per_s": 1e3 / mean, "steps": len(steps_ms)}
-
-
-def compile_parts(model: PreTrainedModel) -> None:
-    """Let torch compile every norm and MLP of a model."""
-    for module in model.modules():
-        if type(module).__name__.endswith(("RMSNorm", "MLP")):
-            module.compile()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hipexp.config.compiler import missing_compiler
 from hipexp.run.environment import describe_environment
 from hipexp.run.latency import quantile
 
@@ -38,11 +38,6 @@ class Contestant:
     run: Callable[..., Tensor]
     missing: Callable[[], str | None] = _nothing
     capture: bool = True
-
-
-def missing_compiler() -> str | None:
-    """What ``torch.compile`` lacks: it writes C++, for a GPU too."""
-    return None if any(map(shutil.which, ("c++", "g++", "clang++"))) else "no C++ compiler"
 
 
 def missing(package: str) -> str | None:

@@ -26,6 +26,7 @@ def key(*words, revision="abc", **extra):
         "seed=1",
         "model.dtype=bfloat16",
         "model.trained_tok=4096",
+        "model.compile=true",
     ],
 )
 def test_what_decides_a_result_changes_the_key(word):
