@@ -141,7 +141,11 @@ def _run_command(name: str, words: list[str]) -> int:
     place, purpose, flags = COMMANDS[name]
     takes = ", ".join(flags) or "no flags"
     if {"-h", "--help"} & set(words):
-        print(f"python -m hipexp {name}: {purpose}\nflags: {takes}")
+        from hipexp.completion import OF_POINTS, OWN
+
+        own = [word for word in OWN.get(name, {}) if word.endswith("=")]
+        own += ["groups and keys as of a run"] * (name in OF_POINTS)
+        print("\n".join([f"python -m hipexp {name}: {purpose}", *([f"words: {', '.join(own)}"] if own else []), f"flags: {takes}"]))
         return DONE
     for word in words:
         if word in ALL and word not in flags:

@@ -58,7 +58,7 @@ OWN: dict[
     "repro": {"": "conf/experiment", "jobs=": (), "size=": ("full", "needle", "quick"), "stored=": ("true",), "all": ()},
     "calibrate": {"name=": (), "out=": "/", "texts=": ()},
     "data": {"": ("pull", "verify", "ls", "make")},
-    "replay": {"": ("record",), "policies=": (), "sizes=": ()},
+    "replay": {"": ("record",), "policies=": (), "sizes=": (), "out=": "/", "steps=": (), "phases=": ("decode", "prefill")},
     "score": {"": ("infbench", "ruler", "longbench", "longbench2"), "edition=": (), "drop_first_number=": ("true", "false")},
     "completion": {"": tuple(SCRIPTS)},
 }

@@ -201,6 +201,8 @@ def test_commands_get_their_words(monkeypatch, capsys):
     assert cli.main(["ls", "--json"]) == 7
     assert seen == [["--json"]]
     assert cli.main(["ls", "--help"]) == 0 and "flags: --quiet, --json" in capsys.readouterr().out
+    assert cli.main(["tune", "--help"]) == 0
+    assert "words: " in (told := capsys.readouterr().out) and "max_bytes=, " in told and "groups and keys as of a run\n" in told
 
 
 def test_an_unknown_command_names_the_others(capsys):
