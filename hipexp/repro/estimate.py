@@ -15,13 +15,13 @@ from hipexp.config.schema import Experiment
 from hipexp.run.several import Named
 
 RATE = 4e14  # assumed: half of the bf16 operations per second that an H200 does in large products
-PART_TOK, NEW_TOK, STEP_S = 32_768, 32, 0.0072
+PART_TOK, NEW_TOK, STEP_S = 32_768, 32, 0.0070
 # docs/results.md, one NVIDIA H200: ms of a layer for the last 32,768 queries at a context. Methods without stages are counted as dense.
 ATTENTION_MS = {
-    "dense": ((0, 0.0), (131_072, 97.5), (524_288, 475.0), (1_048_576, 963.0)),
-    "stages": ((0, 0.0), (131_072, 29.2), (524_288, 48.9), (1_048_576, 72.4)),
+    "dense": ((0, 0.0), (131_072, 97.7), (524_288, 475.0), (1_048_576, 961.0)),
+    "stages": ((0, 0.0), (131_072, 28.2), (524_288, 48.8), (1_048_576, 69.2)),
 }
-ALONE_HOURS = 0.02  # of attention alone at one context: `make gpu` takes 4 minutes for three
+ALONE_HOURS = 0.02  # of attention alone at one context: `make gpu` takes under 5 minutes for three
 # Rows and mean tokens of the published data: ∞Bench, arXiv 2402.13718, table 2; LongBench has 200 rows of most tasks, RULER is generated.
 ROWS = {
     "passkey": (590, 122_400),

@@ -42,9 +42,9 @@ def plan_text(plan: dict[str, Any]) -> str:
     keys = ["run", "model", "task", "tokens", "samples"]
     rows = [[number, *(run[key] or "the data's" for key in keys)] for number, run in enumerate(plan["runs"], 1)]
     told = [head, text_table(["", *keys], rows, left=2)]
-    if "gpu_hours" in plan:
+    if (hours := plan.get("gpu_hours")) is not None:
         told.append(
-            f"estimate for one NVIDIA H200 (docs/reproduce.md says how): {plan['gpu_hours']:.2g} GPU hours, "
+            f"estimate for one NVIDIA H200 (docs/reproduce.md says how): {hours:{'.0f' if hours >= 100 else '.2g'}} GPU hours, "
             f"{plan['memory_gb']:.0f} GB of GPU memory besides activations"
         )
     needed = [f"- {what}" for what in plan["missing"]] or ["- nothing: all of it is here"]

@@ -376,12 +376,12 @@ def test_estimates_follow_the_formula():
     (point, *_) = points_of(cells(read("table6"), FULL, []))
     task = point.experiment.task
     assert list(estimate.prompts(point.experiment)) == [(229, 184_400)] and task.truncate_tok == 307_200
-    assert estimate.attention_ms(131_072, "dense") == 97.5 and estimate.attention_ms(65_536, "dense") == 48.75
-    assert estimate.attention_ms(2_097_152, "stages") == pytest.approx(72.4 + (72.4 - 48.9) * 2)
+    assert estimate.attention_ms(131_072, "dense") == 97.7 and estimate.attention_ms(65_536, "dense") == 48.85
+    assert estimate.attention_ms(2_097_152, "stages") == pytest.approx(69.2 + (69.2 - 48.8) * 2)
     one = estimate.prompt_s(32_768, "dense", estimate.USUAL)
-    assert one == pytest.approx(2 * 8e9 * 32_768 / 4e14 + 32 * 97.5 / 4 / 1000)
-    assert estimate.prompt_s(65_536, "dense", estimate.USUAL) == pytest.approx(2 * 8e9 * 65_536 / 4e14 + 32 * (97.5 / 4 + 97.5 / 2) / 1000)
-    seconds = 229 * (estimate.prompt_s(184_400, "stages", estimate.USUAL) + 32 * 0.0072)
+    assert one == pytest.approx(2 * 8e9 * 32_768 / 4e14 + 32 * 97.7 / 4 / 1000)
+    assert estimate.prompt_s(65_536, "dense", estimate.USUAL) == pytest.approx(2 * 8e9 * 65_536 / 4e14 + 32 * (97.7 / 4 + 97.7 / 2) / 1000)
+    seconds = 229 * (estimate.prompt_s(184_400, "stages", estimate.USUAL) + 32 * 0.0070)
     assert estimate.hours(point.experiment) == pytest.approx(seconds / 3600)
     assert estimate.memory_gb(point.experiment) == pytest.approx((16e9 + 131_072 * 184_400) / 1e9)
 
