@@ -26,7 +26,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check install --constraint constraint
 .PHONY: help setup demo test test-all test-transformers test-slurm test-pythons dist models check pre-commit check-official results needle needle-table needle-1m tune methods ablation aot bench-cpu link-table gpu
 
 help: ## this text
-	@awk -F ':.*## ' '/^[a-z0-9%-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9%-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(CORE) ## create .venv with what running needs
 
@@ -54,7 +54,7 @@ dist: $(DEV) ## wheel and source archive, in dist/
 	$(RUN) -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
 	$(RUN) -m pip --disable-pip-version-check wheel --no-deps --no-build-isolation --wheel-dir dist .
 
-test-slurm: $(DEV) ## a sweep on a real Slurm, with a preempted job (Debian, root; installs slurm; some minutes)
+test-slurm: $(DEV) ## a sweep on a real Slurm, with a preempted job (Debian, root; installs slurm; some 15 minutes)
 	OMP_NUM_THREADS=1 tests/slurm/cluster.sh $(RUN) -m pytest tests/slurm
 
 models: $(CORE) ## every family of models that fits, tried on small checkpoints of its real classes (some minutes)
