@@ -25,6 +25,7 @@ def checkout(folder):
     """A copy of what ``docs/extending.md`` changes, with the method of the tutorial beside it."""
     for name in ("hipexp", "kernels", "conf"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)  # how pytest is called
     (mine,) = [block for block in blocks(TUTORIAL) if block.file == "mileposts.py"]
     Path("mileposts.py").write_text(mine.text, encoding="utf-8")
 
