@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -141,4 +142,6 @@ def _in_words() -> Iterator[None]:
             inner = "there is no entry with this number; they are counted from 0"
         if outer.startswith("Could not delete"):
             inner = outer = f"{outer.rstrip('.')}; --cfg job shows what there is"
+        if launcher := re.search(r"Could not find 'hydra/launcher/((joblib|submitit)\w*)'", outer):
+            inner = outer = f"hydra/launcher={launcher[1]} is not installed here; run: python -m pip install 'hipexp[launchers]'"
         raise ConfigError(outer if inner in outer else f"{outer}: {inner}") from error

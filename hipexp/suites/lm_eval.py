@@ -21,7 +21,7 @@ from hipexp.config.schema import ConfigError
 
 VERSION = "0.4.13"  # whose functions were read beside the official ones
 PACKAGES = ("lm_eval", "jieba", "rouge", "rouge_score")  # that scores depend on
-REPAIR = "python -m pip install --constraint constraints.txt '.[suites]'"
+REPAIR = "python -m pip install 'hipexp[suites]'"  # in a checkout as beside an installed wheel
 
 
 def check_installed() -> None:

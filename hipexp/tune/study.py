@@ -28,7 +28,7 @@ KINDS = ("measured", "invalid", "bytes", "repeated", "recall", "failed")
 FOUND = ("bytes", "attended_bytes", "recall", "scores", "decode_ms", "prefill_ms")  # what is found out of a point
 SAMPLERS = ("tpe", "random")
 RANDOM_FIRST = 20  # points before the sampler has something to go by
-NEEDS = "tune needs the package optuna, which is not installed here: python -m pip install --constraint constraints.txt '.[tune]'"
+NEEDS = "tune needs the package optuna, which is not installed here: python -m pip install 'hipexp[tune]'"
 
 
 def optuna() -> Any:

@@ -16,6 +16,27 @@ MODEL = Path(hipexp.__file__).parent / "needle" / "model"
 WORDS = ["+pipeline=3stage", "task.samples=1", "task.subtasks=[passkey]"]
 
 
+LAUNCHERS = """
+import sys
+class Nothing:  # of Hydra's plugins
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "hydra_plugins":
+            raise ModuleNotFoundError(f"No module named {name}", name=name)
+sys.meta_path.insert(0, Nothing())
+from hipexp.cli import main
+sys.exit(main(["-m", "hydra/launcher=joblib", "+pipeline=2stage,3stage", "--dry-run"]))
+"""
+
+
+def test_a_launcher_that_is_not_installed_is_told_with_what_installs_it():
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCHERS], env=os.environ | {"PYTHONPATH": path}, check=False, capture_output=True, text=True
+    )
+    said = "hydra/launcher=joblib is not installed here; run: python -m pip install 'hipexp[launchers]'"
+    assert done.returncode == 2 and said in done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not (MODEL / "config.json").exists(), reason="the embedded model is not trained yet: make needle")
 @pytest.mark.parametrize(("launcher", "more"), [("joblib", ["hydra.launcher.n_jobs=2"]), ("submitit_local", [])])

@@ -379,7 +379,7 @@ def test_mistakes_are_refused_before_anything_begins(search, words, said):
 
 def test_without_optuna_the_command_says_what_to_install(search, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(ConfigError, match=r"pip install --constraint constraints.txt '.\[tune\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'hipexp\[tune\]'"):
         search("trials=3")
 
 
