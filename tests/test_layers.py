@@ -18,7 +18,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "hipexp/__init__.py": (set(), set()),
     "hipexp/__main__.py": ({"hipexp.cli"}, set()),
     "hipexp/output.py": (set(), set()),
-    "hipexp/cli.py": (CONFIG, {"hipexp.run"}),
+    "hipexp/cli.py": (CONFIG, {"hipexp.completion", "hipexp.run"}),
     "hipexp/completion.py": (CONFIG, {"hipexp.cli", "hipexp.report.runs", "hipexp.run.ledger"}),
     "hipexp/doctor.py": (CONFIG, {"hipexp.run.fits", "torch"}),
     "hipexp/library.py": (CONFIG | {"hipexp.hf"}, {"transformers"}),
