@@ -23,7 +23,7 @@ DEV := $(VENV)/.dev
 PIP := $(RUN) -m pip --disable-pip-version-check install --constraint constraints.txt --no-build-isolation
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-transformers test-slurm test-pythons dist models check pre-commit check-official results needle needle-table needle-1m tune methods ablation aot bench-cpu link-table gpu
+.PHONY: help setup demo test test-all test-docs test-transformers test-slurm test-pythons dist models check pre-commit check-official results needle needle-table needle-1m tune methods ablation aot bench-cpu link-table gpu
 
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z0-9%-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ test: $(DEV) ## the tests: no network, no GPU, under 10 minutes on 2 cores
 
 test-all: $(DEV) ## the tests and the slow rest, an hour at most
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not gpu" -n $(JOBS)
+
+test-docs: $(DEV) ## every command of the tutorial, of the README and of the walks, and the wheel in an empty folder (some minutes)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/docs tests/test_package.py -m slow -n $(JOBS)
 
 test-transformers: $(DEV) ## the tests of models on the oldest and the newest transformers that hipexp takes
 	for version in $(TRANSFORMERS); do place=$(VENV)/transformers-$$version; \

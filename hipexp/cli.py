@@ -150,8 +150,24 @@ def _run_command(name: str, words: list[str]) -> int:
     for word in words:
         if word in ALL and word not in flags:
             raise ConfigError(f"{name} takes no {word}; it takes {takes}")
+    _check_words(name, words)
     module, _, function = place.partition(":")
     return int(getattr(import_module(module), function)(words))
+
+
+def _check_words(command: str, words: list[str]) -> None:
+    """Refuse a word that neither the command nor a run knows, with a guess among both; raises ConfigError."""
+    from hipexp.completion import OF_POINTS, OWN
+    from hipexp.config.overrides import GROUPS
+
+    if command in OF_POINTS:
+        known = [*(word.removesuffix("=") for word in OWN.get(command, {}) if word.endswith("=")), *GROUPS, "seed"]
+        for word in words:
+            key, equals, _ = word.partition("=")
+            if equals and key.isidentifier() and key not in known:
+                from hipexp.config.convert import unknown
+
+                raise unknown(key, key, known)
 
 
 def _run_overrides(words: list[str]) -> int:

@@ -205,6 +205,19 @@ def test_commands_get_their_words(monkeypatch, capsys):
     assert "words: " in (told := capsys.readouterr().out) and "max_bytes=, " in told and "groups and keys as of a run\n" in told
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["tune", "hour=1"], "hour is unknown; did you mean hours? known here: space, sampler"),
+        (["repro", "table2", "siz=needle"], "siz is unknown; did you mean size? known here: jobs, size, stored, model"),
+        (["demo", "sed=1"], "sed is unknown; did you mean seed? known here: model, pipeline"),
+    ],
+)
+def test_a_word_that_neither_a_command_nor_a_run_knows(capsys, words, told):
+    assert cli.main(words) == 2
+    assert told in capsys.readouterr().err
+
+
 def test_an_unknown_command_names_the_others(capsys):
     assert cli.main(["repor"]) == 2
     assert "command repor is unknown; did you mean report? known here: demo, ls" in capsys.readouterr().err

@@ -66,10 +66,11 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         CONFIG | {"hipexp.cache.traffic", "hipexp.hf", "hipexp.report", "hipexp.run", "torch", "transformers"},
         set(),
     ),
-    "hipexp/run/timing.py": ({"hipexp.run", "torch"}, set()),
+    "hipexp/run/timing.py": ({"hipexp.config.compiler", "hipexp.run", "torch"}, set()),
     "hipexp/run/probes.py": ({"hipexp.run", "hipexp_kernels", "torch", "triton"}, set()),
     "hipexp/run/selected.py": ({"hipexp.attention", "hipexp.run", "hipexp_kernels", "torch"}, {"flashinfer"}),
     "hipexp/run/attention_latency.py": (CONFIG | {"hipexp.attention", "hipexp.cache", "hipexp.run", "hipexp_kernels", "torch"}, set()),
+    "hipexp/run/offload_latency.py": (CONFIG | {"hipexp.attention", "hipexp.cache", "hipexp.run", "torch"}, set()),
     "hipexp/run/decode_speed.py": (CONFIG | {"hipexp.attention", "hipexp.cache", "hipexp.hf", "hipexp.run", "torch", "transformers"}, set()),
     "hipexp/run/gpu.py": (CONFIG | {"hipexp.attention", "hipexp.report", "hipexp.run", "torch", "yaml"}, set()),
 }

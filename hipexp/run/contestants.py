@@ -18,8 +18,7 @@ from hipexp_kernels import attend_blocks, merge_lse
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hipexp.config.compiler import missing_compiler
-from hipexp.run.timing import Contestant, missing
+from hipexp.run.timing import Contestant, missing, missing_compiler
 
 FLEX_BLOCK_TOK = 128
 TILE_LOGITS = 1 << 24  # logits of a tile of the matmul prefill: 64 MiB in fp32

@@ -20,9 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hipexp.attention import LayerAttention, Memory
 from hipexp.attention.inputs import Inputs
-from hipexp.config.compiler import missing_compiler
 from hipexp.run.contestants import FLEX_BLOCK_TOK, compiled_flex, packed
-from hipexp.run.timing import Contestant, fastest, missing, runnable, time_alternating
+from hipexp.run.timing import Contestant, fastest, missing, missing_compiler, runnable, time_alternating
 
 OWN = "attend_blocks"
 MOST_ERROR = 0.02  # of bf16

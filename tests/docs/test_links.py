@@ -57,6 +57,12 @@ def test_every_page_is_in_the_index():
     assert named >= {page for page in PAGES if page != index}
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.is_relative_to(ROOT / "docs")], ids=lambda page: page.name)
+def test_every_page_leads_back_to_the_index(page):
+    index = ROOT / "docs" / "README.md"
+    assert page == index or index in {(page.parent / target.partition("#")[0]).resolve() for target in links(page)}
+
+
 def test_pages_that_sources_name_exist():
     named = {(path, page) for path in SOURCES for page in re.findall(r"\bdocs/[\w/]+\.md\b", path.read_text(encoding="utf-8"))}
     assert len(named) > 10
