@@ -155,7 +155,7 @@ def test_who_cannot_run_is_named_with_the_reason(monkeypatch):
     def fails(*_):
         raise RuntimeError("No available kernel.\nmore")
 
-    monkeypatch.setattr(timing.shutil, "which", lambda _: None)
+    monkeypatch.setattr("shutil.which", lambda _: None)
     able, reasons = runnable([*decode_contestants(CPU), Contestant("odd", fails)], [(torch.ones(2, 4), *[torch.ones(1, 8, 4)] * 2)])
     assert [x.name for x in able] == ["sdpa packed", "matmuls, keys first", "matmuls packed"]
     assert reasons == {"flex packed": "no C++ compiler", "odd": "RuntimeError: No available kernel."}
