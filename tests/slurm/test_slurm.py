@@ -13,7 +13,8 @@ from hipexp.run.ledger import parse_rows
 from hipexp.run.sweep_file import read_sweep
 
 ROOT = Path(__file__).parents[2]
-POINTS = ["+pipeline=3stage", "task=infbench", "task.subtasks=[passkey]", "task.samples=12", "task.length_tok=4096"]
+SAMPLES = 40  # half a minute at least: the scheduler takes its time to preempt
+POINTS = ["+pipeline=3stage", "task=infbench", "task.subtasks=[passkey]", f"task.samples={SAMPLES}", "task.length_tok=4096"]
 SLURM = ["hydra/launcher=submitit_slurm", "hydra.launcher.partition=low", "hydra.launcher.cpus_per_task=1"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif("hipexp-slurm-" not in os.environ.get("SLURM_CONF", ""), reason="make test-slurm")]
@@ -58,20 +59,20 @@ def answers(runs: Path) -> dict[str, list]:
 
 def test_a_preempted_job_goes_on_and_the_sweep_ends_with_the_same_results(start, tmp_path):
     runs, plain = tmp_path / "slurm", tmp_path / "plain"
-    sweep = start(runs, "-m", *SLURM, *POINTS, "seed=1,2,3")
+    sweep = start(runs, "-m", *SLURM, *POINTS, "seed=1,2")
     first = wait_for(lambda: next((path for path in runs.glob("*/*/samples.jsonl") if path.stat().st_size), None))
     ask("sbatch", "--partition=high", "--exclusive", "--wait", "--output=/dev/null", "--wrap=sleep 5")
     jobs = ask("scontrol", "--all", "--oneliner", "show", "jobs").splitlines()
     assert any("Partition=low" in job and "Restarts=1" in job for job in jobs), jobs
     before, damaged = parse_rows(first.read_bytes())
-    assert 1 <= len(before) < 12 and damaged <= 1
+    assert 1 <= len(before) < SAMPLES and damaged <= 1
     assert sweep.wait(900) == 0, runs.with_suffix(".log").read_text()
     rows, damaged = parse_rows(first.read_bytes())
-    assert (rows[: len(before)], [row["sample"] for row in rows], damaged) == (before, list(range(12)), 0)
+    assert (rows[: len(before)], [row["sample"] for row in rows], damaged) == (before, list(range(SAMPLES)), 0)
     assert "continuing after" in "".join(path.read_text() for path in runs.glob("sweep/*/.submitit/*/*.out"))
-    assert start(plain, "-m", *POINTS, "seed=1,2,3").wait(900) == 0
+    assert start(plain, "-m", *POINTS, "seed=1,2").wait(900) == 0
     assert answers(runs) == answers(plain)
-    assert len(answers(runs)) == 3
+    assert len(answers(runs)) == 2
 
 
 def test_24_points_through_slurm_are_those_of_a_local_sweep(start, tmp_path):
