@@ -85,6 +85,7 @@ def test_stand_ins(tmp_path, capsys):
 @pytest.mark.parametrize("command", ["ls", "verify"])
 def test_stand_ins_are_not_taken_for_published_data(tmp_path, monkeypatch, capsys, command):
     monkeypatch.setenv("HIPEXP_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("HIPEXP_RUNS", str(tmp_path / "runs"))
     (tmp_path / "data").mkdir()
     ruler_data.write_resources(tmp_path / "elsewhere", punkt=True).rename(tmp_path / "data" / "ruler")
     main(["data", command, "ruler"])
