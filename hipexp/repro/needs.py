@@ -10,9 +10,9 @@ from hipexp.config.model import model_folder
 from hipexp.config.schema import ConfigError, Experiment, Model
 from hipexp.report.tables import text_table
 from hipexp.repro.data import FULL, Published
-from hipexp.repro.estimate import estimate
+from hipexp.repro.estimate import estimate, prompts
 from hipexp.repro.points import cells, longest, points_of, size_of, stand_ins
-from hipexp.suites import origins
+from hipexp.suites import origins, rules_of
 from hipexp.suites.sample import DataMissing
 
 
@@ -52,10 +52,12 @@ def plan_text(plan: dict[str, Any]) -> str:
 
 
 def samples_of(experiment: Experiment) -> str:
-    """How many samples of how many subtasks a run has at most."""
+    """How many samples of how many subtasks a run has; of published data, which have more of one than of another, all."""
     task = experiment.task
     if task.name == "latency":
         return f"{task.repeats} rounds"
+    if rules_of(task, None):
+        return f"{sum(count for count, _ in prompts(experiment))} in {len(task.subtasks or [])}"
     return f"{task.samples} × {len(task.subtasks)}" if task.subtasks else str(task.samples)
 
 
