@@ -380,6 +380,7 @@ def main(argv: list[str]) -> int:
         ledger.write("summary.json", summary(found, ledger.key))
         ledger.status("done")
     files = {"pipeline": path, "table": folder / "table.txt", "picture": folder / "layers.png"}
+    text += f"\nmore recall need not be more right answers; compare both on your task: {commands[0]} task=…"
     text += f"\npipeline: {path}\ntable:    {files['table']}\npicture:  {files['picture']}"
     answer(flags, text, {name: str(file) for name, file in files.items()}, str(path))
     return 0
