@@ -98,7 +98,8 @@ def offload_row(attention: LayerAttention, layer: Inputs, periods: int, name: st
         kinds = {"cached": len(plan.decode), "full": 0}
         row |= {f"{prefix}mean_ms": sum(found) / len(found), f"{prefix}worst_ms": max(found)}
         row |= {f"{prefix}{kind}_ms": _median(t for t, d in zip(found, schedule, strict=True) if d == due) for kind, due in kinds.items()}
-    return row | {"link_bytes": sum(moved) / len(moved), "worst_link_bytes": max(moved), "steps": len(moved), "other_steps": other_steps} | device_bytes
+    row |= {"link_bytes": sum(moved) / len(moved), "worst_link_bytes": max(moved), "steps": len(moved), "other_steps": other_steps}
+    return row | device_bytes
 
 
 def _same_selection(selections: list[Candidates]) -> bool:
