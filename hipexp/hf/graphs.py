@@ -106,11 +106,13 @@ class GraphedSteps:
         """Such steps, by CUDA graphs unless ``record`` is given; None where they cannot be recorded, or cannot yet.
 
         That is: on another device or several, shared with other processes, with offload, for layers without the pipeline, for methods and
-        schedules that do not allow it, and while a sequence is so short that its layers see everything.
+        schedules that do not allow it, and while a sequence is so short that its layers see everything. Sequences that made such steps
+        already go on with them, also where a record failed meanwhile: what they hold is as the device reads it.
         """
         if installed is None or processes_of(model) or len(installed.layers) < len(installed.kinds):
             return None
-        if not installed.records or installed.sizes or len(set(installed.devices.values())) > 1:
+        begun = any(row.step for cache in caches for one in cache.own_layers for row in one.rows)
+        if not (installed.records or begun) or installed.sizes or len(set(installed.devices.values())) > 1:
             return None
         if record is None and next(iter(installed.devices.values())).type != "cuda":
             return None

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 import transformers
+from hipexp_kernels.dispatch import has_triton
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.distributed import DistributedConfig
 
-from hipexp.config.compiler import missing_compiler
+from hipexp.config.compiler import check_compiler
 from hipexp.config.model import files_of, model_folder
 from hipexp.config.processes import check_started, started
 from hipexp.config.schema import ConfigError, Model, spans
@@ -22,6 +23,10 @@ from hipexp.hf.parallel import check_plan, note_of
 from hipexp.hf.quantized import Quantization, compute_dtype, is_quantized, quantization_of
 from hipexp.hf.rotary import original_tok, rope_type, turned_layers
 from hipexp.hf.window import check_transformers
+
+# That a class of modules is compiled for before torch gives up on more of them: with or without a batch, parts of a prompt of any length,
+# decode steps, and norms of heads all over again.
+SHAPES = 64
 
 
 @dataclass
@@ -48,6 +53,7 @@ def load(config: Model) -> Loaded:
     """
     check_transformers()
     check_started(config)
+    check_compiler(config)
     source, hub = _source(config)
     dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     try:
@@ -75,8 +81,7 @@ def load(config: Model) -> Loaded:
         notes = notes_of(model, kinds)  # its first pass: some methods ask for their kernels only then
     trained_tok, form = config.trained_tok or text.max_position_embeddings, str(compute_dtype(model)).removeprefix("torch.")
     if config.compile:
-        compile_parts(model)
-        notes.append("norms and MLPs are compiled by torch")
+        notes.append(f"compiled by torch: {', '.join(compile_parts(model))}")
     if stored:
         read = "" if is_quantized(model) else f", which transformers turned into {form} while loading"
         notes.append(f"weights: {stored}{read}; hipexp did not test it")
@@ -84,13 +89,26 @@ def load(config: Model) -> Loaded:
     return Loaded(model, load_tokenizer(config), trained_tok, text.num_hidden_layers, form, own_layers, notes)
 
 
-def compile_parts(model: PreTrainedModel) -> None:
-    """Let torch compile every norm and MLP of a model, when they first run. Raises ConfigError without a C++ compiler."""
-    if missing_compiler():
-        raise ConfigError("model.compile=true needs a C++ compiler, for a GPU too, and there is none here; install one, as g++")
-    for module in model.modules():
-        if type(module).__name__.endswith(("RMSNorm", "LayerNorm", "MLP")):
-            module.compile()
+def compile_parts(model: PreTrainedModel) -> list[str]:
+    """Let torch compile every norm and MLP of a model, when they first run; return their classes.
+
+    Raises ConfigError for a model that has none, that accelerate spread over several devices (what it does before and after every module
+    cuts all of them into pieces of their own), whose quantised weights do not compile, and on a GPU without Triton.
+    """
+    parts = [module for module in model.modules() if type(module).__name__.endswith(("RMSNorm", "LayerNorm", "MLP"))]
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not parts:
+        raise ConfigError(f"model.compile=true: no module of {type(model).__name__} is called so (RMSNorm, LayerNorm, MLP); leave it out")
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise ConfigError("model.compile=true needs a model on one device, and model.device_map has spread it; leave one of them out")
+    if is_quantized(model) and not getattr(quantizer, "is_compileable", False):
+        raise ConfigError(f"model.compile=true: transformers says that {type(quantizer).__name__}'s weights do not compile; leave it out")
+    if model.device.type == "cuda" and not has_triton():
+        raise ConfigError("model.compile=true needs Triton on a GPU, which is not installed: python -m pip install 'hipexp[triton]'")
+    torch._dynamo.config.recompile_limit = max(SHAPES, torch._dynamo.config.recompile_limit)
+    for module in parts:
+        module.compile()
+    return sorted({type(module).__name__ for module in parts})
 
 
 @contextmanager

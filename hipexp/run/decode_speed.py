@@ -24,6 +24,7 @@ from hipexp.attention import Memory
 from hipexp.attention.blocks import Step
 from hipexp.attention.inputs import Geometry, drifting
 from hipexp.cache.resident import ResidentStore
+from hipexp.config.compiler import missing_compiler
 from hipexp.config.schema import Pipeline
 from hipexp.hf import Generation, install
 from hipexp.hf.cache import SequenceCache
@@ -135,6 +136,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--periods", type=int, default=2, help="refresh periods that are measured (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="torch.compile of norms and MLPs, for all contestants")
     args = parser.parse_args(argv)
+    if args.compile and (lacks := missing_compiler()):
+        parser.error(f"--compile needs a C++ compiler and Python's headers, and there is {lacks} here")
     if not torch.cuda.is_available():
         print("error: no GPU that torch can use (`python -m hipexp task=latency` measures a model on a CPU)", file=sys.stderr)
         return 2

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hipexp.config.check import check_layers
+from hipexp.config.compiler import check_compiler
 from hipexp.config.compose import compose
 from hipexp.config.model import read_config
 from hipexp.config.offload import check_fits, room_for, show_bytes, sizes
@@ -69,6 +70,7 @@ def main(words: Sequence[str], flags: Flags) -> int:
     if model.base_url is not None or experiment.task.geometry is not None:
         what = f"model.base_url={model.base_url} is served elsewhere" if model.base_url else "a task with a geometry loads no model"
         raise ConfigError(f"doctor tells what a model takes here, and {what}; choose a model to load")
+    check_compiler(model)
     made = skeleton(_config_path(model).parent, model.dtype)
     verdict = dataclasses.replace(judge(experiment, made), missing=tuple(missing(experiment.task)))
     repair = None if verdict.fits else next(repairs(words, verdict, made), None)

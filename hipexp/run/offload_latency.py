@@ -15,12 +15,13 @@ from torch import Tensor
 from hipexp.attention import LayerAttention, Memory
 from hipexp.attention.inputs import Inputs
 from hipexp.attention.reads import unit_tok_of
+from hipexp.attention.refresh import Candidates
 from hipexp.cache.offloaded import OffloadedStore
 from hipexp.cache.placement import Placement
 from hipexp.cache.resident import ResidentStore
 from hipexp.cache.summaries import KeySummaries
 from hipexp.config.offload import page_tok_of
-from hipexp.config.schema import Heads
+from hipexp.config.schema import Heads, Representative
 from hipexp.run.attention_latency import dues, period_of
 from hipexp.run.latency import quantile
 
@@ -60,8 +61,9 @@ def offload_row(attention: LayerAttention, layer: Inputs, periods: int, name: st
     """Time whole refresh periods behind one that is not timed, with ``device_tok`` tokens on the device and the rest in host memory.
 
     ``mean_ms``, ``cached_ms``, ``full_ms`` and ``worst_ms`` as in ``decode_row``, beside them those of the resident store, in turn with
-    them; ``link_bytes`` of a mean step and of the worst; ``device_bytes`` of both. Raises ArithmeticError if their results are not
-    the same bits.
+    them; ``link_bytes`` of a mean step and of the worst; ``resident_bytes`` and ``offloaded_bytes``: of the stores, on the device. Raises
+    ArithmeticError if results are not the same bits. On a GPU a ``descent`` into offloaded keys sums in another order (see
+    ``docs/offload.md``) and may select others: then ``other_steps`` counts the steps in which it did, and the bits are those of all others.
     """
     plan, n_tok = attention.plan, layer.keys.shape[1]
     period = period_of(plan)
@@ -70,7 +72,8 @@ def offload_row(attention: LayerAttention, layer: Inputs, periods: int, name: st
     per_head, page_tok = plan.heads is Heads.per_kv, page_tok_of([plan])
     placement = Placement(unit_tok_of(plan), per_head, plan.sink_tok, plan.window_tok, page_tok, device_tok)
     offloaded = OffloadedStore(placement)
-    times, link = dict[str, list[float]](resident=[], offloaded=[]), [0]
+    times, link, other_steps = dict[str, list[float]](resident=[], offloaded=[]), [0], 0
+    may_differ = layer.keys.is_cuda and any(stage.representative is Representative.descent for stage in plan.decode)
     try:
         stores: dict[str, ResidentStore | OffloadedStore] = {"resident": ResidentStore(), "offloaded": offloaded}
         sides = {key: Side(attention, layer, store, n_tok - n_steps) for key, store in stores.items()}
@@ -80,7 +83,9 @@ def offload_row(attention: LayerAttention, layer: Inputs, periods: int, name: st
                 out, ms = side.step(q, n_tok - n_steps + step)
                 outs.append(out)
                 times[key].append(ms)
-            if not torch.equal(*outs):
+            if may_differ and not _same_selection([side.memory.lists[len(plan.decode)] for side in sides.values()]):
+                other_steps += 1
+            elif not torch.equal(*outs):
                 raise ArithmeticError(f"{name}: step {step} differs by {(outs[0] - outs[1]).abs().max():.3g} where keys are offloaded")
             link.append(sum(one.h2d_bytes for (phase, _), one in offloaded.traffic.counts.items() if phase == "decode"))
         device_bytes = {f"{key}_bytes": side.store.bytes for key, side in sides.items()}
@@ -93,7 +98,15 @@ def offload_row(attention: LayerAttention, layer: Inputs, periods: int, name: st
         kinds = {"cached": len(plan.decode), "full": 0}
         row |= {f"{prefix}mean_ms": sum(found) / len(found), f"{prefix}worst_ms": max(found)}
         row |= {f"{prefix}{kind}_ms": _median(t for t, d in zip(found, schedule, strict=True) if d == due) for kind, due in kinds.items()}
-    return row | {"link_bytes": sum(moved) / len(moved), "worst_link_bytes": max(moved), "steps": len(moved)} | device_bytes
+    row |= {"link_bytes": sum(moved) / len(moved), "worst_link_bytes": max(moved), "steps": len(moved), "other_steps": other_steps}
+    return row | device_bytes
+
+
+def _same_selection(selections: list[Candidates]) -> bool:
+    """Whether two selections have the same chunks; behind those that count a list may hold anything."""
+    (one, counts), (other, others) = selections
+    listed = torch.arange(one.shape[-1], device=one.device) < counts[..., None]
+    return torch.equal(counts, others) and torch.equal(one.masked_fill(~listed, -1), other.masked_fill(~listed, -1))
 
 
 def _median(values: Any) -> float | None:

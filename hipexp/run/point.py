@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from hipexp.config.check import OFFLOADING, check_layers, check_model
+from hipexp.config.compiler import check_compiler
 from hipexp.config.convert import to_plain
 from hipexp.config.model import model_folder
 from hipexp.config.offload import Room
@@ -86,6 +87,7 @@ def check_point(experiment: Experiment) -> None:
     parameters of their own.
     """
     check_shared(experiment.model)
+    check_compiler(experiment.model)
     check_method(experiment)
     if experiment.task.name == "recall":
         from hipexp.run import recall

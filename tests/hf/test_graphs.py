@@ -250,3 +250,16 @@ def test_tokens_per_second_of_a_whole_model(record, monkeypatch, loaded, pipelin
     if not ON_GPU:
         assert record.replays >= 16  # all that are timed
         assert decode_speed.main([]) == 2
+
+
+@pytest.mark.parametrize("change", [lambda p: p, plus], ids=["3stage", "3stage_plus"])
+def test_what_cannot_be_recorded_goes_on_when_a_sequence_of_the_batch_stops(loaded, pipeline, tokens, by_graphs, monkeypatch, change):
+    """Where its steps are is what the device reads, and landmarks have room for all that comes: so it is to stay."""
+    prompts, sampling = [tokens[:700], tokens[3:1000]], [Sampling(temperature=1.0, seed=1), Sampling(temperature=1.0, seed=2)]
+    first = by_graphs(loaded, change(pipeline), prompts, False, n=1, sampling=sampling)[0][0][0][0]
+    more = dict(n=90, sampling=sampling, ended=lambda made: len(made) == 45 and made[0] == first)
+    expected = by_graphs(loaded, change(pipeline), prompts, False, **more)
+    assert [len(made) for made, _ in expected[0]] == [45, 90]
+    norm = loaded.model.model.norm
+    monkeypatch.setattr(norm, "forward", lambda x, forward=norm.forward: forward(x) + float(x[0, 0, 0] * 0))
+    assert by_graphs(loaded, change(pipeline), prompts, True, **more) == expected

@@ -139,6 +139,17 @@ def test_chunks_that_do_not_fit_at_once_follow_each_other(mode, representative, 
         assert keys.parts > 1 and (keys.past > 0) == past
 
 
+@pytest.mark.device
+@pytest.mark.parametrize("cache", [dict(unit=8, per_head=False), dict(unit=8, per_head=True)], ids=["shared", "per head"])
+def test_a_step_of_a_common_model(cache):
+    """Its heads, chunks and number format: the scan of one query row, and the attention that is built for one query."""
+    S, sizes = (2 if cache["per_head"] else 1), dict(K=2, G=4, D=128, dtype=DTYPES[-1])
+    attend(call(**sizes, S=S, T=700, first=(699,), M=32, block=8, sink=16, window=256), "streaming", cache)
+    arguments = make(**{name: sizes[name] for name in "KGD"}, S=S, R=1, N=1, C=40, T=700, chunk=8, representative="exact")
+    arguments["k"] = arguments["k"].to(DTYPES[-1])
+    score(arguments, score_rotation(arguments, "relative"), cache | dict(sink=16))
+
+
 def test_only_units_that_are_probed_are_brought():
     """A grid of 16 probes of a chunk brings 16 units of 32; landmarks bring none."""
     arguments = make(K=1, N=1, C=1, T=300, chunk=256, representative="grid")
