@@ -132,20 +132,25 @@ def make_layers(geometry: Geometry, n_tok: int, n_layers: int, device: torch.dev
 
 
 def decode_row(attention: LayerAttention, layers: list[Inputs], periods: int, name: str) -> dict[str, Any]:
-    """Time whole refresh periods of decode steps of one layer: ``mean_ms`` over all steps, ``p10_ms``, ``p90_ms``, ``worst_ms``.
-
-    ``cached_ms`` and ``full_ms``: medians of the steps in which no stage runs again, and of those in which all do.
-    """
+    """Time whole refresh periods of decode steps of one layer: the times of :func:`step_times`, and how many ``steps`` there were."""
     n_steps = period_of(attention.plan) * periods
     queries = torch.stack([torch.stack([layer.queries(step) for layer in layers]) for step in range(n_steps)])[:, :, :, None]
     times = DecodeRun(attention, layers, queries).times_ms()
-    schedule = dues(attention.plan, n_steps)
-    by_due = {due: [t for t, d in zip(times, schedule, strict=True) if d == due] for due in set(schedule)}
-    n_tok = layers[0].keys.shape[1]
-    row = {"phase": "decode", "context_tok": n_tok, "dense": False, "impl": name, "mean_ms": sum(times) / len(times)}
-    row |= {"worst_ms": max(times), "p10_ms": quantile(times, 0.1), "p90_ms": quantile(times, 0.9)}
-    cached = by_due.get(len(attention.plan.decode))
-    return row | {"cached_ms": quantile(cached, 0.5) if cached else None, "full_ms": quantile(by_due[0], 0.5), "steps": n_steps}
+    row = {"phase": "decode", "context_tok": layers[0].keys.shape[1], "dense": False, "impl": name}
+    return row | step_times(attention.plan, times) | {"steps": n_steps}
+
+
+def step_times(plan: LayerPlan, times: list[float]) -> dict[str, float | None]:
+    """Of the milliseconds of whole refresh periods: ``mean_ms`` over all steps, ``worst_ms``, ``p10_ms``, ``p90_ms``.
+
+    ``cached_ms`` and ``full_ms``: medians of the steps in which no stage runs again (None if there are none), and of those in which all do.
+    """
+    by_due: dict[int, list[float]] = {}
+    for ms, due in zip(times, dues(plan, len(times)), strict=True):
+        by_due.setdefault(due, []).append(ms)
+    cached = by_due.get(len(plan.decode))
+    row = {"mean_ms": sum(times) / len(times), "worst_ms": max(times), "p10_ms": quantile(times, 0.1), "p90_ms": quantile(times, 0.9)}
+    return row | {"cached_ms": quantile(cached, 0.5) if cached else None, "full_ms": quantile(by_due[0], 0.5)}
 
 
 def recall_of(attention: LayerAttention, layers: list[Inputs], step: int = 0) -> dict[str, float]:

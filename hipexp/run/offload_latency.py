@@ -22,8 +22,7 @@ from hipexp.cache.resident import ResidentStore
 from hipexp.cache.summaries import KeySummaries
 from hipexp.config.offload import page_tok_of
 from hipexp.config.schema import Heads, Representative
-from hipexp.run.attention_latency import dues, period_of
-from hipexp.run.latency import quantile
+from hipexp.run.attention_latency import period_of, step_times
 
 FILLED_TOK = 32_768  # appended at a time, as parts of a prompt are
 
@@ -42,7 +41,7 @@ class Side:
             store.decoding = True
 
     def step(self, q: Tensor, position: int) -> tuple[Tensor, float]:
-        """What queries ``[H, 1, D]`` of the next token get, and the milliseconds that took, without appending its key."""
+        """What queries ``[H, 1, D]`` of the token at ``position`` get, and the milliseconds of it; its key is appended before the clock runs."""
         self._append(position, position + 1)
         step, wait = self.attention.step_at(position, q.device), torch.cuda.synchronize if q.is_cuda else lambda: None
         wait()
@@ -60,10 +59,10 @@ class Side:
 def offload_row(attention: LayerAttention, layer: Inputs, periods: int, name: str, device_tok: int) -> dict[str, Any]:
     """Time whole refresh periods behind one that is not timed, with ``device_tok`` tokens on the device and the rest in host memory.
 
-    ``mean_ms``, ``cached_ms``, ``full_ms`` and ``worst_ms`` as in ``decode_row``, beside them those of the resident store, in turn with
-    them; ``link_bytes`` of a mean step and of the worst; ``resident_bytes`` and ``offloaded_bytes``: of the stores, on the device. Raises
-    ArithmeticError if results are not the same bits. On a GPU a ``descent`` into offloaded keys sums in another order (see
-    ``docs/offload.md``) and may select others: then ``other_steps`` counts the steps in which it did, and the bits are those of all others.
+    The times of ``step_times``, and as ``resident_…`` those of a store that has all on the device, in turn with them. ``link_bytes`` of a
+    mean step and of the worst; ``resident_bytes`` and ``offloaded_bytes``: of the stores, on the device. Raises ArithmeticError if results
+    are not the same bits. On a GPU a ``descent`` into offloaded keys sums in another order (see ``docs/offload.md``) and may select others:
+    then ``other_steps`` counts the steps in which it did, and the bits are those of all others.
     """
     plan, n_tok = attention.plan, layer.keys.shape[1]
     period = period_of(plan)
@@ -91,13 +90,10 @@ def offload_row(attention: LayerAttention, layer: Inputs, periods: int, name: st
         device_bytes = {f"{key}_bytes": side.store.bytes for key, side in sides.items()}
     finally:
         offloaded.close()
-    schedule, moved = dues(plan, n_steps)[period:], [now - before for before, now in pairwise(link)][period:]
+    moved = [now - before for before, now in pairwise(link)][period:]
     row: dict[str, Any] = {"phase": "offload", "context_tok": n_tok, "dense": False, "impl": name, "device_tok": device_tok}
-    for key, found in times.items():
-        found, prefix = found[period:], "resident_" if key == "resident" else ""
-        kinds = {"cached": len(plan.decode), "full": 0}
-        row |= {f"{prefix}mean_ms": sum(found) / len(found), f"{prefix}worst_ms": max(found)}
-        row |= {f"{prefix}{kind}_ms": _median(t for t, d in zip(found, schedule, strict=True) if d == due) for kind, due in kinds.items()}
+    row |= step_times(plan, times["offloaded"][period:])
+    row |= {f"resident_{key}": ms for key, ms in step_times(plan, times["resident"][period:]).items()}
     row |= {"link_bytes": sum(moved) / len(moved), "worst_link_bytes": max(moved), "steps": len(moved), "other_steps": other_steps}
     return row | device_bytes
 
@@ -107,8 +103,3 @@ def _same_selection(selections: list[Candidates]) -> bool:
     (one, counts), (other, others) = selections
     listed = torch.arange(one.shape[-1], device=one.device) < counts[..., None]
     return torch.equal(counts, others) and torch.equal(one.masked_fill(~listed, -1), other.masked_fill(~listed, -1))
-
-
-def _median(values: Any) -> float | None:
-    found = list(values)
-    return quantile(found, 0.5) if found else None
