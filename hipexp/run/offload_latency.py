@@ -41,7 +41,7 @@ class Side:
             store.decoding = True
 
     def step(self, q: Tensor, position: int) -> tuple[Tensor, float]:
-        """What queries ``[H, 1, D]`` of the token at ``position`` get, and the milliseconds of it; its key is appended before the clock runs."""
+        """What queries ``[H, 1, D]`` of the token at ``position`` get, and its milliseconds; its key is appended before that."""
         self._append(position, position + 1)
         step, wait = self.attention.step_at(position, q.device), torch.cuda.synchronize if q.is_cuda else lambda: None
         wait()
