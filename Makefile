@@ -101,7 +101,7 @@ tune: $(CORE) ## search for pipelines that beat 3stage at no more bytes, from no
 	$(RUN) -c 'import optuna' 2>/dev/null || $(PIP) --editable '.[tune]'
 	$(RUN) -m hipexp tune $(TUNED)
 
-needle-1m: $(CORE) ## a pass key in 1,048,576 tokens at five depths: 64 MB on the device, the rest in memory and on disk (an hour; resumable)
+needle-1m: $(CORE) ## a pass key in 1,048,576 tokens at five depths: 64 MB on the device, the rest in memory and on disk (some 75 minutes; resumable)
 	$(RUN) -m hipexp +pipeline=3stage_long offload=disk offload.device_tok=null offload.device_bytes=64000000 offload.host_tok=262144 \
 	  task=passkey 'task.lengths_tok=[1048576]' 'task.depths=[0.0,0.25,0.5,0.75,1.0]' task.samples=1
 

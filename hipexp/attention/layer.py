@@ -107,8 +107,6 @@ class LayerAttention:
             self.listener.attends(attended, n_exact, selection)
         if memory:
             memory.step += 1
-        if method.per_head and len(selection.blocks) > 1:
-            k, v = (_per_head(x, len(q)) for x in (k, v))
         out, _ = attend_blocks(
             attended.q, read_by(k, ATTEND), read_by(v, ATTEND), selection.blocks, selection.counts, attended.first,
             queries.step.exact if queries.step else torch.arange(len(attended), device=k.device) < n_exact,
@@ -163,12 +161,6 @@ class LayerAttention:
         if self.plan.attend in (AttendRope.native, AttendRope.dynamic) or self._exact_tok(method, queries.step is not None) >= EVERYTHING:
             rows = max(rows, n_keys + queries.size)
         return AttendRotation(self.plan.attend.value, self.tables.upto(rows), self.tables.trained_tok)
-
-
-def _per_head(x: KV, heads: int) -> Tensor:
-    """Keys or values ``[K, T, D]`` once for every query head ``[H, T, D]``."""
-    x = whole(x)
-    return x.repeat_interleave(heads // len(x), 0)
 
 
 @lru_cache(maxsize=256)

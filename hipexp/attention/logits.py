@@ -33,8 +33,11 @@ class KeySums:
         return self.sums
 
 
-def at_positions(x: Tensor, begin: int, tables: RopeTables) -> Tensor:
-    """Raw queries or keys ``[.., n, D]`` rotated to the true positions ``begin``, ``begin + 1``, … (fp32)."""
+def at_positions(x: Tensor, begin: int | Tensor, tables: RopeTables) -> Tensor:
+    """Raw queries or keys ``[.., n, D]`` rotated to the true positions ``begin``, ``begin + 1``, … or to those of ``[.., n]`` (fp32)."""
+    if isinstance(begin, Tensor):
+        table = tables.upto(int(begin.max()) + 1)
+        return rotate(x.float(), *(torch.embedding(angles, begin) for angles in (table.cos, table.sin)))
     table, end = tables.upto(begin + x.shape[-2]), begin + x.shape[-2]
     return rotate(x.float(), table.cos[begin:end], table.sin[begin:end])
 

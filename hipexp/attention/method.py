@@ -123,8 +123,8 @@ class DenseMethod(Method):
 class SelectingMethod(Method):
     """A method that selects blocks of keys for blocks of queries, which attend to them, the sinks and the window.
 
-    ``per_head``: a list for every query head, not for every key/value head; keys and values are then repeated. ``reuses``: a decode step
-    may have the list of the step before, and says so to its memory when it has another.
+    ``per_head``: a list for every query head, not for every key/value head. ``reuses``: a decode step may have the list of the step
+    before, and says so to its memory when it has another.
     """
 
     per_head: ClassVar[bool] = False

@@ -159,7 +159,7 @@ def attend_blocks(
         p0, p = int(first[n]), int(first[n]) + r
         if p >= T:
             continue
-        s = (h // group) % len(blocks)
+        s = {1: 0, len(k): h // group, H: h}[len(blocks)]
         far, near = attended(T, blocks[s, n, : counts[s, n]], p, p0, sink_tok, window_tok, block_tok, exact[n])
         tokens = np.concatenate([far, near])
         keys, query = k[h // group, tokens], q[h, n, r]

@@ -19,7 +19,7 @@ MODES = (None, "streaming", "infllm", "native", "dynamic")
 def calls(draw):
     """Arguments of a call, by name: decode and prefill, ragged ends, windows that reach the start, exact blocks mixed in."""
     (K, G), N, Q = draw(st.sampled_from(HEADS)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 1, 4, 7]))
-    D, T, S = draw(st.sampled_from([4, 6, 16])), draw(st.integers(1, 120)), draw(st.sampled_from([1, K]))
+    D, T, S = draw(st.sampled_from([4, 6, 16])), draw(st.integers(1, 120)), draw(st.sampled_from([1, K, K * G]))
     block, sink, window = draw(st.sampled_from([1, 4, 8])), draw(st.sampled_from([0, 3, 8])), draw(st.sampled_from([1, 6, 32, 200]))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     M = draw(st.integers(0, 8))
@@ -202,7 +202,7 @@ def test_what_is_not_attended_is_not_read(impl, mode, call, noise):
             call["block_tok"],
             call["exact"][n],
         )
-        read[s if S > 1 else slice(None), np.concatenate([far, near])] = True
+        read[s * len(read) // S if S > 1 else slice(None), np.concatenate([far, near])] = True
     for name in "kv":
         call[name] = np.where(read[..., None], call[name], np.nan)
     call["q"] = np.where(valid_rows(call)[..., None], call["q"], np.nan)
@@ -211,14 +211,17 @@ def test_what_is_not_attended_is_not_read(impl, mode, call, noise):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("lists", "mode"), [(1, "streaming"), (2, "streaming"), (1, None), (1, "native")])
+@pytest.mark.parametrize(("lists", "mode"), [(1, "streaming"), (2, "streaming"), (4, "streaming"), (1, None), (1, "native")])
 def test_what_is_held_is_what_would_be_made_again(lists, mode, dtype):
     """Steps over which the window leaves a selected block behind, then another selection in the same memory."""
     make = torch.Generator().manual_seed(lists)
     k, v = (torch.randn(2, 120, 8, generator=make).to(dtype) for _ in range(2))
     rotation = mode and AttendRotation(mode, brute.rope_table(200, 8), 64)
     held = Held()
-    for begin, blocks in ((70, [[8, 24, 48, 56], [4, 8, 16, 52]]), (90, [[12, 40, 72, 76], [8, 16, 24, 32]])):
+    for begin, blocks in (
+        (70, [[8, 24, 48, 56], [4, 8, 16, 52], [4, 12, 20, 28], [32, 36, 40, 52]]),
+        (90, [[12, 40, 72, 76], [8, 16, 24, 32], [4, 20, 40, 60], [52, 56, 68, 72]]),
+    ):
         held.clear()
         for first in range(begin, begin + 14):
             call = dict(
@@ -230,7 +233,7 @@ def test_what_is_held_is_what_would_be_made_again(lists, mode, dtype):
             for mine, theirs in zip(attend_blocks(**call, held=held, impl="vectorized"), wanted, strict=True):
                 torch.testing.assert_close(mine, theirs, atol=1e-5 if dtype == torch.float32 else 3e-2, rtol=1e-2)
         size = k.element_size() * 2 * 8
-        far, window = 2 * (4 + 4 * 4), (16 + 16 // 4 if mode else 0)  # sinks and the longest list with their values; a quarter more keys
+        far, window = 2 * (4 + 4 * 4) * max(1, lists // 2), (16 + 16 // 4 if mode else 0)  # sinks and the longest list with their values; a quarter more keys
         assert held.bytes == (far + window) * size
 
 
@@ -369,7 +372,7 @@ def test_strided_inputs(impl):
         (dict(k=torch.zeros(2, 50, 9)), "attend_blocks: k"),
         (dict(v=torch.zeros(2, 49, 8)), "attend_blocks: k"),
         (dict(q=torch.zeros(3, 2, 4, 8)), "attend_blocks: k"),
-        (dict(blocks=torch.zeros(4, 2, 3, dtype=torch.int64)), "attend_blocks: blocks"),
+        (dict(blocks=torch.zeros(3, 2, 3, dtype=torch.int64), counts=torch.zeros(3, 2, dtype=torch.int64)), "attend_blocks: blocks"),
         (dict(blocks=torch.zeros(1, 1, 3, dtype=torch.int64)), "attend_blocks: blocks"),
         (dict(counts=torch.zeros(2, 2, dtype=torch.int64)), "attend_blocks: blocks"),
         (dict(first=torch.zeros(3, dtype=torch.int64)), "attend_blocks: first"),

@@ -105,6 +105,7 @@ def test_heads(heads, shape):
     K, G = heads
     compare(call(K=K, G=G, **shape), "streaming")
     compare(call(K=K, G=G, S=K, **shape), "streaming")
+    compare(call(K=K, G=G, S=K * G, **shape), "streaming")
 
 
 @pytest.mark.parametrize("block", [1, 4, 8])

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 
 import torch
 from hipexp_kernels.paged import whole
+from hipexp_kernels.rows import Rows
 from torch import Tensor
 
 from hipexp.attention.logits import at_positions, chosen_blocks
 from hipexp.attention.method import EVERYTHING, Call, SelectingMethod, check_whole_blocks
+from hipexp.attention.rope import RopeTables
 from hipexp.attention.selection import Selection
 from hipexp.config.schema import ConfigError
 
@@ -56,17 +58,17 @@ class HipTree(SelectingMethod):
 
     def select(self, call: Call) -> Selection:
         queries, sink_tok = call.queries, self.plan.sink_tok
-        keys = at_positions(whole(call.keys), 0, call.tables)
+        keys = whole(call.keys)
         marked = []
         for n in range(len(queries)):
             first = queries.start + n * queries.size
             begin, end = max(first, queries.begin), min(first + queries.size, queries.end)
             q = at_positions(queries.q[:, n, begin - first : end - first], begin, call.tables)[:, :: self.query_stride_tok]
-            marked.append(self._descend(q, keys[:, sink_tok : max(sink_tok, first - self.plan.window_tok + 1)]))
+            marked.append(self._descend(q, keys[:, sink_tok : max(sink_tok, first - self.plan.window_tok + 1)], call.tables))
         return chosen_blocks(marked, self.block_tok, sink_tok)
 
-    def _descend(self, q: Tensor, keys: Tensor) -> Tensor:
-        """Which blocks of ``keys`` ``[K, T, D]`` the heads of queries ``[H, R, D]`` keep ``[H, blocks]``."""
+    def _descend(self, q: Tensor, keys: Tensor, tables: RopeTables) -> Tensor:
+        """Which blocks of raw ``keys`` ``[K, T, D]`` behind the sinks the heads of queries ``[H, R, D]`` keep ``[H, blocks]``."""
         n_blocks = -(-keys.shape[1] // self.block_tok)
         n = min(self.keep_tok // self.block_tok, n_blocks)
         chosen = torch.zeros(len(q), n_blocks, dtype=torch.bool, device=q.device)
@@ -77,16 +79,19 @@ class HipTree(SelectingMethod):
         while int((high - low).max()) > 1:
             middle = (low + high + 1) // 2
             low, high = torch.cat([low, middle], 1), torch.cat([middle, high], 1)  # the later half of a single block is empty
-            scores = self._scores(q, keys, (low + high) // 2).masked_fill(high <= low, -torch.inf)
+            scores = self._scores(q, keys, (low + high) // 2, tables).masked_fill(high <= low, -torch.inf)
             best = scores.topk(n, -1).indices
             low, high = low.gather(1, best), high.gather(1, best)
         return chosen.scatter_(1, low, True)
 
-    def _scores(self, q: Tensor, keys: Tensor, block: Tensor) -> Tensor:
-        """Largest product of queries with keys of each ``block`` ``[H, C]``; its first key stands for keys that the last block lacks."""
+    def _scores(self, q: Tensor, keys: Tensor, block: Tensor, tables: RopeTables) -> Tensor:
+        """Largest product of queries with keys of each ``block`` ``[H, C]``; its first key stands for keys that the last block lacks.
+
+        Only the keys that are looked at are rotated, so a step does not grow with the text.
+        """
         inside = torch.arange(0, self.block_tok, self.key_stride_tok, device=q.device)
         begin = (block * self.block_tok).clamp(max=keys.shape[1] - 1)[..., None]
         token = torch.where(begin + inside < keys.shape[1], begin + inside, begin).flatten(1)
-        head = torch.arange(len(q), device=q.device)[:, None] // (len(q) // len(keys))
-        products = q @ keys[head, token].mT
+        rows = Rows(keys, "searched keys").gather(token.view(len(keys), -1)).view(*token.shape, -1)
+        products = q @ at_positions(rows, self.plan.sink_tok + token, tables).mT
         return products.amax(1).unflatten(1, (-1, len(inside))).amax(-1)

@@ -36,7 +36,7 @@ def attend_blocks(
     at or past ``T`` are padding, their output is undefined. ``k``, ``v`` ``[K, T, D]`` raw keys and values, both as
     tensors or both :class:`hipexp_kernels.paged.Paged`.
     ``blocks`` ``[S, N, M]``: ascending, unique starts of selected blocks of ``block_tok`` tokens, none below ``sink_tok``;
-    the first ``counts[s, n]`` count. With ``edge = first[n] - window_tok`` a query at ``p`` attends to the sinks
+    the first ``counts[s, n]`` count. One list serves all heads (``S`` 1), or each key/value head (``K``) or query head (``H``) has its own. With ``edge = first[n] - window_tok`` a query at ``p`` attends to the sinks
     ``i < sink_tok, i <= edge``, the selected tokens ``i <= edge`` and the window ``edge < i <= p``: every key once.
     Blocks with ``exact[n]`` (bools, or ints) attend to all keys ``i <= p`` at their true positions instead.
     ``rotation`` says how positions become angles; None leaves queries and keys as they are (layers without RoPE).
@@ -51,7 +51,7 @@ def attend_blocks(
         f"attend_blocks: k {tuple(k.shape)} and v {tuple(v.shape)} do not go with q {tuple(q.shape)}",
     )
     require(
-        S in (1, k.shape[0]) and blocks.shape[1] == N and counts.shape == (S, N),
+        S in (1, k.shape[0], H) and blocks.shape[1] == N and counts.shape == (S, N),
         f"attend_blocks: blocks {tuple(blocks.shape)} and counts {tuple(counts.shape)} do not go with {N} query blocks",
     )
     require(first.shape == exact.shape == (N,), f"attend_blocks: first {tuple(first.shape)} and exact {tuple(exact.shape)} must be {(N,)}")

@@ -14,7 +14,7 @@ def attend_blocks(
     K, T, _ = k.shape
     out, lse = torch.zeros_like(q), torch.full((H, N, Q), float("-inf"))
     for h in range(H):
-        s = h // (H // K) if blocks.shape[0] > 1 else 0
+        s = h * len(blocks) // H
         for n in range(N):
             start = int(first[n])
             edge = start - window_tok

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hipexp_kernels.attend_blocks import triton_decode
+from hipexp_kernels.attend_blocks.members import each_member
 from hipexp_kernels.attend_blocks.runs import attended_runs
 from hipexp_kernels.attend_blocks.triton_tile import (
     Angles,
@@ -222,6 +223,9 @@ def attend_blocks(
     H, N, Q, D = q.shape
     K, T, _ = k.shape
     S, _, M = blocks.shape
+    sizes = dict(block_tok=block_tok, sink_tok=sink_tok, window_tok=window_tok)
+    if S > K:
+        return each_member(attend_blocks, q, k, v, blocks, counts, first, exact, **sizes, scale=scale, rotation=rotation, softcap=softcap)
     q = q if q.stride(-1) == 1 else q.contiguous()
     blocks, counts, first, exact = (x.contiguous() for x in (blocks, counts, first, exact))
     cos, sin = (rotation.table.cos.contiguous(), rotation.table.sin.contiguous()) if rotation else (first, first)
@@ -236,7 +240,6 @@ def attend_blocks(
         parts = Parts(torch.empty((n_rows, D), device=q.device), torch.empty(n_rows, device=q.device), tickets(q.device))
     n_tiles = triton.cdiv(H // K * Q, tile["ROWS"])
     runs = (blocks, counts, first, exact, Q)
-    sizes = dict(block_tok=block_tok, sink_tok=sink_tok, window_tok=window_tok)
     for begin, end, unit_tok, kv in _keys_of(k, v, N, runs, sizes):
         n = end - begin
         kernel[(splits, K, n) if kernel is triton_decode._attend_one else (n * K * splits * n_tiles,)](

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hipexp_kernels.attend_blocks.dense import attend_all
 from hipexp_kernels.attend_blocks.held import Held
+from hipexp_kernels.attend_blocks.members import each_member
 from hipexp_kernels.attend_blocks.vectorized_decode import attend_one
 from hipexp_kernels.merge_lse.vectorized import merge_lse
 from hipexp_kernels.paged import KV, run_of
@@ -29,6 +30,9 @@ def attend_blocks(
             q, k, v, blocks[:, 0], counts[:, 0], int(first[0]), held or Held(),
             block_tok=block_tok, sink_tok=sink_tok, window_tok=window_tok, scale=scale, rotation=rotation, softcap=softcap,
         )  # fmt: skip
+    sizes = dict(block_tok=block_tok, sink_tok=sink_tok, window_tok=window_tok)
+    if len(blocks) > K:
+        return each_member(attend_blocks, q, k, v, blocks, counts, first, exact, **sizes, scale=scale, rotation=rotation, softcap=softcap)
     keys = KeyRows(
         k,
         rotation.table if rotation else None,

@@ -27,8 +27,8 @@ def attend_one(
     if not packed:
         held.clear()
     made = []
-    for s, heads in enumerate([slice(s, s + 1) for s in range(K)] if len(blocks) > 1 else [slice(0, K)]):
-        parts = [(near_rows[heads], near_keys[heads], near_values[heads])]
+    for s, (heads, members) in enumerate(_lists(len(blocks), H, K)):
+        parts = [(near_rows[heads, members], near_keys[heads], near_values[heads])]
         listed, n_sinks = blocks[s, : counts[s]], min(sink_tok, begin)
         n_far = n_sinks + int((begin - listed).clamp(0, block_tok).sum())
         if n_far:
@@ -37,13 +37,23 @@ def attend_one(
                 token = _far_tokens(listed, block_tok, n_sinks, begin)
                 angle = rotation.keys(token, position, position, n_far, window_tok) if rotation else None
                 _hold(held, s, k, v, heads, table, token, angle)
-            rows = q[heads]
+            rows = q[heads, members]
             if rotation:
                 rows = turn(rows, rotation.table.factor[rotation.query(position, position, n_far, end - begin)])
             parts.append((rows.to(v.dtype), *held.rows(s, n_far)))
         made.append(attend_parts(parts, scale, softcap))
     out, lse = (torch.cat(some) for some in zip(*made, strict=True))
     return out.view(shape), lse.view(H, 1, 1)
+
+
+def _lists(n: int, H: int, K: int) -> list[tuple[slice, slice]]:
+    """For each of ``n`` lists its key/value heads, and which of the query heads of each: all, unless every query head has a list."""
+    if n == 1:
+        return [(slice(0, K), slice(None))]
+    if n == K:
+        return [(slice(s, s + 1), slice(None)) for s in range(K)]
+    G = H // K
+    return [(slice(h // G, h // G + 1), slice(h % G, h % G + 1)) for h in range(H)]
 
 
 def _window(
