@@ -36,8 +36,9 @@ def attend_blocks(
     at or past ``T`` are padding, their output is undefined. ``k``, ``v`` ``[K, T, D]`` raw keys and values, both as
     tensors or both :class:`hipexp_kernels.paged.Paged`.
     ``blocks`` ``[S, N, M]``: ascending, unique starts of selected blocks of ``block_tok`` tokens, none below ``sink_tok``;
-    the first ``counts[s, n]`` count. One list serves all heads (``S`` 1), or each key/value head (``K``) or query head (``H``) has its own. With ``edge = first[n] - window_tok`` a query at ``p`` attends to the sinks
-    ``i < sink_tok, i <= edge``, the selected tokens ``i <= edge`` and the window ``edge < i <= p``: every key once.
+    the first ``counts[s, n]`` count. One list serves all heads (``S`` 1), or each key/value head (``K``) or query head (``H``) has its
+    own. With ``edge = first[n] - window_tok`` a query at ``p`` attends to the sinks ``i < sink_tok, i <= edge``, the selected tokens
+    ``i <= edge`` and the window ``edge < i <= p``: every key once.
     Blocks with ``exact[n]`` (bools, or ints) attend to all keys ``i <= p`` at their true positions instead.
     ``rotation`` says how positions become angles; None leaves queries and keys as they are (layers without RoPE).
     ``softcap`` bounds the logits to ``softcap * tanh(logit / softcap)``. ``held``: what the steps before made, which ``vectorized`` does
