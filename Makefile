@@ -111,7 +111,7 @@ link-table: $(CORE) ## what offload moves over the link at 32K, 64K and 128K, sc
 gpu: $(CORE) ## a GPU: its tests, what it can do, attention alone against every dense kernel, with recall (at most 8 minutes)
 	$(RUN) -m hipexp.run.gpu
 
-repro-%: $(CORE) ## a table or figure of the paper beside ours: make repro-table2 SIZE=needle; repro-all: every one (SIZE=needle: 80 minutes, full: 460 GPU hours)
+repro-%: $(CORE) ## a table or figure of the paper beside ours: make repro-table2 SIZE=needle; repro-all: every one (SIZE=needle: 85 minutes, full: 460 GPU hours)
 	$(RUN) -m hipexp repro $* jobs=$(JOBS) size=$(SIZE)
 
 $(CORE): pyproject.toml setup.py constraints.txt

@@ -233,7 +233,8 @@ def test_what_is_held_is_what_would_be_made_again(lists, mode, dtype):
             for mine, theirs in zip(attend_blocks(**call, held=held, impl="vectorized"), wanted, strict=True):
                 torch.testing.assert_close(mine, theirs, atol=1e-5 if dtype == torch.float32 else 3e-2, rtol=1e-2)
         size = k.element_size() * 2 * 8
-        far, window = 2 * (4 + 4 * 4) * max(1, lists // 2), (16 + 16 // 4 if mode else 0)  # sinks and the longest list with their values; a quarter more keys
+        # sinks and the longest list with their values, for each of the heads that have one; a quarter more keys
+        far, window = 2 * (4 + 4 * 4) * max(1, lists // 2), (16 + 16 // 4 if mode else 0)
         assert held.bytes == (far + window) * size
 
 
