@@ -39,8 +39,8 @@ test: $(DEV) ## the tests: no network, no GPU, under 10 minutes on 2 cores
 test-all: $(DEV) ## the tests and the slow rest, an hour at most
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not gpu" -n $(JOBS)
 
-test-docs: $(DEV) ## every command of the tutorial, of the README and of the walks, and the wheel in an empty folder (some minutes)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/docs tests/test_package.py -m slow -n $(JOBS)
+test-docs: $(DEV) ## every command of the tutorial, README and walks, the wheel in an empty folder, quick tables of the paper (some minutes)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/docs tests/test_package.py tests/repro -m slow -n $(JOBS)
 
 test-transformers: $(DEV) ## the tests of models on the oldest and the newest transformers that hipexp takes
 	for version in $(TRANSFORMERS); do place=$(VENV)/transformers-$$version; \
@@ -68,7 +68,7 @@ check: $(DEV) ## style and types
 	$(RUN) -m mypy
 
 pre-commit: $(DEV) ## what a commit is checked for, on all files; `.venv/bin/pre-commit install` has git do it
-	$(RUN) -m pre_commit run --all-files
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) -m pre_commit run --all-files
 
 check-official: $(DEV) ## our scores and RULER rows beside the official code, fetched at fixed commits (needs a network; about 10 minutes)
 	OMP_NUM_THREADS=1 $(RUN) tests/suites/official_code.py

@@ -22,7 +22,7 @@ from hipexp.repro.page import Page, command_of, counted, file_name, text, write
 from hipexp.repro.points import Cell as Ours
 from hipexp.repro.points import cells, points_of, size_of, stand_ins
 from hipexp.repro.values import values_of
-from hipexp.run.ledger import classify, make_folder, runs_root, write_text
+from hipexp.run.ledger import classify, locked, make_folder, runs_root, write_text
 from hipexp.run.point import Load, stored
 from hipexp.run.several import Named, helpers, load_once, model_line, refuse_own, run_all, split_jobs
 
@@ -170,14 +170,18 @@ def page_of(table: Published, asked: Asked, found: Sequence[Ours]) -> Page:
 def make_stand_ins(points: Sequence[Named]) -> None:
     """Make the texts that generated RULER samples are filled with, where a run reads them and they are not there."""
     folder = stand_ins()
-    if any(point.experiment.task.data == str(folder) for point in points) and not folder.is_dir():
-        from hipexp.suites.ruler.stand_ins import write_stand_ins
+    if not any(point.experiment.task.data == str(folder) for point in points):
+        return
+    from hipexp.suites.ruler.stand_ins import write_stand_ins
 
-        print(f"making stand-ins for RULER's texts in {folder}", flush=True)
-        scratch = folder.with_name(".stand-ins")
-        make_folder(scratch)
-        write_stand_ins(scratch, 42)
-        scratch.replace(folder)
+    make_folder(folder.parent)
+    with locked(folder.with_name(".stand-ins.lock")):
+        if not folder.is_dir():
+            print(f"making stand-ins for RULER's texts in {folder}", flush=True)
+            scratch = folder.with_name(".stand-ins")
+            make_folder(scratch)
+            write_stand_ins(scratch, 42)
+            scratch.replace(folder)
 
 
 def left_of(points: Sequence[Named]) -> int:

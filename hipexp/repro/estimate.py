@@ -31,6 +31,9 @@ ROWS = {
     "longbook_choice_eng": (229, 184_400),
     "longbook_qa_eng": (351, 192_600),
     "longbook_sum_eng": (103, 171_500),
+    "multifieldqa_en": (150, 10_000),
+    "lcc": (500, 10_000),
+    "repobench-p": (500, 10_000),
 }
 LONGBENCH, RULER_TASKS = (200, 10_000), 13
 
@@ -109,11 +112,15 @@ def attention_ms(context: int, kind: str) -> float:
 
 
 def memory_gb(experiment: Experiment) -> float:
-    """GB of weights, and of keys and values of the longest prompt where they stay on the device."""
+    """GB of weights, and of keys and values of the longest prompt where they stay on the device.
+
+    Of data that is cut a prompt as long as the cut; of other data one of mean length, which the longest ones exceed.
+    """
     task, shape = experiment.task, SHAPES.get(experiment.model.name, USUAL)
     if task.geometry is not None:
         return 8 * 4096 * max(task.contexts_tok or [0]) / 1e9  # keys and values of eight layers are timed
-    lengths = [tokens for _, tokens in prompts(experiment)] if task.name != "latency" else list(task.lengths_tok or [])
+    read = [task.truncate_tok or tokens for _, tokens in prompts(experiment)]
+    lengths = list(task.lengths_tok or []) if task.name == "latency" else read
     if not experiment.offload.on:
         return (2 * shape.parameters + shape.kv_bytes * max(lengths)) / 1e9
     limit = float("inf") if task.dense_max_tok is None else task.dense_max_tok

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from hipexp.config.model import model_folder
-from hipexp.config.schema import ConfigError, Experiment, Model
+from hipexp.config.schema import Experiment, Model
 from hipexp.report.tables import text_table
 from hipexp.repro.data import FULL, Published
 from hipexp.repro.estimate import estimate, prompts
 from hipexp.repro.points import cells, longest, points_of, size_of, stand_ins
-from hipexp.suites import origins, rules_of
-from hipexp.suites.sample import DataMissing
+from hipexp.suites import lacking, rules_of
 
 
 def plan_of(table: Published, name: str, overrides: Sequence[str]) -> dict[str, Any]:
@@ -69,11 +68,7 @@ def missing_of(experiment: Experiment) -> list[str]:
         found.append(f"weights of {experiment.model.path}: hf download {experiment.model.path}")
     if task.data == str(stand_ins()) and not Path(task.data).is_dir():
         return found  # made when the table is run
-    try:
-        origins(task)
-    except (DataMissing, ConfigError) as error:
-        found.append(f"{task.name}: {error}")
-    return found
+    return [*found, *(f"{task.name}: {what}" for what in lacking(task))]
 
 
 def is_here(model: Model) -> bool:

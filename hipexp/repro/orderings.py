@@ -102,9 +102,9 @@ def first(values: Mapping[tuple[str, str], Value]) -> float:
 
 
 def by_samples(more: Mapping[tuple[str, str], Value], less: Mapping[tuple[str, str], Value]) -> tuple[str, str]:
-    """Paired where both sides have the same run and column, whose prompts are the same; else where they ask for the same answers.
+    """Paired where both sides have the same run and column, whose prompts are the same; else where they have one text, cut to two lengths.
 
-    That is so for one text cut to several lengths. Without either: two groups of samples.
+    Without either: two groups of samples.
     """
     if shared := [(more[key], less[key]) for key in more if key in less]:
         return by_pairs([d for ours, theirs in shared for d in paired(ours, theirs, 3).items()])
@@ -113,7 +113,7 @@ def by_samples(more: Mapping[tuple[str, str], Value], less: Mapping[tuple[str, s
 
 
 def paired(ours: Value, theirs: Value, parts: int) -> dict[tuple[Sample, Sample], float]:
-    """Differences of samples that agree in subtask and number (``parts`` 3), and in what was to be answered (4)."""
+    """Differences of samples that agree in subtask and number (``parts`` 3), and in their text (4)."""
     known = {sample[1:parts]: sample for sample in theirs.samples}
     pairs = ((sample, known.get(sample[1:parts])) for sample in ours.samples if parts == 3 or sample[3])
     return {(sample, other): ours.samples[sample] - theirs.samples[other] for sample, other in pairs if other is not None}
@@ -145,7 +145,7 @@ def by_pairs(found: list[tuple[tuple[Sample, Sample], float]]) -> tuple[str, str
 
 
 def text_of(sample: Sample) -> tuple[Any, ...]:
-    """What samples of one text have in common, which may be cut to several lengths: subtask, number, and what was to be answered."""
+    """What samples of one text have in common, which may be cut to several lengths: subtask, number, and the text."""
     return sample[1:] if sample[3] else sample
 
 

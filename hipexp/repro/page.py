@@ -55,8 +55,13 @@ class Page:
 
     @property
     def compared(self) -> bool:
-        """Whether values are set against the published ones: at full size, with all of its samples."""
-        return self.size_name == FULL and not any(word.lstrip("+").startswith("task.samples=") for word in self.overrides)
+        """Whether values are set against the published ones: at full size, with the model, data and samples that the table names."""
+        return self.size_name == FULL and not self.own
+
+    @property
+    def own(self) -> list[str]:
+        """The overrides that make something else of the published runs."""
+        return [word for word in self.overrides if not word.lstrip("+").startswith("track")]
 
     def counts(self) -> dict[str, int]:
         """How many orderings have each verdict."""
@@ -164,7 +169,7 @@ def differences(page: Page) -> list[tuple[str, str]]:
     """What differs, line by line, each with what it is about."""
     table, compared = page.table, page.compared
     found = [("runs here", f"{page.size.says}.")]
-    why = "with fewer samples" if page.size_name == FULL else "at this size"
+    why = f"with {' '.join(page.own)}" if page.size_name == FULL else "at this size"
     found += [] if compared else [("values", f"NOT compared {why}; the orderings are.")]
     found += [("tolerance", f"{table.tolerance_because}.")] if compared and table.tolerance_because else []
     found += [("protocol", line) for line in table.protocol]

@@ -74,6 +74,7 @@ def cells(table: Published, name: str, overrides: Sequence[str]) -> list[Cell]:
     size, found = size_of(table, name), list[tuple[Line, str, str, tuple[str, ...], Method, tuple[str, ...]]]()
     known, names = dict[tuple[str, ...], Named](), dict[tuple[str, ...], dict[str, None]]()
     chosen = any(word.lstrip("+-").startswith("model=") for word in overrides)
+    seeds = [word for word in overrides if word.lstrip("+~-").startswith("seed")]
     for line, rows in lines(table, size).items():
         row = next((row for row in rows if row.method is not None), rows[0])
         for run, more in size.runs.items():
@@ -86,6 +87,10 @@ def cells(table: Published, name: str, overrides: Sequence[str]) -> list[Cell]:
                 own = [word for word in own if not (chosen and word.startswith("model="))]
                 own += [*table.methods[row.method].words, *size.methods.get(row.method, []), *more, *size.columns.get(column, [])]
                 own += row.words if line[0] else []
+                if seeds and (seed := next((word for word in own if word.startswith("seed=")), None)):
+                    raise ConfigError(
+                        f"repro {table.id}: {seeds[-1]} cannot be said here, where a run has {seed} by what the table is; leave it out"
+                    )
                 words = tuple(own)
                 if words not in known:
                     known[words] = compose_named("", placed(words, overrides), overrides)

@@ -33,7 +33,7 @@ TIMED: dict[str, tuple[str, Callable[[dict[str, Any]], float | None]]] = {
 class Value:
     """A number of ours; scores also with their 95 % interval, and the scores of single samples behind them.
 
-    These are by the folder of their run, subtask, number, and what was to be answered.
+    These are by the folder of their run, subtask, number, and the text: what was to be answered, and how long it was before it was cut.
     """
 
     number: float
@@ -78,8 +78,10 @@ def read(cell: Cell) -> Value | None:
     if missing:
         raise ConfigError(f"{cell.line[1]}, {cell.column}: its run scores {', '.join(by_name)}, not {', '.join(missing)}; mend `reads`")
     folder = folder_of(cell.point.experiment).name
+    length = cell.point.experiment.task.length_tok  # texts of other lengths are other texts, also where they ask for the same
     answers = {(row["subtask"], row["sample"]): " | ".join(map(str, row["references"])) for row in rows}
-    samples = {(folder, *key, answers[key]): score for name in names for key, score in by_name[name].items()}
+    texts = {key: f"{answer} in {length} tokens" if answer and length else answer for key, answer in answers.items()}
+    samples = {(folder, *key, texts[key]): score for name in names for key, score in by_name[name].items()}
     if cell.point.experiment.task.name == "recall":
         samples = by_text(samples)
     if not samples:
@@ -92,8 +94,8 @@ def read(cell: Cell) -> Value | None:
 def by_text(samples: Mapping[Sample, float]) -> dict[Sample, float]:
     """Of ``task=recall`` the mean of each text: its samples are blocks of one text, under one or several budgets, and not independent."""
     texts: dict[Sample, list[float]] = {}
-    for (folder, subtask, _, answers), score in samples.items():
-        texts.setdefault((folder, subtask.rpartition("/")[0], 0, answers), []).append(score)
+    for (folder, subtask, _, of), score in samples.items():
+        texts.setdefault((folder, subtask.rpartition("/")[0], 0, of), []).append(score)
     return {text: statistics.fmean(scores) for text, scores in texts.items()}
 
 

@@ -12,13 +12,12 @@ from hipexp.config.compiler import check_compiler
 from hipexp.config.compose import compose
 from hipexp.config.model import read_config
 from hipexp.config.offload import check_fits, room_for, show_bytes, sizes
-from hipexp.config.schema import ConfigError, Experiment, Model, Task
+from hipexp.config.schema import ConfigError, Experiment, Model
 from hipexp.output import Flags, answer
 from hipexp.report.tables import text_table
 from hipexp.run.identity import config_path, facts_of
 from hipexp.run.room import weights_bytes
-from hipexp.suites import filled, lengths_of, origins, packages_of
-from hipexp.suites.lm_eval import versions
+from hipexp.suites import filled, lacking, lengths_of
 from hipexp.suites.sample import DataMissing
 
 if TYPE_CHECKING:
@@ -72,26 +71,10 @@ def main(words: Sequence[str], flags: Flags) -> int:
         raise ConfigError(f"doctor tells what a model takes here, and {what}; choose a model to load")
     check_compiler(model)
     made = skeleton(_config_path(model).parent, model.dtype)
-    verdict = dataclasses.replace(judge(experiment, made), missing=tuple(missing(experiment.task)))
+    verdict = dataclasses.replace(judge(experiment, made), missing=tuple(lacking(experiment.task)))
     repair = None if verdict.fits else next(repairs(words, verdict, made), None)
     answer(flags, _text(verdict, repair), _plain(verdict, repair), "")
     return 0 if verdict.fits and not verdict.missing else 1
-
-
-def missing(task: Task) -> Iterator[str]:
-    """What a task needs besides the model and is not here: data, packages."""
-    if task.name in ("latency", "recall"):
-        return
-    try:
-        versions(packages_of(task))
-    except ConfigError as error:
-        yield str(error)
-    try:
-        origins(task)
-    except DataMissing as error:
-        yield str(error)
-    except ConfigError:
-        return  # packages: told above
 
 
 def judge(experiment: Experiment, model: PreTrainedModel) -> Verdict:

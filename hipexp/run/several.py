@@ -126,9 +126,14 @@ def run_all(points: Sequence[Named], load: Load | None = None, after: Callable[[
 
 
 def split_jobs(words: Sequence[str]) -> tuple[int, list[str]]:
-    """The number of processes that ``jobs=`` asks for, 1 without it, and the other words. Raises ``ConfigError`` for no such number."""
+    """The number of processes that ``jobs=`` asks for, 1 without it, and the other words.
+
+    Raises ``ConfigError`` for no such number, and for two.
+    """
     asked = [word.removeprefix("jobs=") for word in words if word.startswith("jobs=")]
-    jobs = (asked or ["1"])[-1]
+    if len(asked) > 1:
+        raise ConfigError(f"jobs= is said {len(asked)} times ({', '.join(asked)}); say it once")
+    (jobs,) = asked or ["1"]
     if not jobs.isascii() or not jobs.isdecimal() or int(jobs) < 1:
         raise ConfigError(f"jobs={jobs} must be a whole number from 1, of processes that share the runs; try jobs={os.cpu_count()}")
     return int(jobs), [word for word in words if not word.startswith("jobs=")]

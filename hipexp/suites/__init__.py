@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hipexp.config.schema import ConfigError, Task
-from hipexp.suites.sample import LineEncoder, Suite
+from hipexp.suites.sample import DataMissing, LineEncoder, Suite
 
 if TYPE_CHECKING:
     from hipexp.suites.published import Rules
@@ -118,6 +118,31 @@ def origins(task: Task) -> dict[str, str]:
         told |= {name: rules.origin(name), f"{name} prompt": rules.template(name), f"{name} new_tok": str(rules.new_tok(name))}
         told |= versions(rules.packages(name))
     return told | {"cut": str(rules.cut()), "note": rules.note}
+
+
+def lacking(task: Task) -> list[str]:
+    """What a task needs besides the model and is not here, in words: packages, data."""
+    from hipexp.suites.lm_eval import versions
+
+    found = dict[str, None]()
+    if task.name in ("latency", "recall"):
+        return []
+    for check in (lambda: versions(packages_of(task)), lambda: origins(task), lambda: _check_ruler(task)):
+        try:
+            check()
+        except (ConfigError, DataMissing) as error:
+            found[str(error)] = None
+    return list(found)
+
+
+def _check_ruler(task: Task) -> None:
+    """Read what RULER's rows are made of, as a run does. Raises as it does."""
+    from hipexp.suites.ruler import resources
+    from hipexp.suites.ruler.tasks import resources_of
+
+    if task.name == "ruler":
+        for name in resources_of(subtasks_of(task)):
+            resources.check(_resources(task), name, task.samples)
 
 
 def packages_of(task: Task) -> list[str]:

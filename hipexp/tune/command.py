@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
@@ -18,7 +19,7 @@ from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hipexp.config.compose import compose
+from hipexp.config.compose import compose, compose_point
 from hipexp.config.model import model_folder, read_config, read_facts
 from hipexp.config.overrides import is_hydra
 from hipexp.config.schema import ConfigError, Experiment
@@ -36,7 +37,7 @@ from hipexp.tune.recall import Recorded, check_recall
 from hipexp.tune.report import as_data, counts, picture, reasons, table, verdicts, write_pipelines
 from hipexp.tune.search import MORE, Aim, Search, to_stderr
 from hipexp.tune.space import read_space
-from hipexp.tune.study import RANDOM_FIRST, SAMPLERS, Point, Study, open_study, optuna
+from hipexp.tune.study import MOVE, RANDOM_FIRST, SAMPLERS, Point, Study, open_study, optuna
 
 VERSION = 2  # raise it when the same words search otherwise
 USAGE = "tune task=infbench objective=[score,bytes] [key=value …] [max_bytes=3stage] [trials=1000] [hours=1] [space=FILE] [--dry-run]"
@@ -92,11 +93,14 @@ def read_words(argv: Sequence[str]) -> Order:
     hydra = tuple(word for word in words if is_hydra(word))
     words = [word for word in words if word.split("=")[0] not in DEFAULTS and word not in hydra]
     _check_words(words, own)
+    if hydra:
+        compose_point(hydra)  # refuses a launcher that is not there
     base = experiment = _baseline(own["baseline"], words)
     task, objectives = experiment.task, tuple(read_objectives(own["objective"]))
     if task.name not in MADE or rules_of(task, None):
         raise ConfigError(
-            f"task={task.name} has one set of prompts, and tune needs others to check by; use task={' or '.join(MADE)}, in own words"
+            f"tune needs prompts to search by and others to check by, which task={task.name} cannot make in these words; "
+            f"use task={' or '.join(MADE)}, in own words"
         )
     trained_tok = trained_length(experiment.model)
     folder, facts = model_folder(experiment.model), read_facts(experiment.model)
@@ -165,7 +169,7 @@ def _most(text: str, aim: Aim, words: Sequence[str]) -> float | None:
         most = float(text)
     except ValueError:
         return aim.bytes_of(_baseline(text, words).pipeline)[1]
-    if not most > 0:
+    if not 0 < most < math.inf:
         raise ConfigError(
             f"max_bytes={text} must be a number above 0, or the name of a pipeline that reads as many, as in max_bytes=3stage"
         )
@@ -222,6 +226,8 @@ def _claim(order: Order) -> None:
     make_folder(order.folder)
     with locked(order.folder / ".lock"):
         before = read_json(order.folder / "study.json").get("search", {})
+        if not isinstance(before, dict):
+            raise ConfigError(f"{order.folder / 'study.json'} is damaged; {MOVE}")
         differing = [name for name, value in order.identity.items() if before and before.get(name) != value]
         if differing:
             was, asked = (f"{str(told.get(differing[0]))[:80]}" for told in (before, order.identity))
@@ -246,15 +252,26 @@ def search(order: Order, study: Study, begun: float) -> int:
     to_stderr(f"{order.folder}: {counts(study.points())}" if study.points() else f"{order.folder}: a new search")
     if aim.asks:
         final.ask(base, 0)
+        check_hours(order, final.expected_s(base, study.points()), study.points())
     going.reserve_s = lambda: final.expected_s(base, study.points())
     going.run()
     best = sorted(going.best(), key=lambda point: point.values(aim.objectives)[0], reverse=aim.objectives[0].more)
     if not best:
         raise RunFailed(
-            f"nothing was measured in {duration(time.monotonic() - begun)}: {counts(study.points())}; give it more hours= or trials="
+            f"nothing was measured in {duration(time.monotonic() - begun)} ({counts(study.points())}); give it more hours= or trials="
         )
     points = study.points()
     return hand_over(order, points, final.check(base, best, [point for point in points if point.kind == "measured"]))
+
+
+def check_hours(order: Order, last_s: float, points: Sequence[Point]) -> None:
+    """Tell how long the last check will take. Raises ``RunFailed`` where it leaves no time to measure anything before it."""
+    to_stderr(f"the last check should take {duration(last_s)}, which is kept back of hours={order.own['hours']}")
+    if last_s >= 3600 * float(order.own["hours"]) and not any(point.kind == "measured" for point in points):
+        raise RunFailed(
+            f"the last check alone should take {duration(last_s)}, and hours={order.own['hours']} leaves nothing for a search; "
+            f"say hours={math.ceil(last_s / 1800) / 2 + 0.5:g} or more, or fewer prompts: held_out=, checked=, task.subtasks="
+        )
 
 
 def hand_over(order: Order, points: Sequence[Point], results: Sequence[Result]) -> int:

@@ -95,9 +95,14 @@ def verdicts(aim: Aim, results: Sequence[Result]) -> list[str]:
             continue
         compared += 1
         if dominates(ours, theirs, aim.objectives):
-            told = [f"{one.header} {one.show(a)} to {one.show(b)}" for one, a, b in zip(aim.objectives, ours, theirs, strict=True)]
+            apart = difference(result.checked, base.checked)
+            paired = {"score": f" (paired: {apart})"} if apart else {}
+            told = [
+                f"{one.header} {one.show(a)} to {one.show(b)}{paired.get(one.name, '')}"
+                for one, a, b in zip(aim.objectives, ours, theirs, strict=True)
+            ]
             asked = f" on {len(flat(result.checked))} held-out prompts" if result.checked is not None and flat(result.checked) else ""
-            lines.append(f"{result.name} dominates {base.name}{asked}: {', '.join(told)}")
+            lines.append(f"{result.name} dominates {base.name}{asked}, by means: {', '.join(told)}")
     none = f"no point dominates {base.name} on the prompts that did not choose it"
     told = lines or [none if compared else f"no point was compared with {base.name} on prompts that did not choose it"]
     return [*told, *(f"{result.name}: the last check failed: {result.why}" for result in results if result.why)]
@@ -112,7 +117,7 @@ def counts(points: Sequence[Point]) -> str:
     """How many points were drawn, and what became of them."""
     found = kinds(points)
     parts = [f"{found[kind]} {KIND_WORDS.get(kind, kind)}" for kind in (*KINDS, "waiting", "not finished") if found[kind]]
-    return f"{len(points)} points drawn: {', '.join(parts)}"
+    return f"{len(points)} points drawn{': ' * bool(parts)}{', '.join(parts)}"
 
 
 def reasons(points: Sequence[Point], kind: str = "invalid", most: int = 3) -> list[str]:

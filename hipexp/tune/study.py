@@ -28,6 +28,7 @@ KINDS = ("measured", "invalid", "bytes", "repeated", "recall", "failed")
 FOUND = ("bytes", "attended_bytes", "recall", "scores", "decode_ms", "prefill_ms")  # what is found out of a point
 SAMPLERS = ("tpe", "random")
 RANDOM_FIRST = 20  # points before the sampler has something to go by
+MOVE = "move the folder away, or give another name=: what the model answered lies in run folders and is found again"
 NEEDS = "tune needs the package optuna, which is not installed here: python -m pip install 'hipexp[tune]'"
 
 
@@ -187,7 +188,7 @@ def picker(trial: Any) -> Any:
 
 @contextmanager
 def open_study(folder: Path, objectives: Sequence[Objective], sampler: str, seed: int) -> Iterator[Study]:
-    """The study in ``folder``, new or as it was left. Raises ``ConfigError`` without Optuna."""
+    """The study in ``folder``, new or as it was left. Raises ``ConfigError`` without Optuna, and for a journal that is damaged."""
     module = optuna()
     from optuna.storages.journal import JournalFileBackend
 
@@ -199,9 +200,12 @@ def open_study(folder: Path, objectives: Sequence[Objective], sampler: str, seed
             lock = _Lock(folder / ".journal", path)
             lock.acquire()
             lock.release()
-            storage = module.storages.JournalStorage(JournalFileBackend(str(path), lock_obj=cast(Any, lock)))
             directions = [one.direction for one in objectives]
-            inner = module.create_study(storage=storage, study_name="tune", directions=directions, load_if_exists=True)
+            try:
+                storage = module.storages.JournalStorage(JournalFileBackend(str(path), lock_obj=cast(Any, lock)))
+                inner = module.create_study(storage=storage, study_name="tune", directions=directions, load_if_exists=True)
+            except (ValueError, KeyError) as error:
+                raise ConfigError(f"{path} is damaged ({error}); {MOVE}") from error
             yield Study(folder, objectives, sampler, seed, owner, inner)
     finally:
         shutil.rmtree(folder / "owners" / owner, ignore_errors=True)

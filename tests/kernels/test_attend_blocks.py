@@ -238,6 +238,23 @@ def test_what_is_held_is_what_would_be_made_again(lists, mode, dtype):
         assert held.bytes == (far + window) * size
 
 
+@pytest.mark.parametrize("order", [(2, 4, 2), (4, 2, 4), (1, 4, 1)])
+def test_lists_of_other_heads_hold_other_rows(order):
+    """One list of each key/value head, then of each query head, and back, in one memory."""
+    make = torch.Generator().manual_seed(0)
+    k, v, held = torch.randn(2, 120, 8, generator=make), torch.randn(2, 120, 8, generator=make), Held()
+    blocks = torch.tensor([[8, 24], [4, 52], [12, 28], [32, 40]])[:, None]
+    rotation = AttendRotation("streaming", brute.rope_table(200, 8), 64)
+    for first, lists in enumerate(order, 80):
+        held.clear()
+        call = dict(
+            q=torch.randn(4, 1, 1, 8, generator=make), k=k, v=v, blocks=blocks[:lists], counts=torch.full((lists, 1), 2),
+            first=torch.tensor([first]), exact=torch.tensor([False]), block_tok=4, sink_tok=4, window_tok=16, scale=0.5, rotation=rotation,
+        )  # fmt: skip
+        for mine, theirs in zip(attend_blocks(**call, held=held, impl="vectorized"), attend_blocks(**call, impl="reference"), strict=True):
+            torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+
+
 def test_rows_that_are_held_are_not_read_again():
     make = torch.Generator().manual_seed(0)
     k, v, held = torch.randn(1, 60, 8, generator=make), torch.randn(1, 60, 8, generator=make), Held()

@@ -1,4 +1,4 @@
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -58,6 +58,18 @@ def test_a_score_has_its_interval_and_the_samples_behind_it():
     assert value.number == 75 and value.interval[0] < 75 < value.interval[1]
     assert value.samples[("run", "kv", 1, "key 1")] == 0
     assert values.read(cell(["kv"], Stub({}))) is None
+
+
+def test_a_text_cut_to_two_lengths_is_one_and_texts_of_two_lengths_are_two():
+    """RULER asks for the same number at two lengths by chance, or puts the same question into longer texts."""
+
+    def text_of(**task):
+        run = Stub(SCORED, answered(100.0), Experiment(Model("m"), replace(Task("infbench"), **task)))
+        ((_, _, _, text),) = values.read(cell(["kv"], run)).samples
+        return text
+
+    assert text_of(length_tok=64, truncate_tok=32) == text_of(length_tok=64, truncate_tok=16)
+    assert text_of(length_tok=64) != text_of(length_tok=32)
 
 
 def test_means_are_over_all_samples_and_depths_over_theirs():

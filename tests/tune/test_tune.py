@@ -92,7 +92,7 @@ def test_the_front_runs_as_it_is_written(search):
     assert folder_of(experiment).is_dir() and is_done(folder_of(experiment), read_json(folder_of(experiment) / "status.json")["run_key"])
     assert "score, held out: 100.0 (29 to 100) of 3 prompts; 3stage: 100.0 (29 to 100)" in text
     assert f"{best['search']['bytes'] / 1e6:.3f} MB" in text
-    assert "dominates 3stage on 3 held-out prompts: score 100.0 to 100.0" in told.out
+    assert "dominates 3stage on 3 held-out prompts, by means: score 100.0 to 100.0 (paired: +0.0" in told.out
     assert found["baseline"]["held_out"] == {"score": 100.0, "bytes": found["baseline"]["search"]["bytes"], "scores": {"0": [100.0] * 3}}
     svg = (folder_of_search() / "front.svg").read_text()
     assert all(name in svg for name in ("<!-- measured -->", "<!-- handed over, held out -->", "<!-- 3stage, held out -->"))
@@ -331,6 +331,17 @@ def test_another_search_of_the_same_name_is_refused(search):
         search("trials=3")
 
 
+@pytest.mark.parametrize(
+    ("name", "damaged"), [("journal.log", b'{"op_code": 4, "work\n{}\n'), ("study.json", b'{"search": 5}'), ("journal.log", b"{}\n")]
+)
+def test_a_damaged_study_is_told_with_its_repair(search, name, damaged):
+    search("trials=3", "objective=[recall,bytes]")
+    path = folder_of_search() / name
+    path.write_bytes(path.read_bytes() + damaged if name == "journal.log" else damaged)
+    with pytest.raises(ConfigError, match=f"{name} is damaged.*move the folder away, or give another name="):
+        search("trials=4", "objective=[recall,bytes]")
+
+
 def test_for_scripts(search, capsys):
     words = [f"model.path={search.model}", *SEARCH, "trials=12", "objective=[recall,bytes]"]
     assert command.main([*words, "--json"]) == 0
@@ -355,13 +366,16 @@ def test_a_dry_run_leaves_nothing(search, capsys):
     [
         (["+pipeline=3stage"], "cannot be said in `tune`"),
         (["objective=[speed]"], "objective=speed is unknown"),
-        (["task=longbench"], "tune needs others to check by"),
-        (["task=infbench", "task.protocol=chat"], "tune needs others to check by"),
+        (["task=longbench"], "tune needs prompts to search by and others to check by"),
+        (["task=infbench", "task.protocol=chat"], "tune needs prompts to search by and others to check by"),
         (["trials=0"], "trials=0 must be a whole number from 1"),
         (["hours=soon"], "hours=soon must be a number of hours"),
         (["sampler=grid"], "sampler=grid is unknown; use tpe or random"),
         (["max_bytes=-1"], "max_bytes=-1 must be a number above 0"),
         (["max_bytes=3stages"], "did you mean 3stage?"),
+        (["max_bytes=inf"], "max_bytes=inf must be a number above 0"),
+        (["hydra/launcher=nothere"], "nothere"),
+        (["jobs=2", "jobs=3"], "jobs= is said 2 times"),
         (["max_bytes=33"], "max_bytes=33 is a number of bytes, and the smallest sinks and window alone are"),
         (["trials=3", "trials=5"], "trials= is said twice, in trials=3 and trials=5"),
         (["task=infbench", "seed=1", "+seed=2"], "seed= is said twice"),

@@ -87,7 +87,7 @@ class HipTree(SelectingMethod):
     def _scores(self, q: Tensor, keys: Tensor, block: Tensor, tables: RopeTables) -> Tensor:
         """Largest product of queries with keys of each ``block`` ``[H, C]``; its first key stands for keys that the last block lacks.
 
-        Only the keys that are looked at are rotated, so a step does not grow with the text.
+        Only the keys that are looked at are rotated: of a longer text as many more as there are more halvings.
         """
         inside = torch.arange(0, self.block_tok, self.key_stride_tok, device=q.device)
         begin = (block * self.block_tok).clamp(max=keys.shape[1] - 1)[..., None]

@@ -24,8 +24,14 @@ class Held:
         self._rows: dict[int, list[Tensor]] = {}  # by number of the list: keys and values [K, room, D]
         self._counts: dict[int, int] = {}
         self._window = NOTHING  # keys [K, room, D] of the tokens from origin to end
-        self._origin = self._end = 0
+        self._origin = self._end = self._lists = 0
         self.sinks = 0
+
+    def serve(self, lists: int) -> None:
+        """Hold rows of so many lists; of another number, whose lists are of other heads, none stay."""
+        if lists != self._lists:
+            self._counts.clear()
+            self._lists = lists
 
     def clear(self) -> None:
         """Forget the selected blocks, and what lies behind ``sinks`` rows; their memory is used again."""

@@ -24,6 +24,7 @@ def attend_one(
     near_values = run_of(v, begin, end)
     packed = rotation is None or rotation.mode == "streaming"  # the place in a list is all that counts
     held.sinks = sink_tok if packed else 0
+    held.serve(len(blocks))
     if not packed:
         held.clear()
     made = []
