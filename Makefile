@@ -23,7 +23,7 @@ DEV := $(VENV)/.dev
 PIP := $(RUN) -m pip --disable-pip-version-check install --constraint constraints.txt --no-build-isolation
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-docs test-transformers test-slurm test-pythons dist models check pre-commit check-official results needle needle-table needle-1m tune methods ablation aot bench-cpu link-table gpu
+.PHONY: help setup demo test test-all test-docs test-transformers test-slurm test-pythons dist models check pre-commit check-official results reproduced needle needle-table needle-1m tune methods ablation aot bench-cpu link-table gpu
 
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z0-9%-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -75,6 +75,9 @@ check-official: $(DEV) ## our scores and RULER rows beside the official code, fe
 
 results: $(CORE) ## docs/results.md and its picture from the runs of the demo, with machine and date (resumable)
 	$(RUN) -m hipexp.run.record_demo docs
+
+reproduced: $(CORE) ## docs/reproduced.md from the runs of make repro-all SIZE=needle that are there
+	$(RUN) -m hipexp.repro.record docs
 
 needle: $(CORE) ## train the embedded model from nothing (some four hours on 2 cores, minutes on a GPU; resumable)
 	$(RUN) -m hipexp.needle.train

@@ -22,8 +22,8 @@ from hipexp.repro.page import Page, command_of, counted, file_name, text, write
 from hipexp.repro.points import Cell as Ours
 from hipexp.repro.points import cells, points_of, size_of, stand_ins
 from hipexp.repro.values import values_of
-from hipexp.run.ledger import classify, locked, make_folder, runs_root, write_text
-from hipexp.run.point import Load, stored
+from hipexp.run.ledger import classify, locked, make_folder, read_json, runs_root, write_text
+from hipexp.run.point import Load, folder_of, stored
 from hipexp.run.several import Named, helpers, load_once, model_line, refuse_own, run_all, split_jobs
 
 STORED, ALL = "stored=true", "all"
@@ -138,8 +138,8 @@ def reproduce(table: Published, asked: Asked, load: Load) -> Outcome:
         return Outcome(table.id, table.title, path, "all as printed" if good else "some differ from what is printed", good, told)
     found = cells(table, asked.size, asked.overrides)
     points = points_of(found)
+    make_stand_ins(points)  # they are in the run keys, by which what is stored is found
     if not asked.stored:
-        make_stand_ins(points)
         print(f"{table.id}: {table.title}, size={asked.size}, {left_of(points)} of {len(points)} runs left", flush=True)
         shared = [point for point in points if point.experiment.task.name != "latency"]
         with helpers(shared, asked.jobs, root):
@@ -161,6 +161,8 @@ def page_of(table: Published, asked: Asked, found: Sequence[Ours]) -> Page:
     models = [point for point in done if point.experiment.task.geometry is None]
     notes += dict.fromkeys(model_line(point.experiment.model) for point in models)
     notes += [f"ran on: {machine}" for machine in dict.fromkeys(point.machine() for point in done) if machine]
+    dates = sorted({read_json(folder_of(point.experiment) / "status.json")["updated"][:10] for point in done})
+    notes += [f"runs finished: {' to '.join(dict.fromkeys((dates[0], dates[-1])))}"] if dates else []
     samples = sorted({point.experiment.task.samples for point in done if point.experiment.task.name != "latency"})
     notes += [f"samples of each subtask: {' to '.join(map(str, dict.fromkeys((samples[0], samples[-1]))))}"] if samples else []
     embedded = any(of.model.name == NEEDLE for of in (point.experiment for point in points) if of.task.geometry is None)

@@ -1,14 +1,15 @@
 import csv
 import io
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from hipexp import cli
 from hipexp.config.schema import ConfigError
-from hipexp.repro import command, estimate, settings
-from hipexp.repro.data import FULL, NEEDLE, QUICK, Published, Row, known, mistakes, read
+from hipexp.repro import command, estimate, record, settings
+from hipexp.repro.data import FULL, NEEDLE, QUICK, Cells, Claim, Published, Row, known, mistakes, read
 from hipexp.repro.needs import plan_of, plan_text
 from hipexp.repro.orderings import FAILS, HOLDS, Verdict
 from hipexp.repro.page import Page, cell_table, differences, file_name, verdict_of
@@ -400,3 +401,22 @@ def test_what_did_not_fit_is_not_run_at_full_size_and_offload_needs_no_room():
 
     assert room("", "192K") == room(" (offload)", "192K") == pytest.approx(16 + 131_072 * 196_608 / 1e9)  # dense is timed beside it
     assert room(" (offload)", "1024K") == pytest.approx(16 + 131_072 * 32_768 / 1e9)
+
+
+def test_the_page_of_the_documentation_is_made_of_what_is_stored(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("HIPEXP_RUNS", str(tmp_path))
+    monkeypatch.setattr(record, "known", lambda: ["table4", "table6", "appendixF"])
+    with pytest.raises(ConfigError, match="run: make repro-all SIZE=needle"):
+        record.text()
+    with pytest.raises(ConfigError, match="takes the folder of the documentation"):
+        record.main([str(tmp_path)])
+    table, claim = read("table6"), Claim("a above | b", "1 to 0", Cells("a"), Cells("b"))
+    values = {(("", row.name, ""), "2×", "En.MC"): Value(12.5, (0.0, 25.0)) for row in table.rows}
+    made = Page(table, NEEDLE, table.sizes[NEEDLE], values, [Verdict(claim, "", "holds", "seen")])
+    monkeypatch.setattr(record, "page_of", lambda table, asked, found: made if table.id == "table6" else replace(made, values={}))
+    (tmp_path / "reproduce.md").touch()
+    assert record.main([str(tmp_path)]) == 0
+    text = (tmp_path / "reproduced.md").read_text()
+    assert "| holds | a above \\| b | 1 to 0 | seen |" in text and "12.5 (0 to 25)" in text and "| as printed |" in text
+    assert text.count("\n## ") == 2, "that table and the printed hyperparameters"
+    assert capsys.readouterr().out.strip() == str(tmp_path / "reproduced.md")
