@@ -14,13 +14,19 @@ from io import TextIOWrapper
 from hipexp.config.schema import ConfigError, Experiment
 from hipexp.output import DRY, JSON, QUIET, Flags, aside, split_flags, to_json
 
+# Packages that hipexp always needs, by the names they are imported by.
+NEEDED = ("hydra", "omegaconf", "yaml", "torch", "numpy", "transformers", "pyarrow", "duckdb", "matplotlib", "tqdm")
 # Name: (module:function taking the remaining words and returning an exit code, what it does, its flags).
 SAY, ALL = (QUIET, JSON), (DRY, QUIET, JSON)
 COMMANDS = {
     "demo": ("hipexp.run.demo:main", "dense against 3stage on the embedded model: a table and a picture", SAY),
     "ls": ("hipexp.report.listing:main", "the runs there are and how far they got", SAY),
     "retry": ("hipexp.run.retry:main", "go on with runs that failed or were stopped", ALL),
-    "compare": ("hipexp.report.compare:main", "two runs side by side: scores, paired differences, flipped answers, or times", SAY),
+    "compare": (
+        "hipexp.report.compare:main",
+        "two runs side by side: scores, paired differences, answers that flipped, times: compare A B",
+        SAY,
+    ),
     "report": ("hipexp.report.command:main", "all runs as one HTML file, with figures and tables; report out=<folder> runs=<folder>", SAY),
     "models": ("hipexp.run.models_table:main", "every family of models that fits, tried on small checkpoints of its real classes", SAY),
     "methods": ("hipexp.run.methods_table:main", "every method beside each other; fast=true is short", ALL),
@@ -30,14 +36,14 @@ COMMANDS = {
         SAY,
     ),
     "table": ("hipexp.run.needle_table:main", "the long form of the demo", ALL),
-    "data": ("hipexp.run.data:main", "data of the suites: data pull, verify, ls, make", ()),
-    "score": ("hipexp.run.score:main", "official scores of predictions made elsewhere, as JSON", ()),
+    "data": ("hipexp.run.data:main", "data of the suites: data pull longbench, data verify, data ls, data make stand-ins out=<folder>", ()),
+    "score": ("hipexp.run.score:main", "official scores of predictions made elsewhere, as JSON: score longbench predictions.jsonl", ()),
     "replay": (
         "hipexp.run.replay:main",
         "hits and traffic of caches of any size and policy in a recorded run; replay record records one",
         (JSON,),
     ),
-    "sweep": ("hipexp.run.sweep:main", "a wandb sweep file without wandb: sweep conf/sweep/budget.yaml [key=value …] [jobs=2]", ALL),
+    "sweep": ("hipexp.run.sweep:main", "a wandb sweep file, also one of your own, without wandb: sweep budget [key=value …] [jobs=2]", ALL),
     "tune": (
         "hipexp.tune.command:main",
         "search for pipelines that no other beats: tune task=infbench objective=[score,bytes] max_bytes=3stage hours=1",
@@ -68,9 +74,9 @@ groups (the first option is the default):
 keys: every field of the configuration, as in pipeline.stages.2.keep_tok=4096 task.samples=20 seed=1;
       --cfg job prints all of them with their values and runs nothing.
 
-flags: --dry-run shows the configuration, what attention would do and what is left, and loads no weights; --quiet prints the
-       run folder only, --json the summary as one line of JSON (everything else goes to stderr). All go with -m too, and
-       with the commands whose --help names them.
+flags: --dry-run shows the configuration, what attention would do and what is left, and loads no weights (but methods and
+       table, which time the model to say how long they take); --quiet prints the run folder only, --json the summary as
+       one line of JSON (everything else goes to stderr). All go with -m too, and with the commands whose --help names them.
 
 examples:
   python -m hipexp +pipeline=3stage task=infbench
@@ -143,7 +149,7 @@ def _run_command(name: str, words: list[str]) -> int:
     if {"-h", "--help"} & set(words):
         from hipexp.completion import OF_POINTS, OWN
 
-        own = [word for word in OWN.get(name, {}) if word.endswith("=")]
+        own = [word for word in OWN.get(name, {}) if word]
         own += ["groups and keys as of a run"] * (name in OF_POINTS)
         print("\n".join([f"python -m hipexp {name}: {purpose}", *([f"words: {', '.join(own)}"] if own else []), f"flags: {takes}"]))
         return DONE
@@ -231,6 +237,8 @@ def _explain(error: Exception) -> int:
     kind = type(error).__name__
     if isinstance(error, ConfigError) or kind == "DataMissing":
         return _complain(str(error), BAD_INPUT)
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in NEEDED:
+        return _complain(f"{error.name} is not installed, and hipexp needs it; run: python -m pip install hipexp", FAILED)
     from hipexp.run.ledger import classify
 
     if classify(error) == "out_of_memory":

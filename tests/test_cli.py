@@ -162,7 +162,10 @@ def test_an_unknown_part_of_hydra_is_one_line(points, capsys, word):
     assert capsys.readouterr().err == f"error: In 'hydra/config': Could not find '{word.replace('=', '/')}'\n" and not points
 
 
-@pytest.mark.parametrize(("words", "what"), [(["-m", "model.tp_plan=auto", "seed=0,1"], "a sweep (-m)"), (["methods", "model.tp_plan=auto"], "the command methods")])
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [(["-m", "model.tp_plan=auto", "seed=0,1"], "a sweep (-m)"), (["methods", "model.tp_plan=auto"], "the command methods")],
+)
 def test_a_model_is_split_over_processes_for_one_point_only(words, what, capsys):
     assert cli.main(words) == 2
     said = f"error: model.tp_plan=auto is for one experiment point (torchrun … -m hipexp key=value …), not for {what}; leave it out\n"
@@ -176,7 +179,13 @@ def test_a_model_is_not_split_over_one_process(capsys):
 
 def test_a_pattern_in_a_sweep(points):
     assert cli.main(["-m", "pipeline=glob(3stage_*)", *MODEL]) == 0
-    assert [experiment.pipeline.name for experiment, _ in points] == ["3stage_fast", "3stage_flash", "3stage_long", "3stage_plus", "3stage_scan"]
+    assert [experiment.pipeline.name for experiment, _ in points] == [
+        "3stage_fast",
+        "3stage_flash",
+        "3stage_long",
+        "3stage_plus",
+        "3stage_scan",
+    ]
 
 
 def test_a_terminal_without_a_character_gets_another(tmp_path):
@@ -248,7 +257,9 @@ def test_doctor_knows_every_package_that_a_run_may_need():
     assert {re.split(r"[=<>;]", one)[0].strip().lower() for one in needed} == {name.lower() for name in PACKAGES}
 
 
-@pytest.mark.parametrize(("name", "flag"), [(name, flag) for name, (_, _, flags) in cli.COMMANDS.items() for flag in cli.ALL if flag not in flags])
+@pytest.mark.parametrize(
+    ("name", "flag"), [(name, flag) for name, (_, _, flags) in cli.COMMANDS.items() for flag in cli.ALL if flag not in flags]
+)
 def test_a_flag_that_a_command_does_not_have_is_refused(capsys, name, flag):
     assert cli.main([name, flag]) == 2
     assert f"{name} takes no {flag}" in capsys.readouterr().err
@@ -260,3 +271,13 @@ def test_doctor_sees_a_package_that_hides_another(tmp_path, monkeypatch, capsys)
     monkeypatch.syspath_prepend(tmp_path)
     assert cli.main(["doctor"]) == 1
     assert "hides the package `kernels`" in capsys.readouterr().out
+
+
+def test_what_hipexp_needs_and_is_not_installed_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_run_overrides", lambda words: __import__("hydra_that_nobody_has"))
+    assert cli.main(["task=passkey"]) == 1 and "Traceback" in capsys.readouterr().err, "of ours: a defect"
+    monkeypatch.setattr(cli, "NEEDED", ("hydra_that_nobody_has",))
+    assert cli.main(["task=passkey"]) == 1
+    assert capsys.readouterr().err == (
+        "error: hydra_that_nobody_has is not installed, and hipexp needs it; run: python -m pip install hipexp\n"
+    )

@@ -40,7 +40,6 @@ from hipexp.tune.space import read_space
 from hipexp.tune.study import MOVE, RANDOM_FIRST, SAMPLERS, Point, Study, open_study, optuna
 
 VERSION = 2  # raise it when the same words search otherwise
-USAGE = "tune task=infbench objective=[score,bytes] [key=value …] [max_bytes=3stage] [trials=1000] [hours=1] [space=FILE] [--dry-run]"
 DEFAULTS = {
     "objective": "[score,bytes]", "trials": "1000", "hours": "1", "name": "", "space": "", "baseline": "3stage", "max_bytes": "",
     "held_out": "20", "checked": "5", "sampler": "tpe", "batch": "16",

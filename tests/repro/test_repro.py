@@ -247,6 +247,9 @@ def test_the_list_names_all_and_a_dry_run_says_what_is_missing(capsys, monkeypat
     assert all(name in text for name in known())
     told = plan_text(plan_of(read("table6"), FULL, []))
     assert "hf download meta-llama/Llama-3.1-8B-Instruct" in told and "longbook_choice_eng" in told
+    monkeypatch.setenv("HIPEXP_DATA", str(tmp_path))
+    told = plan_text(plan_of(read("table8"), FULL, []))
+    assert f"- ruler: {tmp_path}/ruler/PaulGrahamEssays.json is missing" in told and "python -m hipexp data pull ruler" in told
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,19 @@ def test_data_and_packages_that_are_missing_are_told(words, machine, capsys, mon
     assert code == 1 and report["fits"] and len(report["missing"]) == 2 and not report["weights_here"]
 
 
+def test_files_that_ruler_lacks_are_told(words, machine, capsys, monkeypatch, tmp_path):
+    machine(0, 4000)
+    monkeypatch.setenv("HIPEXP_DATA", str(tmp_path))
+    chosen = [*words[:2], "task=ruler", "task.length_tok=4096", "seed=42"]
+    code, report = told(capsys, *chosen, "task.subtasks=[niah_single_2]")
+    assert (
+        code == 1
+        and report["fits"]
+        and [one.split(": ")[0] for one in report["missing"]] == [f"{tmp_path}/ruler/PaulGrahamEssays.json is missing"]
+    )
+    assert told(capsys, *chosen, "task.subtasks=[niah_single_1]")[0] == 0
+
+
 def test_a_run_that_fits(words, machine, capsys):
     machine(0, 4000)
     assert cli.main(["doctor", "+pipeline=3stage", *words]) == 0
