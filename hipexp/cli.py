@@ -24,7 +24,7 @@ COMMANDS = {
     "retry": ("hipexp.run.retry:main", "go on with runs that failed or were stopped", ALL),
     "compare": (
         "hipexp.report.compare:main",
-        "two runs side by side: scores, paired differences, answers that flipped, times: compare A B",
+        "two runs beside each other, scores or times, with paired differences: compare A B",
         SAY,
     ),
     "report": ("hipexp.report.command:main", "all runs as one HTML file, with figures and tables; report out=<folder> runs=<folder>", SAY),
