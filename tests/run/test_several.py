@@ -70,7 +70,9 @@ def test_what_another_process_finished_meanwhile_is_not_run(fake, model_folder, 
 def test_a_number_of_processes_is_one(jobs):
     with pytest.raises(ConfigError, match=f"jobs={jobs} must be a whole number from 1"):
         split_jobs(["a=1", f"jobs={jobs}"])
-    assert split_jobs(["a=1", "jobs=1", "jobs=3", "b"]) == (3, ["a=1", "b"])
+    with pytest.raises(ConfigError, match="jobs= is said 2 times"):
+        split_jobs(["a=1", "jobs=1", "jobs=3", "b"])
+    assert split_jobs(["a=1", "jobs=3", "b"]) == (3, ["a=1", "b"])
     assert split_jobs(["a=1"]) == (1, ["a=1"])
 
 
