@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 
 from hipexp import cli
+from hipexp.completion import FILTERS, OWN
 from hipexp.config import compose
 from hipexp.config.schema import ConfigError
+from hipexp.repro import command as repro
 from hipexp.run.methods_table import read_comparison
 from hipexp.run.sweep_file import read_sweep
+from hipexp.tune import command as tune
 from pages import PAGES, ROOT, blocks
 
 QUOTED = re.compile(r"^(?: {4}|\$ )?((?:python -m hipexp|make) [^\n]*)$(?:\n(error:))?|`((?:python -m hipexp|make) [^`\n]+)`", re.M)
@@ -55,7 +58,18 @@ def check(words: list[str]) -> None:
     rest = [word for word in words if word not in flags]
     if rest and "=" not in rest[0] and not rest[0].startswith(("-", "+", "~")):
         assert rest[0] in cli.COMMANDS, f"there is no command {rest[0]}"
-        if rest[0] == "sweep":
+        cli._check_words(rest[0], rest[1:])
+        if rest[0] == "repro" and rest[1:]:
+            repro.read_arguments(rest[1:])
+        elif rest[0] == "tune":
+            tune.read_words(rest[1:])
+        elif rest[0] == "doctor" and rest[1:]:
+            compose.compose(rest[1:])
+        elif rest[0] in ("data", "score", "completion") and len(rest) > 1:
+            assert rest[1] in OWN[rest[0]][""], f"{rest[0]} has no {rest[1]}"
+        elif rest[0] in ("ls", "retry"):
+            assert all(word.split("=")[0] + "=" in FILTERS for word in rest[1:] if "=" in word), f"{rest[0]} chooses by {FILTERS}"
+        elif rest[0] == "sweep":
             (file,) = (word for word in rest[1:] if "=" not in word)
             read_sweep(Path(file)).choices(
                 [word for word in rest[1:] if not re.match(r"jobs=|count=|sweep_seed=", word) and word != file], 1, 0
@@ -66,6 +80,16 @@ def check(words: list[str]) -> None:
     line = compose.read_line(rest)
     for words in compose.sweep_points(line.overrides) if line.sweep else [line.overrides]:
         compose.compose_point(words)
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["repro table99", "repro table2 size=bogus", "tune task=infbench objektive=[score]", "doctor +pipeline=nosuch", "retry stat=failed",
+     "data push", "score nosuch file", "+pipeline=3stages"],
+)  # fmt: skip
+def test_what_is_no_command_is_refused(command):
+    with pytest.raises((ConfigError, AssertionError)):
+        check(shlex.split(command))
 
 
 def test_there_are_many():
